@@ -1,0 +1,86 @@
+"""The tree of errors.
+
+    DairllmError
+    +-- ConfigError             settings or command line: unknown key, wrong type, out of range        (exit code 2)
+    +-- FormatError             a file on disk is not what it should be: file, offset, expected, found
+    +-- GraphError              a graph that cannot be run: sizes that contradict each other, an op or a type we do not have
+    +-- LimitError              something announced is larger than what we were allowed to hold
+    +-- ProtocolError           what crosses the wire
+    |   +-- LocalProtocolError  we used the protocol wrongly: a bug of ours
+    |   +-- RemoteProtocolError the peer did
+    +-- NetworkError            a peer cannot be reached, went away, or did not speak in time
+    +-- EngineError             the computation itself failed
+
+Any other exception that reaches a user is a bug.
+"""
+
+from pathlib import Path
+
+__all__ = [
+    "ConfigError",
+    "DairllmError",
+    "EngineError",
+    "FormatError",
+    "GraphError",
+    "LimitError",
+    "LocalProtocolError",
+    "NetworkError",
+    "ProtocolError",
+    "RemoteProtocolError",
+]
+
+
+class DairllmError(Exception):
+    """Root of all errors that dairllm raises on purpose; ``str()`` is one clear line for people."""
+
+    exit_code = 1
+
+
+class ConfigError(DairllmError):
+    """A setting is unknown, has a wrong type or lies out of range."""
+
+    exit_code = 2
+
+
+class FormatError(DairllmError):
+    """A file is truncated, overlong, of another kind, or contradicts itself.
+
+    Args:
+        path: the file.
+        offset: byte offset at which it was noticed, or None where there is none.
+        expected: what should stand there.
+        found: what does.
+    """
+
+    def __init__(self, path: str | Path, offset: int | None, expected: str, found: str) -> None:
+        self.path, self.offset, self.expected, self.found = Path(path), offset, expected, found
+        where = f"{path}" if offset is None else f"{path}, byte {offset}"
+        super().__init__(f"{where}: expected {expected}, found {found}")
+
+
+class GraphError(DairllmError):
+    """A graph that cannot be run."""
+
+
+class LimitError(DairllmError):
+    """A size exceeds what the settings allow; says which setting."""
+
+
+class ProtocolError(DairllmError):
+    """Abstract: the exchange with a peer went wrong."""
+
+
+class LocalProtocolError(ProtocolError):
+    """This side used the protocol wrongly."""
+
+
+class RemoteProtocolError(ProtocolError):
+    """The peer said something that the protocol does not allow."""
+
+
+class NetworkError(DairllmError):
+    """A peer cannot be reached, has gone away or is silent."""
+
+
+class EngineError(DairllmError):
+    """The computation failed."""
