@@ -1,0 +1,183 @@
+"""Attention over a KV cache laid out [kv head][position][head_dim], F32, positions padded to whole chunks.
+
+The order (docs/arithmetic.md): chunks of CHUNK positions; within a chunk scores q.k by acc[i mod 8], times 1 / sqrt(head_dim); the chunk's maximum; e = exp(score - maximum), their sum by
+acc[position mod 8]; out[d] = fma(e, v[d], out[d]) in position order. Chunks are then folded in order by their maxima. So neither the number of threads nor the batch changes a bit.
+The query heads that share a KV head are computed together, and K and V of a chunk fit the first-level cache.
+"""
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from dairllm.kernels.elementwise import exp_one
+from dairllm.kernels.ir import (
+    F32, V8, Builder, Value, at, broadcast, emit_exp, f32, float_zero, fma, for_range, i64, ir_function, k64, load, load_f, shuffle, splat, store, store_f, tree_max,
+    tree_sum, var, void,
+)  # fmt: skip
+
+__all__ = ["CHUNK", "attend_chunk", "fold_head"]
+
+CHUNK = 64
+"""Positions of a chunk."""
+
+
+def _score_tile(heads: int) -> Any:
+    @ir_function(void, i64, i64, i64, i64, i64, f32)
+    def score_tile(b: Builder, q: Value, k: Value, head_bytes: Value, out: Value, out_stride: Value, scale: Value) -> None:
+        """out[head][4 positions] = q[head] . k[position] * scale"""
+        acc = [[var(b, V8, float_zero()) for _ in range(4)] for _ in range(heads)]
+        with for_range(b, b.lshr(head_bytes, k64(5))) as loop:
+            o = b.mul(loop.index, k64(32))
+            ks = [load(b, b.add(b.add(k, b.mul(head_bytes, k64(p))), o), V8, 4) for p in range(4)]
+            for h in range(heads):
+                x = load(b, b.add(b.add(q, b.mul(head_bytes, k64(h))), o), V8, 4)
+                for p in range(4):
+                    b.store(fma(b, x, ks[p], b.load(acc[h][p])), acc[h][p])
+
+        def folded(x: Value, y: Value) -> Value:
+            """Halves of two positions: [x + 4, y + 4]."""
+            return b.fadd(shuffle(b, x, y, (0, 1, 2, 3, 8, 9, 10, 11)), shuffle(b, x, y, (4, 5, 6, 7, 12, 13, 14, 15)))
+
+        for h in range(heads):
+            a = [b.load(v) for v in acc[h]]
+            x, y = folded(a[0], a[1]), folded(a[2], a[3])
+            s = b.fadd(shuffle(b, x, y, (0, 1, 4, 5, 8, 9, 12, 13)), shuffle(b, x, y, (2, 3, 6, 7, 10, 11, 14, 15)))
+            s = b.fadd(shuffle(b, s, s, (0, 2, 4, 6)), shuffle(b, s, s, (1, 3, 5, 7)))
+            store(b, b.fmul(s, broadcast(b, scale, 4)), b.add(out, b.mul(out_stride, k64(h))), 4)
+
+    return score_tile
+
+
+_score_1, _score_2, _score_3 = (_score_tile(h) for h in (1, 2, 3))
+
+
+@ir_function(f32, i64, i64)
+def _vector_max(b: Builder, p: Value, vectors: Value) -> Value:
+    m = var(b, V8, splat(F32, 8, float("-inf")))
+    with for_range(b, vectors) as loop:
+        v, old = load(b, b.add(p, b.mul(loop.index, k64(32))), V8, 4), b.load(m)
+        b.store(b.select(b.fcmp_ordered(">", v, old), v, old), m)
+    return tree_max(b, b.load(m))
+
+
+@ir_function(f32, i64, i64, f32)
+def _vector_exp(b: Builder, p: Value, vectors: Value, top: Value) -> Value:
+    """p = exp(p - top) in place; returns the sum."""
+    total, tops = var(b, V8, float_zero()), broadcast(b, top)
+    with for_range(b, vectors) as loop:
+        a = b.add(p, b.mul(loop.index, k64(32)))
+        e = emit_exp(b, b.fsub(load(b, a, V8, 4), tops))
+        store(b, e, a, 4)
+        b.store(b.fadd(b.load(total), e), total)
+    return tree_sum(b, b.load(total))
+
+
+def _value_tile(heads: int, vectors: int) -> Any:
+    @ir_function(void, i64, i64, i64, i64, i64, i64)
+    def value_tile(b: Builder, weights: Value, weight_stride: Value, v: Value, head_bytes: Value, count: Value, out: Value) -> None:
+        """out[head][:8 * vectors] = sum over positions of weight[head][position] * v[position][:8 * vectors]"""
+        acc = [[var(b, V8, float_zero()) for _ in range(vectors)] for _ in range(heads)]
+        with for_range(b, count) as loop:
+            p = b.add(v, b.mul(loop.index, head_bytes))
+            vs = [load(b, at(b, p, 32 * i), V8, 4) for i in range(vectors)]
+            for h in range(heads):
+                w = broadcast(b, load(b, b.add(b.add(weights, b.mul(weight_stride, k64(h))), b.mul(loop.index, k64(4))), F32, 4))
+                for i in range(vectors):
+                    b.store(fma(b, w, vs[i], b.load(acc[h][i])), acc[h][i])
+        for h in range(heads):
+            for i in range(vectors):
+                store(b, b.load(acc[h][i]), b.add(b.add(out, b.mul(head_bytes, k64(h))), k64(32 * i)), 4)
+
+    return value_tile
+
+
+_value_1, _value_2, _value_3, _value_4 = _value_tile(1, 4), _value_tile(2, 4), _value_tile(3, 4), _value_tile(4, 2)
+_value_narrow = _value_tile(1, 1)
+
+
+@ir_function(void, i64, i64, i64, i64, i64, f32, i64)
+def _fold_chunks(b: Builder, part: Value, part_stride: Value, coefficients: Value, chunks: Value, vectors: Value, inverse: Value, out: Value) -> None:
+    """out[:] = inverse * sum over chunks of coefficient[chunk] * part[chunk][:]"""
+    acc = var(b, V8)
+    with for_range(b, vectors) as loop:
+        b.store(float_zero(), acc)
+        o = b.mul(loop.index, k64(32))
+        with for_range(b, chunks) as c:
+            w = broadcast(b, load(b, b.add(coefficients, b.mul(c.index, k64(4))), F32, 4))
+            b.store(fma(b, w, load(b, b.add(b.add(part, o), b.mul(part_stride, c.index)), V8, 4), b.load(acc)), acc)
+        store(b, b.fmul(b.load(acc), broadcast(b, inverse)), b.add(out, o), 4)
+
+
+@ir_function(f32, f32, f32, f32)
+def _fma_one(b: Builder, x: Value, y: Value, z: Value) -> Value:
+    return fma(b, x, y, z)
+
+
+_NEG_INF = np.float32(-np.inf)
+
+
+@njit(nogil=True)
+def attend_chunk(q, keys, values, head_bytes, heads, count, scale, scratch, out, stats):
+    """One KV head, the `heads` query heads that use it, `count` <= CHUNK positions: out[head][head_dim], stats[head] = (maximum, sum).
+
+    scratch: CHUNK floats a head. head_dim is a multiple of 8. Keys are read up to the next multiple of 4 positions.
+    """
+    stride = CHUNK * 4
+    for p in range(0, count, 4):
+        h = 0
+        while h < heads:
+            left = heads - h
+            a, s = q + h * head_bytes, scratch + h * stride + 4 * p
+            if left == 3:
+                _score_3(a, keys + p * head_bytes, head_bytes, s, stride, scale)
+                h += 3
+            elif left >= 2:
+                _score_2(a, keys + p * head_bytes, head_bytes, s, stride, scale)
+                h += 2
+            else:
+                _score_1(a, keys + p * head_bytes, head_bytes, s, stride, scale)
+                h += 1
+    vectors = (count + 7) // 8
+    for h in range(heads):
+        s = scratch + h * stride
+        for p in range(count, vectors * 8):
+            store_f(s + 4 * p, _NEG_INF)  # lanes beyond the last position
+        top = _vector_max(s, vectors)
+        store_f(stats + 8 * h, top)
+        store_f(stats + 8 * h + 4, _vector_exp(s, vectors, top))
+    h = 0
+    while h < heads:
+        left = heads - h
+        s, o = scratch + h * stride, out + h * head_bytes
+        taken = min(left, 4)
+        step = 64 if taken == 4 else 128
+        d = 0
+        while d + step <= head_bytes:
+            if taken == 4:
+                _value_4(s, stride, values + d, head_bytes, count, o + d)
+            elif taken == 3:
+                _value_3(s, stride, values + d, head_bytes, count, o + d)
+            elif taken == 2:
+                _value_2(s, stride, values + d, head_bytes, count, o + d)
+            else:
+                _value_1(s, stride, values + d, head_bytes, count, o + d)
+            d += step
+        for i in range(taken):
+            for e in range(d, head_bytes, 32):
+                _value_narrow(s + i * stride, stride, values + e, head_bytes, count, o + i * head_bytes + e)
+        h += taken
+
+
+@njit(nogil=True)
+def fold_head(parts, part_stride, stats, stats_stride, chunks, head_bytes, coefficients, out):
+    """The chunks of one query head -> its attention output. coefficients: scratch of `chunks` floats."""
+    top = _NEG_INF
+    for c in range(chunks):
+        top = max(top, load_f(stats + c * stats_stride))
+    total = np.float32(0)
+    for c in range(chunks):
+        w = exp_one(load_f(stats + c * stats_stride) - top)
+        store_f(coefficients + 4 * c, w)
+        total = _fma_one(w, load_f(stats + c * stats_stride + 4), total)
+    _fold_chunks(parts, part_stride, coefficients, chunks, head_bytes // 32, np.float32(1) / total, out)

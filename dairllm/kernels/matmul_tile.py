@@ -1,0 +1,121 @@
+"""A batch: TILE_ROWS quantized weight rows times the 16 columns (batch rows) of a tile panel.
+
+Rows are unpacked once into scratch that stays in the first-level cache and used for all tiles. The eight accumulators of the defined order (matmul_row.py) are kept in memory, since
+the integer sums need the registers: held in variables LLVM spills them worse.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba import njit
+from numba.core import cgutils
+
+from dairllm.kernels.byte_dot import Q80_SCRATCH_XOR, TILE_LANES, TILE_ROWS, nibbles, tile_q40, tile_q80
+from dairllm.kernels.half import emit_from_half
+from dairllm.kernels.ir import (
+    F32, I8, I16, I64, Builder, Value, at, broadcast, float_zero, fma, for_range, i64, ir_function, k64, load, shuffle, splat, store, tree_sum_of, vec, void,
+)  # fmt: skip
+from dairllm.kernels.panels import TILE_BLOCK_BYTES, TILE_COLUMNS
+
+__all__ = ["TILE_ROWS", "tile_rows_q40", "tile_rows_q80", "tile_scratch_bytes"]
+
+PASS_BYTES = 360_000
+"""Panel bytes that one pass over the weight rows uses: part of a second-level cache."""
+
+_GROUPS = TILE_COLUMNS // TILE_LANES
+_VECTOR = vec(F32, TILE_LANES)
+_VECTOR_BYTES = 4 * TILE_LANES
+_SUMS_BYTES = _VECTOR_BYTES * _GROUPS * TILE_ROWS
+
+
+def tile_scratch_bytes(n_blocks: int) -> int:
+    """Scratch of one thread: unpacked bytes and scales of TILE_ROWS rows."""
+    return n_blocks * (32 + 4) * TILE_ROWS
+
+
+def _unpacker(block_bytes: int, emit_bytes: Callable[[Builder, Value, Value], None]) -> Any:
+    @ir_function(void, i64, i64, i64, i64, i64)
+    def unpack(b: Builder, w: Value, row_stride: Value, n_blocks: Value, values: Value, scales: Value) -> None:
+        """values [block][row][32], scales [block][row]."""
+        with for_range(b, n_blocks) as loop:
+            for r in range(TILE_ROWS):
+                p = b.add(b.add(w, b.mul(row_stride, k64(r))), b.mul(loop.index, k64(block_bytes)))
+                emit_bytes(b, p, b.add(values, b.add(b.mul(loop.index, k64(32 * TILE_ROWS)), k64(32 * r))))
+                store(b, emit_from_half(b, load(b, p, I16)), b.add(scales, b.add(b.mul(loop.index, k64(4 * TILE_ROWS)), k64(4 * r))), 4)
+
+    return unpack
+
+
+def _unpack_q40(b: Builder, block: Value, destination: Value) -> None:
+    low, high = nibbles(b, load(b, at(b, block, 2), vec(I8, 16)))
+    store(b, low, destination, 16)
+    store(b, high, at(b, destination, 16), 16)
+
+
+def _unpack_q80(b: Builder, block: Value, destination: Value) -> None:
+    q = load(b, at(b, block, 2), vec(I8, 32))
+    store(b, b.xor(q, splat(I8, 32, -128)) if Q80_SCRATCH_XOR else q, destination, 32)
+
+
+def _store_columns(b: Builder, rows: list[list[Value]], out: Value, out_stride: Value) -> None:
+    """rows[4][column group] -> out[column][4 rows], transposed in registers."""
+    for g in range(_GROUPS):
+        v = [row[g] for row in rows]
+        for base in range(0, TILE_LANES, 4):
+            pair = []
+            for x, y in ((v[0], v[1]), (v[2], v[3])):
+                pair.append(shuffle(b, x, y, [base + i // 2 + (TILE_LANES if i % 2 else 0) for i in range(8)]))
+            for c in range(4):
+                column = shuffle(b, pair[0], pair[1], [2 * c, 2 * c + 1, 8 + 2 * c, 8 + 2 * c + 1])
+                store(b, column, b.add(out, b.mul(out_stride, k64(g * TILE_LANES + base + c))), 4)
+
+
+def _tile(block: Callable[[Builder, Value, Value], list[list[Value]]]) -> Any:
+    @ir_function(void, i64, i64, i64, i64, i64, i64)
+    def tile(b: Builder, values: Value, scales: Value, panel: Value, n_blocks: Value, out: Value, out_stride: Value) -> None:
+        kept = cgutils.alloca_once(b, ir.ArrayType(_VECTOR, 8 * _GROUPS * TILE_ROWS))
+        kept.align = 64
+        kept = b.ptrtoint(kept, I64)
+        for i in range(8 * _GROUPS * TILE_ROWS):
+            store(b, float_zero(TILE_LANES), at(b, kept, _VECTOR_BYTES * i), _VECTOR_BYTES)
+        with for_range(b, n_blocks) as loop:
+            j = loop.index
+            x = b.add(panel, b.mul(j, k64(TILE_BLOCK_BYTES)))
+            dots = block(b, b.add(values, b.mul(j, k64(32 * TILE_ROWS))), x)
+            acc = b.add(kept, b.mul(b.and_(j, k64(7)), k64(_SUMS_BYTES)))
+            for r in range(TILE_ROWS):
+                d = broadcast(b, load(b, b.add(b.add(scales, b.mul(j, k64(4 * TILE_ROWS))), k64(4 * r)), F32, 4), TILE_LANES)
+                for g in range(_GROUPS):
+                    scale = b.fmul(d, load(b, at(b, x, 576 + _VECTOR_BYTES * g), _VECTOR, _VECTOR_BYTES))
+                    p = at(b, acc, _VECTOR_BYTES * (_GROUPS * r + g))
+                    store(b, fma(b, b.sitofp(dots[r][g], _VECTOR), scale, load(b, p, _VECTOR, _VECTOR_BYTES)), p, _VECTOR_BYTES)
+
+        def kept_sum(r: int, g: int) -> Value:
+            return tree_sum_of(b, [load(b, at(b, kept, _SUMS_BYTES * i + _VECTOR_BYTES * (_GROUPS * r + g)), _VECTOR, _VECTOR_BYTES) for i in range(8)])
+
+        sums = [[kept_sum(r, g) for g in range(_GROUPS)] for r in range(TILE_ROWS)]
+        for r in range(0, TILE_ROWS, 4):
+            _store_columns(b, sums[r : r + 4], at(b, out, 4 * r), out_stride)
+
+    return tile
+
+
+def _tile_rows(unpack: Any, tile: Any) -> Any:
+    @njit(nogil=True)
+    def tile_rows(out, out_stride, panels, tile_stride, n_tiles, weights, row_stride, n_blocks, first, last, scratch):
+        """out[column][first..last] = weight rows times all columns; last - first is a multiple of TILE_ROWS. Writes 16 * n_tiles columns."""
+        per_pass = max(1, PASS_BYTES // tile_stride)
+        scales = scratch + n_blocks * 32 * TILE_ROWS
+        for t0 in range(0, n_tiles, per_pass):
+            t1 = min(n_tiles, t0 + per_pass)
+            for r in range(first, last, TILE_ROWS):
+                unpack(weights + r * row_stride, row_stride, n_blocks, scratch, scales)
+                for t in range(t0, t1):
+                    tile(scratch, scales, panels + t * tile_stride, n_blocks, out + t * TILE_COLUMNS * out_stride + 4 * r, out_stride)
+
+    return tile_rows
+
+
+tile_rows_q40 = _tile_rows(_unpacker(18, _unpack_q40), _tile(tile_q40))
+tile_rows_q80 = _tile_rows(_unpacker(34, _unpack_q80), _tile(tile_q80))

@@ -1,0 +1,99 @@
+"""The program that compute threads interpret: records of RECORD_WORDS int64, an opcode and its fields. Written by dairllm.engine.ops, read by dairllm.kernels.interpreter.
+
+Addresses are raw, so a program belongs to the memory it was compiled for. `*_row` and `*_plane` are byte strides from one row of the batch and one plane to the next. Rows, columns
+and planes are counted in values unless the name says blocks.
+"""
+
+from enum import IntEnum
+
+__all__ = ["FIELDS", "ALWAYS_ROWS", "RECORD_WORDS", "SMALL_BATCH", "UNIT", "Kind", "State"]
+
+RECORD_WORDS = 16
+UNIT = 32
+"""Columns dealt to threads together: a block of a quantized row, and two cache lines of floats, so that no line has two writers."""
+SMALL_BATCH = 4
+"""Up to so many rows, quantized matmuls take row panels one by one; beyond, tiles of 16."""
+ALWAYS_ROWS = 1
+"""Flag of PACK: row panels are wanted for large batches as well."""
+
+
+class State(IntEnum):
+    """Words of the state block, which the host writes before each run."""
+
+    FIRST_ROW = 0
+    END_ROW = 1
+    PROFILE = 2
+
+
+class Kind(IntEnum):
+    BARRIER = 0
+    EMBED = 1
+    COPY = 2
+    TO_BLOCKS = 3
+    FROM_BLOCKS = 4
+    MERGE_ADD_F32 = 5
+    MERGE_ADD_BLOCKS = 6
+    PACK = 7
+    PACK_BLOCKS = 8
+    INV_RMS = 9
+    RMS_NORM = 10
+    MATMUL_F32 = 11
+    MATMUL_Q40 = 12
+    MATMUL_Q80 = 13
+    EXPERTS_F32 = 14
+    EXPERTS_Q40 = 15
+    EXPERTS_Q80 = 16
+    ROPE_NEIGHBOURS = 17
+    ROPE_HALVES = 18
+    SHIFT = 19
+    ATTEND = 20
+    FOLD = 21
+    SILU = 22
+    GELU = 23
+    MUL = 24
+    SCALE = 25
+    SOFTMAX = 26
+    GATE = 27
+    MERGE_SUM = 28
+
+
+_MAP = ("x", "x_row", "x_plane", "y", "y_row", "y_plane", "n", "planes")
+_PACK = ("x", "x_row", "x_plane", "n", "panels", "panels_row", "panels_plane", "tiles", "tile_stride", "flags", "planes")
+_MATMUL = ("panels", "panels_row", "tiles", "tile_stride", "weights", "weights_row", "n_blocks", "d", "y", "y_row")
+_EXPERTS = ("x", "x_row", "x_plane", "weights", "weights_row", "weights_expert", "n", "d", "y", "y_row", "y_plane", "indexes", "k", "n_experts")
+_ROPE = ("x", "x_row", "n", "head_dim", "table", "positions")
+_MERGE_ADD = ("x", "x_row", "x_slice", "n_slices", "y", "y_row", "n")
+_ATTEND = ("q", "q_row", "n_heads", "group", "head_dim", "keys", "values", "head_stride", "positions", "y", "y_row", "parts", "stats", "max_chunks")
+
+FIELDS: dict[Kind, tuple[str, ...]] = {
+    Kind.BARRIER: (),
+    Kind.EMBED: ("tokens", "table", "vocab", "n", "y", "y_row"),
+    Kind.COPY: _MAP,
+    Kind.TO_BLOCKS: _MAP,
+    Kind.FROM_BLOCKS: _MAP,
+    Kind.MERGE_ADD_F32: _MERGE_ADD,
+    Kind.MERGE_ADD_BLOCKS: _MERGE_ADD,
+    Kind.PACK: _PACK,
+    Kind.PACK_BLOCKS: _PACK,
+    Kind.INV_RMS: ("x", "x_row", "y", "y_row", "n_columns", "width", "epsilon_bits"),
+    Kind.RMS_NORM: ("x", "x_row", "inverse", "inverse_row", "weights", "y", "y_row", "n_columns", "width"),
+    Kind.MATMUL_F32: ("x", "x_row", "weights", "weights_row", "n", "d", "y", "y_row"),
+    Kind.MATMUL_Q40: _MATMUL,
+    Kind.MATMUL_Q80: _MATMUL,
+    Kind.EXPERTS_F32: _EXPERTS,
+    Kind.EXPERTS_Q40: _EXPERTS,
+    Kind.EXPERTS_Q80: _EXPERTS,
+    Kind.ROPE_NEIGHBOURS: _ROPE,
+    Kind.ROPE_HALVES: _ROPE,
+    Kind.SHIFT: ("x", "x_row", "n", "head_dim", "cache", "head_stride", "positions"),
+    Kind.ATTEND: _ATTEND,
+    Kind.FOLD: _ATTEND,
+    Kind.SILU: _MAP,
+    Kind.GELU: _MAP,
+    Kind.MUL: (*_MAP, "m", "m_row", "m_plane"),
+    Kind.SCALE: (*_MAP, "s", "s_row", "s_plane"),
+    Kind.SOFTMAX: ("x", "x_row", "n"),
+    Kind.GATE: ("x", "x_row", "n", "k", "normalise", "indexes", "weights", "weights_row", "weights_plane"),
+    Kind.MERGE_SUM: ("x", "x_row", "x_plane", "planes", "y", "y_row", "n"),
+}
+"""Names of each kind's fields, in the order in which the interpreter's ops unpack them."""

@@ -1,0 +1,170 @@
+"""What one thread does of each record: ``name(record, first_row, end_row, thread, n_threads)``.
+
+A thread takes a static part of the columns (in UNITs) or of the rows; which of them decides where the program needs barriers (dairllm.engine.ops). The order of the sums within an
+output never depends on it.
+"""
+
+import numpy as np
+from numba import njit
+
+from dairllm.kernels import elementwise
+from dairllm.kernels.ir import load_f, load_i, store_f
+from dairllm.kernels.matmul_f32 import sum_squares
+from dairllm.kernels.moe import choose_experts, softmax
+from dairllm.kernels.quantize import add_blocks, blocks_to_values, values_to_blocks
+from dairllm.kernels.records import UNIT, Kind
+from dairllm.kernels.rope import rotate_halves, rotate_neighbours
+
+__all__ = ["columns", "embed", "fields", "gate", "inv_rms", "map_columns", "merge_add", "merge_sum", "part", "rms_norm", "rope", "shift", "soft_max"]
+
+COPY, TO_BLOCKS, FROM_BLOCKS, SILU, GELU, MUL = (int(k) for k in (Kind.COPY, Kind.TO_BLOCKS, Kind.FROM_BLOCKS, Kind.SILU, Kind.GELU, Kind.MUL))
+MERGE_ADD_BLOCKS, ROPE_HALVES = int(Kind.MERGE_ADD_BLOCKS), int(Kind.ROPE_HALVES)
+
+
+@njit(nogil=True)
+def part(n, thread, n_threads):
+    """This thread's contiguous part of n things."""
+    return n * thread // n_threads, n * (thread + 1) // n_threads
+
+
+@njit(nogil=True)
+def columns(n, thread, n_threads):
+    """This thread's part of n columns, in whole UNITs."""
+    first, last = part((n + UNIT - 1) // UNIT, thread, n_threads)
+    return first * UNIT, min(last * UNIT, n)
+
+
+@njit(nogil=True)
+def fields(record):
+    """All fields of a record; take as many as its kind has (records.FIELDS)."""
+    r = record
+    return (
+        load_i(r + 8), load_i(r + 16), load_i(r + 24), load_i(r + 32), load_i(r + 40), load_i(r + 48), load_i(r + 56), load_i(r + 64),
+        load_i(r + 72), load_i(r + 80), load_i(r + 88), load_i(r + 96), load_i(r + 104), load_i(r + 112), load_i(r + 120),
+    )  # fmt: skip
+
+
+@njit(nogil=True)
+def embed(record, first_row, end_row, thread, n_threads):
+    tokens, table, vocab, n, y, y_row = fields(record)[:6]
+    a, z = columns(n, thread, n_threads)
+    for m in range(first_row, end_row):
+        token = min(max(int(load_f(tokens + 4 * m)), 0), vocab - 1)
+        elementwise.copy(y + m * y_row + 4 * a, z - a, table + 4 * (token * n + a))
+
+
+@njit(nogil=True)
+def map_columns(kind, record, first_row, end_row, thread, n_threads):
+    """Copies, conversions and activations: column by column."""
+    x, x_row, x_plane, y, y_row, y_plane, n, planes, other, other_row, other_plane = fields(record)[:11]
+    a, z = columns(n, thread, n_threads)
+    for plane in range(planes):
+        for m in range(first_row, end_row):
+            source = x + plane * x_plane + m * x_row
+            out = y + plane * y_plane + m * y_row
+            if kind == COPY:
+                elementwise.copy(out + 4 * a, z - a, source + 4 * a)
+            elif kind == TO_BLOCKS:
+                values_to_blocks(source, a // 32, z // 32, out)
+            elif kind == FROM_BLOCKS:
+                blocks_to_values(source, a // 32, z // 32, out)
+            elif kind == SILU:
+                elementwise.silu(out + 4 * a, z - a, source + 4 * a)
+            elif kind == GELU:
+                elementwise.gelu(out + 4 * a, z - a, source + 4 * a)
+            elif kind == MUL:
+                elementwise.multiply(out + 4 * a, z - a, source + 4 * a, other + plane * other_plane + m * other_row + 4 * a)
+            else:  # SCALE
+                elementwise.scale(out + 4 * a, z - a, source + 4 * a, load_f(other + plane * other_plane + m * other_row))
+
+
+@njit(nogil=True)
+def merge_add(kind, record, first_row, end_row, thread, n_threads):
+    x, x_row, x_slice, n_slices, y, y_row, n = fields(record)[:7]
+    a, z = columns(n, thread, n_threads)
+    for m in range(first_row, end_row):
+        out = y + m * y_row
+        for s in range(n_slices):
+            source = x + s * x_slice + m * x_row
+            if kind == MERGE_ADD_BLOCKS:
+                add_blocks(source, a // 32, z // 32, out)
+            else:
+                elementwise.add(out + 4 * a, z - a, out + 4 * a, source + 4 * a)
+
+
+@njit(nogil=True)
+def merge_sum(record, first_row, end_row, thread, n_threads):
+    x, x_row, x_plane, planes, y, y_row, n = fields(record)[:7]
+    a, z = columns(n, thread, n_threads)
+    for m in range(first_row, end_row):
+        out, source = y + m * y_row + 4 * a, x + m * x_row + 4 * a
+        elementwise.copy(out, z - a, source)
+        for plane in range(1, planes):
+            elementwise.add(out, z - a, out, source + plane * x_plane)
+
+
+@njit(nogil=True)
+def inv_rms(record, first_row, end_row, thread, n_threads):
+    """Rows and their parts are dealt out in turn."""
+    x, x_row, y, y_row, n_columns, width, epsilon_bits = fields(record)[:7]
+    epsilon = np.int32(epsilon_bits).view(np.float32)
+    for unit in range(first_row * n_columns + thread, end_row * n_columns, n_threads):
+        m, c = unit // n_columns, unit % n_columns
+        mean = sum_squares(x + m * x_row + 4 * c * width, width) / np.float32(width)
+        store_f(y + m * y_row + 4 * c, np.float32(1) / np.sqrt(mean + epsilon))
+
+
+@njit(nogil=True)
+def rms_norm(record, first_row, end_row, thread, n_threads):
+    x, x_row, inverse, inverse_row, weights, y, y_row, n_columns, width = fields(record)[:9]
+    a, z = columns(n_columns * width, thread, n_threads)
+    for m in range(first_row, end_row):
+        c = a
+        while c < z:
+            head, d = c // width, c % width
+            run = min(width - d, z - c)
+            elementwise.norm(y + m * y_row + 4 * c, run, x + m * x_row + 4 * c, weights + 4 * d, load_f(inverse + m * inverse_row + 4 * head))
+            c += run
+
+
+@njit(nogil=True)
+def rope(kind, record, first_row, end_row, thread, n_threads):
+    x, x_row, n, head_dim, table, positions = fields(record)[:6]
+    a, z = columns(n, thread, n_threads)
+    h0, h1 = part(n // head_dim, thread, n_threads)
+    for m in range(first_row, end_row):
+        row = table + int(load_f(positions + 4 * m)) * head_dim * 4
+        if kind == ROPE_HALVES:
+            for h in range(h0, h1):
+                rotate_halves(x + m * x_row + 4 * h * head_dim, row, head_dim)
+        else:
+            rotate_neighbours(x + m * x_row, row, head_dim, a, z)
+
+
+@njit(nogil=True)
+def shift(record, first_row, end_row, thread, n_threads):
+    """A row of K or V into the cache, [head][position][head_dim]."""
+    x, x_row, n, head_dim, cache, head_stride, positions = fields(record)[:7]
+    a, z = columns(n, thread, n_threads)
+    for m in range(first_row, end_row):
+        at = cache + int(load_f(positions + 4 * m)) * head_dim * 4
+        c = a
+        while c < z:
+            head, d = c // head_dim, c % head_dim
+            run = min(head_dim - d, z - c)
+            elementwise.copy(at + head * head_stride + 4 * d, run, x + m * x_row + 4 * c)
+            c += run
+
+
+@njit(nogil=True)
+def soft_max(record, first_row, end_row, thread, n_threads):
+    x, x_row, n = fields(record)[:3]
+    for m in range(first_row + thread, end_row, n_threads):
+        softmax(x + m * x_row, n)
+
+
+@njit(nogil=True)
+def gate(record, first_row, end_row, thread, n_threads):
+    x, x_row, n, k, normalise, indexes, weights, weights_row, weights_plane = fields(record)[:9]
+    for m in range(first_row + thread, end_row, n_threads):
+        choose_experts(x + m * x_row, n, k, normalise, indexes + 8 * k * m, weights + m * weights_row, weights_plane)
