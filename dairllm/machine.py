@@ -1,0 +1,90 @@
+"""What this process may use of its machine: memory and processors, as the hardware and the control group (container) bound them."""
+
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+__all__ = ["memory_bytes", "peak_rss_bytes", "processors", "rss_bytes"]
+
+
+def memory_bytes(root: Path = Path("/")) -> int:
+    """Bytes of memory that this process may come to hold: the machine's, or its control group's where that is less.
+
+    Both versions of control groups are read, and every group above ours, since a limit on an ancestor binds as well.
+
+    Args:
+        root: the file system to look at.
+    """
+    amounts = [_meminfo(root) or _physical()]
+    for text in _cgroup_files(root, "memory.max", "memory/memory.limit_in_bytes"):
+        if text.isdigit():  # version 2 writes "max" where there is no limit, version 1 a number larger than any memory
+            amounts.append(int(text))
+    return min(amounts)
+
+
+def processors(root: Path = Path("/")) -> int:
+    """Processors that this process may keep busy: those it may be scheduled on, less where its control group has a quota."""
+    count = float(len(os.sched_getaffinity(0)))
+    for text in _cgroup_files(root, "cpu.max", None):
+        quota, _, period = text.partition(" ")
+        if quota.isdigit() and period.isdigit() and int(period):
+            count = min(count, int(quota) / int(period))
+    quotas = _cgroup_files(root, None, "cpu/cpu.cfs_quota_us")
+    periods = _cgroup_files(root, None, "cpu/cpu.cfs_period_us")
+    for quota, period in zip(quotas, periods, strict=False):
+        if quota.isdigit() and period.isdigit() and int(period):
+            count = min(count, int(quota) / int(period))
+    return max(1, math.floor(count + 0.01))
+
+
+def peak_rss_bytes() -> int:
+    """The most memory that this process has held so far (VmHWM), in bytes."""
+    return _own_status("VmHWM:")
+
+
+def rss_bytes() -> int:
+    """The memory that this process holds (VmRSS), in bytes."""
+    return _own_status("VmRSS:")
+
+
+def _own_status(field: str) -> int:
+    text = _read(Path("/proc/self/status")) or ""
+    return next((int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith(field)), 0)
+
+
+def _meminfo(root: Path) -> int | None:
+    text = _read(root / "proc/meminfo") or ""
+    return next((int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith("MemTotal:")), None)
+
+
+def _physical() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _cgroup_files(root: Path, unified: str | None, legacy: str | None) -> Iterator[str]:
+    """Texts of a file in our control group and in each above it. `legacy` is "controller/file" for version 1."""
+    base = root / "sys/fs/cgroup"
+    for line in (_read(root / "proc/self/cgroup") or "").splitlines():
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if not controllers and unified is not None:
+            folder, name = base, unified
+        elif legacy is not None and legacy.partition("/")[0] in controllers.split(","):
+            controller, _, name = legacy.partition("/")
+            folder = base / controller
+        else:
+            continue
+        # Inside a container the path may be the host's and not exist here: then only the top, which is our own group, is found.
+        parts = [part for part in path.split("/") if part not in ("", "..")]
+        for depth in range(len(parts), -1, -1):
+            text = _read(folder.joinpath(*parts[:depth]) / name)
+            if text is not None:
+                yield text
+
+
+def _read(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="ascii", errors="replace").strip()
+    except OSError:
+        return None

@@ -1,0 +1,191 @@
+"""Every source of settings is checked, and every mistake is named with the place where it was made."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pydantic import BaseModel
+
+from dairllm.config import MemoryAmount, WorkerSettings, load_settings
+from dairllm.errors import ConfigError
+
+EXAMPLE = Path(__file__).parent.parent / "configs" / "worker.yaml"
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "w.yaml"
+
+
+def load(
+    file: Path | None = None, text: str | None = None, environment: dict[str, str] | None = None, **flags: tuple[str, object]
+) -> WorkerSettings:
+    if text is not None and file is not None:
+        file.write_text(text)
+    keys = {key.replace("__", "."): value for key, value in flags.items()}
+    return load_settings(WorkerSettings, file, environment=environment or {}, flags=keys)
+
+
+def leaves(model: BaseModel, prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name in type(model).model_fields:
+        value = getattr(model, name)
+        found |= leaves(value, f"{prefix}{name}.") if isinstance(value, BaseModel) else {prefix + name: value}
+    return found
+
+
+def test_the_documented_file_has_every_key_with_its_default() -> None:
+    written = yaml.safe_load(EXAMPLE.read_text())
+    assert {f"{section}.{key}" for section, keys in written.items() for key in keys} == set(leaves(WorkerSettings()))
+    assert load_settings(WorkerSettings, EXAMPLE, environment={}) == WorkerSettings()
+
+
+def test_every_key_of_the_documented_file_has_a_comment() -> None:
+    for line in EXAMPLE.read_text().splitlines():
+        if re.match(r" +\w+:", line):
+            assert "# " in line, line
+
+
+def test_precedence_is_flag_environment_file_default(file: Path) -> None:
+    text = "worker: {port: 1}\n"
+    assert load().worker.port == 9990
+    assert load(file, text).worker.port == 1
+    assert load(file, text, {"DAIRLLM_WORKER__PORT": "2"}).worker.port == 2
+    assert load(file, text, {"DAIRLLM_WORKER__PORT": "2"}, worker__port=("--port", 3)).worker.port == 3
+    assert load(file, text, {"DAIRLLM_WORKER__PORT": ""}, worker__port=("--port", None)).worker.port == 1
+
+
+def test_settings_are_frozen() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        load().worker.port = 5
+
+
+def test_sections_may_be_empty_and_files_too(file: Path) -> None:
+    assert load(file, "") == load(file, "# nothing\n") == load(file, "worker:\nlog: ~\n") == WorkerSettings()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("worker:\n  host: a\n  prot: 5\n", r"w\.yaml, line 3: worker\.prot: unknown key; did you mean port\?"),
+        ("wroker:\n  port: 5\n", r"w\.yaml, line 1: wroker: unknown key; did you mean worker\?"),
+        ("threads: 5\n", r"line 1: threads: unknown key; did you mean worker\.threads\?"),
+        ("zzz: 5\n", r"line 1: zzz: unknown key; there are worker, limits, deadlines, keepalive, metrics, log"),
+        ("worker:\n  port: abc\n", r"line 2: worker\.port: expected a valid integer, found 'abc'"),
+        ("worker:\n  port: '80'\n", r"line 2: worker\.port: expected a valid integer, found '80'"),
+        ("worker:\n  port: true\n", r"line 2: worker\.port: expected a valid integer, found True"),
+        ("worker:\n  port:\n", r"line 2: worker\.port: expected a valid integer, found None"),
+        ("worker:\n  port: [1]\n", r"line 2: worker\.port: expected a valid integer, found \[1\]"),
+        ("worker:\n  port: 65536\n", r"line 2: worker\.port: expected less than or equal to 65535, found 65536"),
+        ("worker:\n  host: ''\n", r"line 2: worker\.host: .*at least 1 character"),
+        ("worker:\n\n  threads: 0\n", r"line 3: worker\.threads: expected auto or a whole number from 1 to 1024, found 0"),
+        ("worker: {kernels: sse9}\n", r"line 1: worker\.kernels: expected 'auto', 'portable', .*, found 'sse9'"),
+        ("limits:\n  memory: 7\n", r"line 2: limits\.memory: expected a size such as 2GiB, or a share from 0% to 100%, found 7"),
+        ("limits:\n  memory: 101%\n", r"line 2: limits\.memory: expected a size .*found '101%'"),
+        ("limits:\n  memory: 0B\n", r"line 2: limits\.memory: expected more than nothing"),
+        ("deadlines:\n  mesh: 5\n", r"line 2: deadlines\.mesh: expected a time such as 5s .*found 5"),
+        ("deadlines:\n  mesh: 1ms\n", r"line 2: deadlines\.mesh: expected a time from 10ms to 24h, found 1ms"),
+        ("worker: 5\n", r"line 1: worker: expected keys \(host, port, threads, kernels\), found '5'"),
+        ("- worker\n", r"line 1: the file: expected keys \(worker, .*\), found a list"),
+        ("worker:\n  port: 1\n  host: a\n  port: 2\n", r"line 4: worker\.port: given twice, first in line 2"),
+        ("worker:\n  ? [a]\n  : 1\n", r"line 2: worker\.a list: unknown key"),
+        ("worker:\n\tport: 1\n", r"line 2: not YAML: found character '\\t'"),
+        ("worker: {port: 1\n", r"line \d: not YAML: "),
+        ("a: 1\n---\nb: 2\n", r"line 2: not YAML: but found another document"),
+        ("worker:\n  port: !!python/object:os.system 5\n", r"line 2: worker\.port: could not determine a constructor"),
+    ],
+)
+def test_a_mistake_in_the_file_names_file_line_and_key(file: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        load(file, text)
+    assert "\n" not in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+def test_a_mistake_in_the_environment_names_the_variable() -> None:
+    with pytest.raises(ConfigError, match=r"environment variable DAIRLLM_LOG__LEVEL: log\.level: expected 'debug'.*found 'loud'"):
+        load(environment={"DAIRLLM_LOG__LEVEL": "loud"})
+    with pytest.raises(ConfigError, match=r"DAIRLLM_WORKER__PRT: worker\.prt: unknown key; did you mean port\?"):
+        load(environment={"DAIRLLM_WORKER__PRT": "5"})
+    with pytest.raises(ConfigError, match=r"DAIRLLM_LOG__LEVEL__X: log\.level\.x: unknown key"):
+        load(environment={"DAIRLLM_LOG__LEVEL__X": "5"})
+
+
+def test_a_mistake_in_a_flag_names_the_flag() -> None:
+    with pytest.raises(ConfigError, match=r"flag --memory-limit: limits\.memory: expected a size"):
+        load(limits__memory=("--memory-limit", "much"))
+
+
+def test_variables_of_other_kinds_are_left_alone() -> None:
+    assert load(environment={"DAIRLLM_HOME": "x", "PATH": "y", "OTHER__WORKER": "z", "dairllm_worker__port": "5"}) == WorkerSettings()
+
+
+@pytest.mark.parametrize(("variable", "text", "key", "value"), [
+    ("WORKER__HOST", "::", "worker.host", "::"),
+    ("WORKER__THREADS", "3", "worker.threads", 3),
+    ("METRICS__ENABLED", "false", "metrics.enabled", False),
+    ("METRICS__PORT", "auto", "metrics.port", "auto"),
+    ("LIMITS__MEMORY", "1GiB", "limits.memory", MemoryAmount("1GiB", nbytes=2**30)),
+    ("LIMITS__MEMORY", "50%", "limits.memory", MemoryAmount("50%", share=0.5)),
+    ("DEADLINES__WEIGHTS", "5m", "deadlines.weights", 300.0),
+])  # fmt: skip
+def test_the_environment_speaks_like_the_file(variable: str, text: str, key: str, value: object) -> None:
+    assert leaves(load(environment={f"DAIRLLM_{variable}": text}))[key] == value
+
+
+@pytest.mark.parametrize("missing", ["nowhere.yaml", "."])
+def test_a_file_that_cannot_be_read(tmp_path: Path, missing: str) -> None:
+    with pytest.raises(ConfigError, match=r": cannot be read: "):
+        load(tmp_path / missing)
+
+
+def test_a_file_that_is_not_text(file: Path) -> None:
+    file.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load(file)
+
+
+def test_memory_is_an_amount_or_a_share_of_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dairllm.machine.memory_bytes", lambda: 1000)
+    assert MemoryAmount.parse("12.5%").resolve() == 125
+    assert MemoryAmount.parse("2KiB").resolve() == 2048
+    assert str(MemoryAmount.parse("12.5%")) == "12.5%"
+
+
+def test_threads_are_those_of_the_machine_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dairllm.machine.processors", lambda: 7)
+    assert load().worker.n_threads == 7
+    assert load(worker__threads=("--threads", 3)).worker.n_threads == 3
+
+
+@pytest.mark.parametrize(("port", "metrics", "expected"), [(9990, "auto", 10990), (65000, "auto", 64000), (0, "auto", 0), (9990, 7, 7)])
+def test_the_port_of_metrics_follows_the_workers(port: int, metrics: int | str, expected: int) -> None:
+    assert load(worker__port=("--port", port), metrics__port=("--metrics-port", metrics)).metrics_port == expected
+
+
+_scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(["auto", "5s", "2GiB", "80%"])
+_keys = st.sampled_from([*WorkerSettings.model_fields, "port", "host", "memory", "mesh", "level"]) | st.text(max_size=5)
+_trees = st.recursive(_scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_keys, inner, max_size=4), max_leaves=8)
+
+
+@given(_trees)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150, deadline=None)
+def test_any_tree_gives_settings_or_one_clear_error(file: Path, tree: object) -> None:
+    try:
+        assert isinstance(load(file, yaml.safe_dump(tree, allow_unicode=True)), WorkerSettings)
+    except ConfigError as error:
+        assert str(file) in str(error)  # noqa: PT017 - both outcomes are right
+
+
+@given(st.binary(max_size=60))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150, deadline=None)
+def test_any_bytes_give_settings_or_one_clear_error(file: Path, content: bytes) -> None:
+    file.write_bytes(content)
+    try:
+        assert isinstance(load(file), WorkerSettings)
+    except ConfigError as error:
+        assert str(file) in str(error)  # noqa: PT017 - both outcomes are right

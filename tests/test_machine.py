@@ -1,0 +1,74 @@
+"""The memory and processors of a container are its limits, wherever in the tree of control groups they stand."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from dairllm import machine
+
+GIB = 2**30
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    write(tmp_path, "proc/meminfo", "MemTotal:       8388608 kB\nMemFree: 1 kB\n")
+    return tmp_path
+
+
+def write(root: Path, name: str, text: str) -> None:
+    path = root / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def test_the_machine_alone(root: Path) -> None:
+    assert machine.memory_bytes(root) == 8 * GIB
+
+
+def test_an_empty_tree_falls_back_to_the_system(tmp_path: Path) -> None:
+    assert machine.memory_bytes(tmp_path) > 0
+    assert machine.processors(tmp_path) == len(os.sched_getaffinity(0))
+
+
+def test_version_2_takes_the_tightest_group_on_the_way_up(root: Path) -> None:
+    write(root, "proc/self/cgroup", "0::/system.slice/dairllm.service\n")
+    write(root, "sys/fs/cgroup/system.slice/dairllm.service/memory.max", "max\n")
+    write(root, "sys/fs/cgroup/system.slice/memory.max", f"{2 * GIB}\n")
+    assert machine.memory_bytes(root) == 2 * GIB
+
+
+def test_version_2_inside_a_container_has_its_limit_at_the_top(root: Path) -> None:
+    write(root, "proc/self/cgroup", "0::/\n")
+    write(root, "sys/fs/cgroup/memory.max", f"{GIB}\n")
+    assert machine.memory_bytes(root) == GIB
+
+
+def test_version_1_and_a_path_that_only_the_host_has(root: Path) -> None:
+    write(root, "proc/self/cgroup", "4:cpu,cpuacct:/docker/abc\n3:memory:/docker/abc\n")
+    write(root, "sys/fs/cgroup/memory/memory.limit_in_bytes", f"{3 * GIB}\n")
+    assert machine.memory_bytes(root) == 3 * GIB
+
+
+def test_version_1_without_a_limit(root: Path) -> None:
+    write(root, "proc/self/cgroup", "3:memory:/\n")
+    write(root, "sys/fs/cgroup/memory/memory.limit_in_bytes", "9223372036854771712\n")
+    assert machine.memory_bytes(root) == 8 * GIB
+
+
+@pytest.mark.parametrize(("quota", "expected"), [("150000 100000", 1), ("50000 100000", 1), ("max 100000", None), ("junk", None)])
+def test_a_quota_of_version_2_bounds_the_processors(root: Path, quota: str, expected: int | None) -> None:
+    write(root, "proc/self/cgroup", "0::/\n")
+    write(root, "sys/fs/cgroup/cpu.max", quota)
+    assert machine.processors(root) == (expected or len(os.sched_getaffinity(0)))
+
+
+def test_a_quota_of_version_1_bounds_the_processors(root: Path) -> None:
+    write(root, "proc/self/cgroup", "2:cpu,cpuacct:/\n")
+    write(root, "sys/fs/cgroup/cpu/cpu.cfs_quota_us", "100000")
+    write(root, "sys/fs/cgroup/cpu/cpu.cfs_period_us", "100000")
+    assert machine.processors(root) == 1
+
+
+def test_resident_memory_is_at_most_its_peak() -> None:
+    assert 0 < machine.rss_bytes() <= machine.peak_rss_bytes()
