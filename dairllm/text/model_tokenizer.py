@@ -1,0 +1,117 @@
+"""The model's own tokenizer: a `tokenizer.json` (the format of Hugging Face's `tokenizers` library, which does the work).
+
+It knows what a `.t` file cannot say: how text is cut into words before the merging, in which order merges go, which tokens are
+special. It is of use only if its ids mean the same as those of the model's `.t` file, so every piece is compared.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer as LibraryTokenizer
+
+__all__ = ["ModelTokenizer", "VocabularyMismatch"]
+
+MAX_FILE_BYTES = 256 << 20
+"""The largest known (a vocabulary of 262,144 tokens) has 33 MB."""
+
+
+class VocabularyMismatch(Exception):  # noqa: N818 - a finding about two files, answered with a warning
+    """The file cannot stand in for the `.t` file; `str()` says why."""
+
+
+class ModelTokenizer:
+    """Encoder by the model's own rules.
+
+    Attributes:
+        special: ids of the tokens that the file marks as special.
+    """
+
+    def __init__(self, library: LibraryTokenizer, special: frozenset[int]) -> None:
+        self._library = library
+        self.special = special
+
+    @classmethod
+    def load(cls, path: Path, pieces: Sequence[bytes]) -> "ModelTokenizer":
+        """Read `path`, whose vocabulary must be `pieces`.
+
+        Raises:
+            VocabularyMismatch: it is another vocabulary, or no tokenizer.json at all.
+            OSError: it cannot be read.
+        """
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise VocabularyMismatch(f"it is larger than {MAX_FILE_BYTES >> 20} MiB")
+        text = path.read_bytes()
+        try:
+            document = json.loads(text)
+            added = [(int(token["id"]), str(token["content"]), bool(token.get("special"))) for token in document.get("added_tokens") or ()]
+            _compare(document, added, pieces)
+            library = LibraryTokenizer.from_buffer(text)
+        except VocabularyMismatch:
+            raise
+        except Exception as error:  # the library raises plain Exception for what it cannot read
+            raise VocabularyMismatch(f"it cannot be read as a tokenizer: {error}") from error
+        library.no_truncation()
+        library.no_padding()
+        return cls(library, frozenset(token for token, _, special in added if special))
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`; adds nothing to it."""
+        return list(self._library.encode(text, add_special_tokens=False).ids)
+
+
+def _compare(document: dict[str, Any], added: list[tuple[int, str, bool]], pieces: Sequence[bytes]) -> None:
+    """Raise VocabularyMismatch unless the ids of `document` are those of `pieces`, with the same bytes."""
+    vocabulary = document["model"]["vocab"]
+    byte_level = any(part.get("type") == "ByteLevel" for part in _parts(document.get("pre_tokenizer"), document.get("decoder")))
+    # BPE and WordPiece: {token: id}; Unigram: [[token, score], ...]
+    named = vocabulary.items() if isinstance(vocabulary, dict) else ((entry[0], token) for token, entry in enumerate(vocabulary))
+    forms = {token: {_byte_level(name) if byte_level else _plain(name)} for name, token in named}
+    for token, content, _ in added:
+        # As it is written, and as distributed-llama's converter writes it.
+        forms[token] = {content.encode(), _byte_level(content)}
+    if len(forms) != len(pieces):
+        raise VocabularyMismatch(f"it has {len(forms)} tokens, the .t file {len(pieces)}")
+    for token, piece in enumerate(pieces):
+        if token not in forms:
+            raise VocabularyMismatch(f"it has no token {token}")
+        if piece not in forms[token]:
+            raise VocabularyMismatch(f"token {token} is {min(forms[token])!r}, in the .t file {piece!r}")
+
+
+def _parts(*roots: object) -> Iterator[dict[str, Any]]:
+    """All objects of a JSON document's branches."""
+    waiting = list(roots)
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, dict):
+            yield part
+            waiting.extend(part.values())
+        elif isinstance(part, list):
+            waiting.extend(part)
+
+
+def _byte_characters() -> dict[str, int]:
+    """GPT-2's printable stand-ins: bytes that Latin-1 prints stand for themselves, the others for the characters from 256 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [value for value in range(256) if value not in printable]
+    return {chr(value): value for value in printable} | {chr(256 + place): value for place, value in enumerate(others)}
+
+
+_BYTE_OF_CHARACTER = {character: bytes([value]) for character, value in _byte_characters().items()}
+
+
+def _byte_level(name: str) -> bytes:
+    """Bytes of a token written in GPT-2's stand-ins; any other character is its own UTF-8."""
+    return b"".join(_BYTE_OF_CHARACTER.get(character) or character.encode() for character in name)
+
+
+def _plain(name: str) -> bytes:
+    """Bytes of a token as SentencePiece writes it: U+2581 for a space, <0x0A> for a byte."""
+    if len(name) == 6 and name.startswith("<0x") and name.endswith(">"):
+        try:
+            return bytes.fromhex(name[3:5])
+        except ValueError:
+            pass
+    return name.replace("▁", " ").encode()
