@@ -22,13 +22,16 @@ from dairllm.units import format_duration, parse_duration, parse_size
 __all__ = [
     "Deadlines",
     "Keepalive",
+    "Kernels",
     "Limits",
     "Log",
     "MemoryAmount",
     "Metrics",
+    "Threads",
     "Worker",
     "WorkerSettings",
     "load_settings",
+    "thread_count",
 ]
 
 ENVIRONMENT_PREFIX = "DAIRLLM_"
@@ -92,6 +95,13 @@ def _auto_or(low: int, high: int) -> Callable[[object], int | str]:
 Seconds = Annotated[float, BeforeValidator(_duration("10ms", "24h"))]
 WholeSeconds = Annotated[float, BeforeValidator(_duration("1s", "1h"))]
 Port = Annotated[int, Field(ge=0, le=65535)]
+Threads = Annotated[int | Literal["auto"], BeforeValidator(_auto_or(1, 1024))]
+Kernels = Literal["auto", "portable", "avx2", "avxvnni", "avx512vnni"]
+
+
+def thread_count(setting: int | str) -> int:
+    """Compute threads for a `Threads` setting: `auto` is one a processor."""
+    return setting if isinstance(setting, int) else machine.processors()
 
 
 class _Section(BaseModel):
@@ -103,12 +113,12 @@ class Worker(_Section):
 
     host: str = Field("0.0.0.0", min_length=1)  # noqa: S104 - a worker that other machines cannot reach is of no use; the C++ worker listens so too
     port: Port = 9990
-    threads: Annotated[int | Literal["auto"], BeforeValidator(_auto_or(1, 1024))] = "auto"
-    kernels: Literal["auto", "portable", "avx2", "avxvnni", "avx512vnni"] = "auto"
+    threads: Threads = "auto"
+    kernels: Kernels = "auto"
 
     @property
     def n_threads(self) -> int:
-        return machine.processors() if self.threads == "auto" else self.threads
+        return thread_count(self.threads)
 
 
 class Limits(_Section):

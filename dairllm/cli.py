@@ -1,0 +1,255 @@
+"""The command line: what can be asked for, and how each outcome ends the process. What a command does stands in `dairllm.commands`.
+
+Exit codes: 0 done; 1 it failed, and one line on stderr says why; 2 wrong usage or configuration; 130 and 143 cut short by Ctrl-C and
+SIGTERM; 141 whoever read stdout has gone away (no message: they know).
+
+Only this module's imports are paid for by `dairllm --help`, so a command imports its body when it is called.
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, NoReturn
+
+import typer
+
+from dairllm import __version__
+from dairllm.errors import DairllmError
+
+__all__ = ["app", "main"]
+
+CUT_SHORT_BY_INTERRUPT = 128 + signal.SIGINT
+CUT_SHORT_BY_TERMINATION = 128 + signal.SIGTERM
+CUT_SHORT_BY_CLOSED_PIPE = 128 + signal.SIGPIPE
+
+
+# Plain help and errors: boxes cost 0.2 s of imports, and an error is to be one line.
+app = typer.Typer(
+    help="Run a language model over ordinary computers: on one, or shared out to several.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"max_content_width": 120},
+)
+
+# Choices are words here and are checked with the settings, whose message is the same wherever they come from.
+ConfigFile = Annotated[Path | None, typer.Option("--config", metavar="FILE", help="YAML file of settings; flags come first.")]
+Threads = Annotated[str | None, typer.Option(metavar="auto|N", help="Compute threads.  [default: auto, one a processor]")]
+Kernels = Annotated[
+    str | None, typer.Option(metavar="auto|portable|avx2|avxvnni|avx512vnni", help="Form of the kernels.  [default: auto, the fastest]")
+]
+LogFormat = Annotated[
+    str | None, typer.Option(metavar="auto|console|json", help="How logs are written.  [default: auto, console at a terminal, else json]")
+]
+LogLevel = Annotated[str | None, typer.Option(metavar="debug|info|warning|error", help="Least severe of the log lines to write.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"dairllm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")] = False,
+) -> None:
+    """Options of `dairllm` itself."""
+
+
+@app.command()
+def demo(threads: Threads = None, kernels: Kernels = None) -> None:
+    """Ask a small real model a question: fetches it once (90 MB), converts it, answers."""
+    from dairllm.commands import demo as command
+
+    command.run(threads=_number_or_word(threads), kernels=kernels)
+
+
+@app.command()
+def worker(
+    config: ConfigFile = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on.  [default: 0.0.0.0]")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on; 0: any free one.  [default: 9990]")] = None,
+    memory_limit: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Most that this process may hold, such as 2GiB or 80%.  [default: 80%]")
+    ] = None,
+    threads: Threads = None,
+    kernels: Kernels = None,
+    metrics_port: Annotated[
+        str | None, typer.Option(metavar="auto|PORT", help="Port of /healthz, /readyz and /metrics.  [default: auto, 1000 above --port]")
+    ] = None,
+    log_format: LogFormat = None,
+    log_level: LogLevel = None,
+) -> None:
+    """Serve roots: compute this node's share of a model whose weights the root sends."""
+    from dairllm.commands import worker as command
+
+    command.run(
+        config,
+        {
+            "worker.host": ("--host", host),
+            "worker.port": ("--port", port),
+            "worker.threads": ("--threads", _number_or_word(threads)),
+            "worker.kernels": ("--kernels", kernels),
+            "limits.memory": ("--memory-limit", memory_limit),
+            "metrics.port": ("--metrics-port", _number_or_word(metrics_port)),
+            "log.format": ("--log-format", log_format),
+            "log.level": ("--log-level", log_level),
+        },
+    )
+
+
+@app.command()
+def health(config: ConfigFile = None) -> None:
+    """Ask the worker on this machine whether it can take work; exit code 0 when it can."""
+    from dairllm.commands import health as command
+
+    command.run(config)
+
+
+@app.command()
+def generate(
+    model: Annotated[Path | None, typer.Option(metavar="F.m", help="Model file.")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(metavar="F.t", help="Tokenizer file.  [default: the model's name with .t]")] = None,
+    prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="What to continue.")] = None,
+    config: ConfigFile = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt through the model's chat template.")] = False,
+    prompt_ids: Annotated[
+        str | None, typer.Option(metavar="1,2,3", help="Token ids in place of a prompt, nothing added; implies --ignore-eos.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(metavar="N", help="Most tokens to generate.  [default: 256]")] = None,
+    temperature: Annotated[float | None, typer.Option(metavar="T", help="0: always the likeliest token.  [default: 0]")] = None,
+    top_p: Annotated[float | None, typer.Option(metavar="P", help="Sample among the likeliest of this share.  [default: 0.9]")] = None,
+    seed: Annotated[int | None, typer.Option(metavar="N", help="Of the sampling.  [default: another each time]")] = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on when the model says that it has finished.")] = False,
+    threads: Threads = None,
+    kernels: Kernels = None,
+    max_seq_len: Annotated[int | None, typer.Option(metavar="N", help="Context length.  [default: the model's]")] = None,
+    sync: Annotated[
+        str | None, typer.Option(metavar="auto|q80|f32", help="What would cross the wire.  [default: auto, f32 for F32 weights, else q80]")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object in place of the text.")] = False,
+    logits: Annotated[
+        Path | None, typer.Option(metavar="F.npy", help="Write what led to each generated id, float32 [steps, vocabulary].")
+    ] = None,
+    log_format: LogFormat = None,
+    log_level: LogLevel = None,
+) -> None:
+    """Generate text with a model on this machine."""
+    from dairllm.commands import generate as command
+    from dairllm.commands.generate_options import GenerateOptions, GenerateSettings
+    from dairllm.telemetry import configure_logging
+
+    flags = {
+        "model.file": ("--model", _text(model)),
+        "model.tokenizer": ("--tokenizer", _text(tokenizer)),
+        "model.max_seq_len": ("--max-seq-len", max_seq_len),
+        "engine.threads": ("--threads", _number_or_word(threads)),
+        "engine.kernels": ("--kernels", kernels),
+        "engine.sync": ("--sync", sync),
+        "sampling.steps": ("--steps", steps),
+        "sampling.temperature": ("--temperature", temperature),
+        "sampling.top_p": ("--top-p", top_p),
+        "sampling.seed": ("--seed", seed),
+        "log.format": ("--log-format", log_format),
+        "log.level": ("--log-level", log_level),
+    }
+    settings = GenerateSettings.load(config, flags)
+    configure_logging(settings.log.format, settings.log.level)
+    command.run(
+        GenerateOptions.of(settings, prompt=prompt, prompt_ids=prompt_ids, chat=chat, ignore_eos=ignore_eos, json=json, logits=logits)
+    )
+
+
+@app.command()
+def tokenize(
+    tokenizer: Annotated[Path, typer.Argument(metavar="F.t", help="Tokenizer file; its tokenizer.json is used where one lies beside it.")],
+    text: Annotated[str, typer.Argument(metavar="[TEXT | -]", help="Text; - or nothing: stdin as it is, final newline included.")] = "-",
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object: ids, pieces.")] = False,
+) -> None:
+    """Show the token ids of a text. Nothing is added; special tokens that are written out are parsed."""
+    from dairllm.commands import tokenize as command
+    from dairllm.telemetry import configure_logging
+
+    configure_logging(level="warning")
+    command.run(tokenizer, text, json=json)
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="GGUF file.")],
+    target: Annotated[Path, typer.Argument(metavar="OUT.m", help="Model file to write; OUT.t and tokenizer.json go beside it.")],
+    weights: Annotated[str, typer.Option(metavar="q40|q80|f32", help="How weights are stored.")] = "q40",
+) -> None:
+    """Make a model file, its tokenizer file and its tokenizer.json of a model in another format."""
+    from dairllm.commands import convert as command
+    from dairllm.telemetry import configure_logging
+
+    configure_logging(level="warning")
+    command.run(source, target, weights)
+
+
+@app.command()
+def inspect(
+    model: Annotated[Path, typer.Argument(metavar="F.m", help="Model file.")],
+    layer: Annotated[int | None, typer.Option(metavar="N", min=0, help="Only the tensors of this layer.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Show what a model file holds: header, tensors, offsets, sizes."""
+    from dairllm.commands import inspect as command
+
+    command.run(model, layer=layer, json=json)
+
+
+def main() -> NoReturn:
+    """Run the command line and end the process with the code that says how it went."""
+    signal.signal(signal.SIGTERM, _terminated)
+    sys.exit(_exit_code(app))
+
+
+def _exit_code(command: Callable[[], object]) -> int:
+    """The exit code for what `command` did; its errors become one line on stderr. What is not expected here is a bug, and is raised."""
+    try:
+        try:
+            command()
+        finally:
+            sys.stdout.flush()  # here a closed pipe can still be answered
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+    except KeyboardInterrupt:
+        return CUT_SHORT_BY_INTERRUPT
+    except BrokenPipeError:
+        # What is left in the buffer would fail once more at the interpreter's end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return CUT_SHORT_BY_CLOSED_PIPE
+    except DairllmError as error:
+        return _failed(str(error), error.exit_code)
+    except OSError as error:
+        subject = f"{error.filename}: " if error.filename is not None else ""
+        return _failed(f"{subject}{error.strerror or error}", 1)
+    except MemoryError:
+        return _failed("out of memory", 1)
+    return 0
+
+
+def _failed(message: str, code: int) -> int:
+    sys.stderr.write(f"dairllm: error: {message}\n")
+    return code
+
+
+def _terminated(_signal: int, _frame: FrameType | None) -> NoReturn:
+    """SIGTERM unwinds like Ctrl-C, so that files are closed and child processes ended. A service sets a handler of its own."""
+    raise SystemExit(CUT_SHORT_BY_TERMINATION)
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)
+
+
+def _number_or_word(text: str | None) -> int | str | None:
+    """A number where it is one; whatever else it is, the settings' check names what they would take."""
+    return int(text) if text is not None and text.isascii() and text.isdecimal() else text
