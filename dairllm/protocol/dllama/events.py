@@ -1,0 +1,68 @@
+"""What a root says to a worker, one event a message. ``Greeting``, ``WeightHeader`` and ``Control`` are the codec's own messages."""
+
+from dataclasses import dataclass
+
+from dairllm.graph.plan import Exchange, Run
+from dairllm.graph.types import NetworkConfig, NodeConfig
+from dairllm.protocol.dllama.codec import Control, Greeting, WeightHeader
+
+__all__ = [
+    "Control",
+    "Event",
+    "Filled",
+    "Go",
+    "Greeting",
+    "NetworkReceived",
+    "NodeReceived",
+    "Stop",
+    "WeightHeader",
+    "WeightReceived",
+    "WeightsEnd",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Go:
+    """Every worker has answered the root: time to build the mesh."""
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkReceived:
+    """`marker` is what stood behind the NUL of a pipe's name; a C++ root leaves none (b"")."""
+
+    network: NetworkConfig
+    marker: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class NodeReceived:
+    """The configuration is complete; `plan` is ``token_plan(network, node)``."""
+
+    network: NetworkConfig
+    node: NodeConfig
+    plan: tuple[Run | Exchange, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class WeightReceived:
+    """All bytes of `header` have come."""
+
+    header: WeightHeader
+
+
+@dataclass(frozen=True, slots=True)
+class WeightsEnd:
+    """No more weights come. Whether all came that the graph needs is for the owner of the memory to say."""
+
+
+@dataclass(frozen=True, slots=True)
+class Filled:
+    """The views of the last ``receive_into`` are full."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """The root has no more to say; the worker closes the connection."""
+
+
+Event = Greeting | Go | NetworkReceived | NodeReceived | WeightHeader | WeightReceived | WeightsEnd | Control | Filled | Stop
