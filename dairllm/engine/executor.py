@@ -1,0 +1,125 @@
+"""Resident compute threads: started once, handed a range of a program at a time, never called op by op.
+
+The host side is two steps, so that an event loop never waits: `submit` rings the threads' mailbox and returns; `eventfd` becomes readable when the last thread is done, and
+`finish` takes that note away. (A call through a thread pool costs four times as much for each segment.)
+"""
+
+import os
+import select
+import threading
+from types import TracebackType
+
+import numpy as np
+
+from dairllm.engine.memory import aligned
+from dairllm.engine.program import Program
+from dairllm.errors import EngineError
+from dairllm.kernels import forms
+
+__all__ = ["Executor"]
+
+
+class Executor:
+    """Owns the threads and the eventfd; a context manager that starts and closes them.
+
+    Args:
+        n_threads: compute threads.
+        kernels: a form of dairllm.kernels.forms, or "auto".
+    """
+
+    def __init__(self, n_threads: int, kernels: str = "auto") -> None:
+        self.n_threads = n_threads
+        self.form = forms.select(kernels)
+        self._threads: list[threading.Thread] = []
+        self._running: Program | None = None
+        self._generation = 0
+        self.eventfd = -1
+
+    def start(self) -> "Executor":
+        """Compile or load the kernels (seconds at first run) and start the threads. Blocks: not for the event loop."""
+        from dairllm.kernels import interpreter
+
+        if self._threads:
+            return self
+        self._ring = interpreter.ring
+        self._mailbox = aligned(interpreter.MAILBOX_BYTES).view(np.int64)
+        self._address = self._mailbox.ctypes.data
+        self._call = self._mailbox[interpreter.MAILBOX_CALL // 8 :]
+        self._stop_word = interpreter.MAILBOX_STOP // 8
+        self.eventfd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._mailbox[interpreter.MAILBOX_EVENTFD // 8] = self.eventfd
+        self._threads = [
+            threading.Thread(target=interpreter.run_resident, args=(self._address, t, self.n_threads), name=f"compute-{t}", daemon=True) for t in range(self.n_threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def submit(self, program: Program, first_segment: int, end_segment: int, position: int, rows: int, first_row: int = 0) -> None:
+        """Start computing segments first_segment..end_segment-1 for a batch; returns at once. One at a time.
+
+        Raises:
+            EngineError: rows, positions or segments that the program does not have, or something is running.
+        """
+        if self._running is not None or not self._threads:
+            raise EngineError("the executor is already computing" if self._threads else "the executor is not running")
+        if program.n_threads != self.n_threads:
+            raise EngineError(f"a program for {program.n_threads} threads on an executor of {self.n_threads}")
+        if not 0 <= first_segment < end_segment <= len(program.segments):
+            raise EngineError(f"segments {first_segment} to {end_segment} of {len(program.segments)}")
+        program.prepare(position, rows, first_row)
+        first, end = program.segments[first_segment][0], program.segments[end_segment - 1][1]
+        records, state, barrier, scratch = program.addresses
+        self._call[:7] = records, first, end, state, barrier, scratch, program.scratch_stride
+        self._running = program  # keeps its memory while the threads use it
+        self._generation += 1
+        self._ring(self._address, self._generation)
+
+    def finish(self) -> None:
+        """To be called when `eventfd` is readable: takes the note away, so that the next submit may come.
+
+        Raises:
+            EngineError: nothing has finished.
+        """
+        try:
+            os.eventfd_read(self.eventfd)
+        except BlockingIOError:
+            raise EngineError("the executor is still computing") from None
+        self._running = None
+
+    @property
+    def busy(self) -> bool:
+        return self._running is not None
+
+    def wait(self) -> None:
+        """Block until what was submitted is done, and finish it."""
+        poll = select.poll()
+        poll.register(self.eventfd, select.POLLIN)
+        poll.poll()
+        self.finish()
+
+    def run(self, program: Program, first_segment: int, end_segment: int, position: int, rows: int, first_row: int = 0) -> None:
+        """`submit` and `wait`."""
+        self.submit(program, first_segment, end_segment, position, rows, first_row)
+        self.wait()
+
+    def close(self) -> None:
+        """Finish what is running and end the threads."""
+        if not self._threads:
+            return
+        if self._running is not None:
+            self.wait()
+        self._mailbox[self._stop_word] = 1
+        self._generation += 1
+        self._ring(self._address, self._generation)
+        for thread in self._threads:
+            thread.join()
+        self._threads = []
+        os.close(self.eventfd)
+        self.eventfd = -1
+
+    def __enter__(self) -> "Executor":
+        return self.start()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()

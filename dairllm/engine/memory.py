@@ -1,0 +1,279 @@
+"""Where the pipes and buffers of one node's graph lie in memory, and how large that is before any of it is allocated.
+
+What the graph calls a buffer is not always stored as the graph says it: K and V caches lie head by head, activations that only matmuls read lie packed in panels, a RoPE cache is a
+table that ops share, an attention buffer is not needed. The *role* of each buffer follows from the ops that use it.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dairllm.errors import GraphError
+from dairllm.graph.types import (
+    BLOCK_VALUES, AttentionConfig, FloatType, MatmulConfig, MoeGateConfig, NetworkConfig, NodeConfig, Op, OpCode, Pointer, PointerSource, PointerType, Size, SyncType, row_bytes,
+)  # fmt: skip
+
+__all__ = ["Area", "Layout", "Packed", "Role", "aligned", "buffer_roles"]
+
+CHUNK = 64
+"""Caches hold a whole number of attention chunks (dairllm.kernels.attention)."""
+TILE_COLUMNS = 16
+"""Every row-wise area has a multiple of so many rows: a tile of a batch writes them all (dairllm.kernels.panels)."""
+_LINE = 64
+_PAGE = 4096
+
+
+class Role(Enum):
+    UNUSED = "unused"
+    VALUES = "values"
+    BLOCKS = "Q80 blocks"
+    PACKED = "packed activations"
+    CACHE = "KV cache"
+    INDEXES = "expert indexes"
+
+
+@dataclass(frozen=True, slots=True)
+class Area:
+    """Rows at `address`: of F32 values, or of plain Q80 blocks. Strides in bytes; `width` in values; slices of a row lie `slice_stride` apart, all of a row's slices together where it is 0."""
+
+    address: int
+    row: int
+    plane: int
+    slice_stride: int
+    width: int
+    planes: int
+    float_type: FloatType
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """Row panels and tile panels of a Q80 buffer (dairllm.kernels.panels)."""
+
+    panels: int
+    panels_row: int
+    panels_plane: int
+    tiles: int
+    tile_stride: int
+    always_rows: bool
+    width: int
+    planes: int
+
+
+def aligned(nbytes: int) -> NDArray[np.uint8]:
+    """Zeroed bytes at an address that is a multiple of 64; the kernel gives the pages when they are first touched."""
+    raw = np.zeros(nbytes + _LINE, np.uint8)
+    offset = -raw.ctypes.data % _LINE
+    return raw[offset : offset + nbytes]
+
+
+def _uses(op: Op) -> Iterator[tuple[int, Role]]:
+    """Which buffers an op's configuration names, beside its input and output."""
+    c = op.config
+    if isinstance(c, AttentionConfig):
+        yield c.query_buffer, Role.VALUES
+        yield c.key_cache_buffer, Role.CACHE
+        yield c.value_cache_buffer, Role.CACHE
+    elif isinstance(c, MoeGateConfig):
+        yield c.indexes_buffer, Role.INDEXES
+    elif isinstance(c, MatmulConfig) and c.n_experts:
+        yield c.expert_indexes_buffer, Role.INDEXES
+    elif op.code == OpCode.RMS_NORM:
+        yield c.inv_rms_buffer, Role.VALUES  # type: ignore[union-attr]  # the codec and the builder pair codes with configurations; compile checks it first
+    elif op.code == OpCode.MUL:
+        yield c.multiplier_buffer, Role.VALUES  # type: ignore[union-attr]
+    elif op.code == OpCode.SCALE:
+        yield c.scale_buffer, Role.VALUES  # type: ignore[union-attr]
+
+
+def buffer_roles(node: NodeConfig) -> tuple[Role, ...]:
+    """The role of each buffer.
+
+    Raises:
+        GraphError: ops disagree about a buffer, or name one that is not there.
+    """
+    roles = [Role.UNUSED] * len(node.buffers)
+
+    def use(index: int, role: Role, op: Op) -> None:
+        if not 0 <= index < len(roles):
+            raise GraphError(f"op {op.name} of layer {op.index} names buffer {index}; there are {len(roles)}")
+        if roles[index] == Role.PACKED and role == Role.BLOCKS:
+            roles[index] = role
+        elif roles[index] == Role.BLOCKS and role == Role.PACKED:
+            pass
+        elif roles[index] not in (Role.UNUSED, role):
+            raise GraphError(f"op {op.name} of layer {op.index} uses buffer {index} ({node.buffers[index].name}) as {role.value}; another op uses it as {roles[index].value}")
+        else:
+            roles[index] = role
+
+    for segment in node.segments:
+        for op in segment.ops:
+            for pointer in (op.input, op.output):
+                if pointer.source != PointerSource.BUFFER:
+                    continue
+                index = pointer.index
+                if op.code == OpCode.SHIFT and pointer is op.output:
+                    use(index, Role.CACHE, op)
+                elif 0 <= index < len(roles) and node.buffers[index].size.float_type == FloatType.Q80:
+                    # packed for matmuls where nothing else reads it
+                    only_matmuls = pointer is op.output or op.code == OpCode.MATMUL
+                    use(index, Role.PACKED if only_matmuls else Role.BLOCKS, op)
+                else:
+                    use(index, Role.VALUES, op)
+            for index, role in _uses(op):
+                use(index, role, op)
+    return tuple(roles)
+
+
+def _wants_rows(node: NodeConfig, buffer: int) -> bool:
+    """Whether a matmul reads this buffer row by row whatever the batch: experts, and a number of outputs that tiles do not divide."""
+    return any(
+        op.code == OpCode.MATMUL and op.input == Pointer(PointerSource.BUFFER, buffer, PointerType.BATCH) and (op.weight_size.z > 1 or op.weight_size.x % 8 != 0)
+        for segment in node.segments
+        for op in segment.ops
+    )
+
+
+class Layout:
+    """Places for everything a node's graph holds. Built twice: to count (`nbytes`), then, once that is known to be allowed, to `allocate`.
+
+    Raises:
+        GraphError: a size that no row of the graph can have.
+    """
+
+    def __init__(self, network: NetworkConfig, node: NodeConfig) -> None:
+        self.network, self.node = network, node
+        self.rows = -(-network.n_batches // TILE_COLUMNS) * TILE_COLUMNS
+        self.roles = buffer_roles(node)
+        self.nbytes = 0
+        self._places: dict[tuple[str, int], int] = {}
+        self._memory: NDArray[np.uint8] | None = None
+        for i, pipe in enumerate(network.pipes):
+            self._check(f"pipe {pipe.name}", pipe.size)
+            if pipe.size.z != 1:
+                raise GraphError(f"pipe {pipe.name} has {pipe.size.z} planes; a pipe has one")
+            self.place("pipe", i, self.rows * row_bytes(pipe.size.float_type, pipe.size.x))
+        for i, (buffer, role) in enumerate(zip(node.buffers, self.roles, strict=True)):
+            if role in (Role.VALUES, Role.BLOCKS, Role.PACKED):
+                self._check(f"buffer {buffer.name}", buffer.size)
+            size = buffer.size
+            if role in (Role.VALUES, Role.BLOCKS):
+                self.place("buffer", i, size.z * self.rows * self._row_stride(size))
+            elif role == Role.PACKED:
+                panels, tiles = self._packed_bytes(size)
+                self.place("panels", i, size.z * self.rows * panels)
+                if size.z == 1:
+                    self.place("tiles", i, self.rows // TILE_COLUMNS * tiles)
+            elif role == Role.CACHE:
+                self.place("cache", i, self.cache_positions(size) * size.x * 4)
+            elif role == Role.INDEXES:
+                self.place("indexes", i, self.rows * size.x * 8)
+        # what one row's attention leaves between its chunks and their folding; ops take turns
+        parts = [self._parts_values(op.config) for segment in node.segments for op in segment.ops if isinstance(op.config, AttentionConfig)]
+        self.place("parts", 0, 4 * max((values for values, _ in parts), default=0))
+        self.place("stats", 0, 8 * max((heads for _, heads in parts), default=0))
+
+    def _parts_values(self, c: AttentionConfig) -> tuple[int, int]:
+        """(values, heads) of all chunks of one row; whether the numbers make sense is for dairllm.engine.ops to say."""
+        if min(c.n_heads, c.n_kv_heads, c.n_heads_0, c.head_dim) < 1:
+            return 0, 0
+        group = min(max(c.n_heads // c.n_kv_heads, 1), c.n_heads_0)
+        chunks = -(-self.node.buffers[c.key_cache_buffer].size.y // CHUNK)
+        heads = -(-c.n_heads_0 // group) * chunks * group
+        return heads * c.head_dim, heads
+
+    def _check(self, what: str, size: Size) -> None:
+        if size.float_type not in (FloatType.F32, FloatType.Q80):
+            raise GraphError(f"{what} is {size.float_type.name}; expected F32 or Q80")
+        if size.float_type == FloatType.Q80 and size.x % BLOCK_VALUES:
+            raise GraphError(f"{what} has rows of {size.x} values; Q80 needs a multiple of {BLOCK_VALUES}")
+        if size.x < 1 or size.z < 1 or size.y != self.network.n_batches:
+            raise GraphError(f"{what} is {size.z} x {size.y} x {size.x}; expected {self.network.n_batches} rows of at least one value")
+
+    @staticmethod
+    def cache_positions(size: Size) -> int:
+        return -(-size.y // CHUNK) * CHUNK
+
+    @staticmethod
+    def _row_stride(size: Size) -> int:
+        """Whole cache lines, and not a multiple of the page: the rows of a tile would share one set of the cache."""
+        stride = -(-row_bytes(size.float_type, size.x) // _LINE) * _LINE
+        return stride + _LINE if stride % _PAGE == 0 else stride
+
+    @staticmethod
+    def _packed_bytes(size: Size) -> tuple[int, int]:
+        blocks = size.x // BLOCK_VALUES
+        return -(-blocks // 8) * 320, blocks * 640
+
+    def place(self, kind: str, index: int, nbytes: int) -> None:
+        """Reserve nbytes under a name of its own."""
+        self._places[kind, index] = self.nbytes
+        self.nbytes += -(-nbytes // _LINE) * _LINE
+
+    def allocate(self) -> None:
+        self._memory = aligned(self.nbytes)
+        self._base = self._memory.ctypes.data
+
+    def address(self, kind: str, index: int) -> int:
+        return self._base + self._places[kind, index]
+
+    # ------------------------------------------------------------------------------------------------------------------ what ops work on
+    def _sliced(self, pipe: int) -> bool:
+        """Whether a pipe is stored slice by slice: then all rows of a peer's slice are one piece of memory, received and sent as such.
+
+        So where its syncs move slices and every op sees one slice, or, adding them up, all.
+        """
+        n, size = self.network.n_nodes, self.network.pipes[pipe].size
+        if size.x % n or (size.float_type == FloatType.Q80 and size.x // n % BLOCK_VALUES):
+            return False
+        syncs = [s for segment in self.node.segments for s in segment.syncs if s.pipe == pipe]
+        if not syncs or any(s.type == SyncType.WITH_ROOT for s in syncs):
+            return False
+        here = PointerSource.PIPE, pipe
+        for segment in self.node.segments:
+            for op in segment.ops:
+                if (op.output.source, op.output.index) == here and op.output.type != PointerType.BATCHED_SLICE:
+                    return False
+                if (op.input.source, op.input.index) == here and op.input.type != PointerType.BATCHED_SLICE:
+                    if op.code != OpCode.MERGE_ADD or op.output.source != PointerSource.BUFFER or not 0 <= op.output.index < len(self.node.buffers):
+                        return False
+                    if self.node.buffers[op.output.index].size.x * n != size.x:
+                        return False
+        return True
+
+    def pipe_area(self, index: int) -> Area:
+        size, n = self.network.pipes[index].size, self.network.n_nodes
+        row = row_bytes(size.float_type, size.x)
+        address = self.address("pipe", index)
+        if self._sliced(index):
+            return Area(address, row // n, 0, row // n * self.rows, size.x, 1, size.float_type)
+        return Area(address, row, 0, 0, size.x, 1, size.float_type)
+
+    def buffer_area(self, index: int) -> Area:
+        size = self.node.buffers[index].size
+        row = self._row_stride(size)
+        return Area(self.address("buffer", index), row, row * self.rows, 0, size.x, size.z, size.float_type)
+
+    def packed(self, index: int) -> Packed:
+        size = self.node.buffers[index].size
+        panels, tiles = self._packed_bytes(size)
+        always = size.z > 1 or _wants_rows(self.node, index)
+        return Packed(self.address("panels", index), panels, panels * self.rows, self.address("tiles", index) if size.z == 1 else 0, tiles, always, size.x, size.z)
+
+    def region(self, pipe: int, node: int | None, rows: int) -> list[memoryview]:
+        """The memory of rows 0..rows-1 of a pipe: of node's slice, or of whole rows. One piece where the layout allows it, else one a row, in order."""
+        assert self._memory is not None
+        area, size = self.pipe_area(pipe), self.network.pipes[pipe].size
+        start = area.address - self._base
+        length = row_bytes(size.float_type, size.x)
+        if node is not None:
+            length //= self.network.n_nodes
+            start += node * (area.slice_stride or length)
+        elif area.slice_stride:
+            raise GraphError(f"pipe {self.network.pipes[pipe].name} is kept by slices and has no whole rows")
+        view = memoryview(self._memory)
+        if area.row == length:
+            return [view[start : start + rows * length]]
+        return [view[start + m * area.row : start + m * area.row + length] for m in range(rows)]

@@ -1,0 +1,106 @@
+"""A node's graph compiled: records, the memory they work on, and the views of its pipes that others fill and read."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dairllm.engine.memory import Layout, aligned
+from dairllm.engine.ops import Emitter
+from dairllm.engine.tables import RopeTables, table_bytes
+from dairllm.engine.weights import Weights, WireWeights
+from dairllm.errors import EngineError, GraphError
+from dairllm.graph.types import FloatType, NetworkConfig, NodeConfig
+from dairllm.kernels.records import State
+
+__all__ = ["Program", "compile_program", "required_bytes"]
+
+POSITION_PIPE = 0
+MAX_THREADS = 1024
+
+
+def required_bytes(network: NetworkConfig, node: NodeConfig, weights: Weights | None = None) -> int:
+    """Bytes that running this graph takes: weights in memory, pipes, buffers, KV caches, tables. Nothing is allocated; the threads' small scratch is not counted.
+
+    Args:
+        weights: where the weights will be; from the wire if None.
+
+    Raises:
+        GraphError: sizes that no graph can have.
+    """
+    held = (weights or WireWeights(node)).nbytes
+    return held + Layout(network, node).nbytes + table_bytes(node)
+
+
+class Program:
+    """Made by `compile_program`. Everything it works on lives as long as it does, and it must outlive its runs."""
+
+    def __init__(self, layout: Layout, emitter: Emitter, segments: tuple[tuple[int, int], ...], scratch_bytes: int, n_threads: int) -> None:
+        self._layout, self._kept = layout, (emitter.weights, emitter.tables)
+        self.n_threads = n_threads
+        self.segments = segments
+        self.records = emitter.program()
+        self.state = aligned(64).view(np.int64)
+        self.barrier = aligned(128)
+        self.scratch_stride = -(-scratch_bytes // 64) * 64 + 64
+        self.scratch = aligned(self.scratch_stride * n_threads)
+        # taken once: numpy needs a microsecond for each
+        self.addresses = (self.records.ctypes.data, self.state.ctypes.data, self.barrier.ctypes.data, self.scratch.ctypes.data)
+        self.n_batches = layout.network.n_batches
+        self.seq_len = self.n_batches if emitter.seq_len is None else emitter.seq_len
+        self._positions = self.values(POSITION_PIPE)
+
+    @property
+    def n_segments(self) -> int:
+        return len(self.segments)
+
+    def region(self, pipe: int, node: int | None, rows: int) -> list[memoryview]:
+        """The pipe's own memory for rows 0..rows-1: `node`'s slice of each, or whole rows. One piece where the layout allows it, else one a row, in order."""
+        return self._layout.region(pipe, node, rows)
+
+    def values(self, pipe: int) -> NDArray[np.float32]:
+        """An F32 pipe that is not kept by slices, as a view [rows, width]."""
+        width = self._layout.network.pipes[pipe].size.x
+        return np.frombuffer(self._layout.region(pipe, None, self._layout.rows)[0], np.float32).reshape(-1, width)
+
+    def prepare(self, position: int, rows: int, first_row: int = 0) -> None:
+        """Say which rows the next run computes, and their positions: position, position + 1, ... from row 0 on.
+
+        Args:
+            first_row: 0, or rows - 1 for the last row alone.
+
+        Raises:
+            EngineError: rows or positions that this program has no room for.
+        """
+        if not 1 <= rows <= self.n_batches or first_row not in (0, rows - 1):
+            raise EngineError(f"rows {first_row} to {rows} of a batch of at most {self.n_batches}")
+        if position < 0 or position + rows > self.seq_len:
+            raise EngineError(f"positions {position} to {position + rows - 1}; there is room for {self.seq_len}")
+        self._positions[:rows, 0] = np.arange(position, position + rows)
+        self.state[State.FIRST_ROW], self.state[State.END_ROW] = first_row, rows
+
+
+def compile_program(network: NetworkConfig, node: NodeConfig, weights: Weights, *, n_threads: int) -> Program:
+    """Allocate and compile. The weights need not have arrived yet.
+
+    Raises:
+        GraphError: the graph contradicts itself or asks for what we cannot compute.
+    """
+    # kernels are chosen and imported only where a program is made
+    from dairllm.kernels.attention_steps import attention_scratch_bytes
+    from dairllm.kernels.matmul_tile import tile_scratch_bytes
+
+    if not 1 <= n_threads <= MAX_THREADS:
+        raise EngineError(f"{n_threads} threads; expected 1 to {MAX_THREADS}")
+    if not network.pipes or network.pipes[POSITION_PIPE].size.float_type != FloatType.F32 or network.pipes[POSITION_PIPE].size.x != 1:
+        raise GraphError("pipe 0 brings the positions: one F32 value a row")
+    layout = Layout(network, node)
+    layout.allocate()
+    emitter = Emitter(layout, weights, RopeTables())
+    segments = []
+    for segment in node.segments:
+        first = len(emitter.records)
+        for op in segment.ops:
+            emitter.emit(op)
+        segments.append((first, len(emitter.records)))
+    scratch = tile_scratch_bytes(emitter.max_blocks)
+    scratch = max([scratch, *(attention_scratch_bytes(*shape) for shape in emitter.attention_shapes)])
+    return Program(layout, emitter, tuple(segments), scratch, n_threads)

@@ -1,0 +1,122 @@
+"""Where the weights of a node's ops are: in the mapped model file, or in memory that the wire fills.
+
+Kernels take a raw address and strides, so a slice of a mapped file needs no copy.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from dairllm.engine.memory import aligned
+from dairllm.errors import GraphError, RemoteProtocolError
+from dairllm.formats.model_file import ModelFile
+from dairllm.graph.types import NodeConfig, Op, OpCode, row_bytes
+
+__all__ = ["FileWeights", "Weights", "WeightView", "WireWeights"]
+
+
+@dataclass(frozen=True, slots=True)
+class WeightView:
+    """Rows of a weight: `row` bytes apart; experts `expert` bytes apart."""
+
+    address: int
+    row: int
+    expert: int
+
+
+class Weights(Protocol):
+    """Both kinds. `nbytes` is what they hold in memory of their own."""
+
+    nbytes: int
+
+    def view(self, op: Op) -> WeightView:
+        """The weight of an op; GraphError where it has none."""
+        ...
+
+
+def _row(op: Op) -> int:
+    """Bytes of one row: a matmul's rows have y inputs, an embedding's and a norm's x values."""
+    size = op.weight_size
+    return row_bytes(size.float_type, size.y if op.code == OpCode.MATMUL else size.x)
+
+
+class WireWeights:
+    """Memory for everything that a root announced, filled as it arrives.
+
+    Args:
+        node: the configuration; each op with a weight gets weight_size.nbytes under (name, index).
+
+    Raises:
+        GraphError: two ops of one name and index, or a weight that is not a whole number of blocks.
+    """
+
+    def __init__(self, node: NodeConfig) -> None:
+        self._places: dict[tuple[str, int], tuple[int, int]] = {}
+        self._received: dict[tuple[str, int], int] = {}
+        self.nbytes = 0
+        for op in (op for segment in node.segments for op in segment.ops if op.weight_size.length):
+            key = op.name, op.index
+            if key in self._places:
+                raise GraphError(f"two ops are called {op.name} in layer {op.index}: their weights cannot be told apart")
+            try:
+                _row(op)
+                nbytes = op.weight_size.nbytes
+            except ValueError as e:
+                raise GraphError(f"the weight of {op.name} in layer {op.index}: {e}") from None
+            self._places[key] = self.nbytes, nbytes
+            self._received[key] = 0
+            self.nbytes += -(-nbytes // 64) * 64
+        self._memory = np.zeros(0, np.uint8)
+
+    def allocate(self) -> None:
+        """Called once the owner has found `nbytes` to be allowed."""
+        self._memory = aligned(self.nbytes)
+
+    def into(self, name: str, index: int, offset: int, nbytes: int) -> memoryview:
+        """The memory for `nbytes` of a weight from its byte `offset` on.
+
+        Raises:
+            RemoteProtocolError: no such weight, or it ends earlier.
+        """
+        place = self._places.get((name, index))
+        if place is None:
+            raise RemoteProtocolError(f"weight {name} of layer {index}: no op of the configuration has it")
+        start, size = place
+        if nbytes < 1 or offset + nbytes > size:
+            raise RemoteProtocolError(f"weight {name} of layer {index}: bytes {offset} to {offset + nbytes} were announced; it has {size}")
+        self._received[name, index] += nbytes
+        return memoryview(self._memory)[start + offset : start + offset + nbytes]
+
+    def missing(self) -> list[str]:
+        """Weights that have not all come, for people."""
+        return [
+            f"{name} of layer {index}: {self._received[name, index]} of {size} bytes"
+            for (name, index), (_, size) in self._places.items()
+            if self._received[name, index] < size
+        ]
+
+    def view(self, op: Op) -> WeightView:
+        place = self._places.get((op.name, op.index))
+        if place is None:
+            raise GraphError(f"op {op.name} of layer {op.index} needs a weight and announces none")
+        row = _row(op)
+        return WeightView(self._memory.ctypes.data + place[0], row, row * op.weight_size.x)
+
+
+class FileWeights:
+    """Views into the mapped model file, whole tensors (the graph for one node). The file must stay open while a program uses them."""
+
+    def __init__(self, model: ModelFile) -> None:
+        self._model = model
+        self._base = model.raw.ctypes.data
+        self.nbytes = 0
+
+    def view(self, op: Op) -> WeightView:
+        first = self._model.tensor(op.name, op.index)
+        expert = 0
+        if op.weight_size.z > 1:
+            expert = self._model.tensor(op.name, op.index, 1).offset - first.offset
+        if first.nbytes * op.weight_size.z != op.weight_size.nbytes:
+            raise GraphError(f"op {op.name} of layer {op.index} needs {op.weight_size.nbytes} bytes of weights, the file's tensor has {first.nbytes * op.weight_size.z}")
+        return WeightView(self._base + first.offset, first.row_bytes, expert)
