@@ -1,12 +1,13 @@
 """The graph of a model for n nodes: for equal shares, byte for byte what a C++ root builds.
 
     segment 0            (root: TOK -> embedding -> X), then X goes to all
-    segment 1 + 2 layer  x += the partial sums in ZQ; norm; q, k, v; rope; cache; attention; wo; this node's partial sum -> its slice of ZQ, all to all
-    segment 2 + 2 layer  x += the partial sums in ZQ; norm; feed-forward block (or experts); its partial sum -> its slice of ZQ, all to all
-    last segment         x += the partial sums in ZQ; norm; classifier rows -> its slice of LG, to the root
+    segment 1 + 2 layer  x += the partial sums in ZQ; norm; q, k, v; rope; cache; attention; wo -> its slice of ZQ, then all to all
+    segment 2 + 2 layer  x += the partial sums in ZQ; norm; feed-forward block or experts -> its slice of ZQ, then all to all
+    last segment         x += the partial sums in ZQ; norm; classifier rows -> its slice of LG, then to the root
 
-Pipes: POS and TOK (one value a row), X (a row of the embedding), LG (logits), ZQ (each node's partial sum of a whole row, side by side). Quantized
-weights meet activations in Q80, F32 weights meet F32; only ZQ, which crosses the wire, follows `sync`. (A C++ root can only have these two alike.)
+Pipes: POS and TOK (one value a row), X (a row of the embedding), LG (logits), ZQ (each node's partial sum of a whole row, side by side).
+Quantized weights meet activations in Q80, F32 weights meet F32; only ZQ, which crosses the wire, follows `sync`. (A C++ root can only
+have these two alike.)
 """
 
 import struct

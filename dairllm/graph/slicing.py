@@ -1,7 +1,8 @@
 """Who holds which part of a layer: shares, and the part of each weight that a share means.
 
-A share is a value, not a division: equal shares are one way to deal. Query heads go with the KV heads that they read, so that a node's attention needs
-nothing of its neighbours; its slice of the feed-forward block is a range of that block's width; its classifier rows are its part of the logits.
+A share is a value, not a division: equal shares are one way to deal. Query heads go with the KV heads that they read, so that a node's
+attention needs nothing of its neighbours; its slice of the feed-forward block is a range of that block's width; its classifier rows are
+its part of the logits.
 """
 
 from dataclasses import dataclass
