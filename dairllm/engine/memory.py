@@ -226,7 +226,7 @@ class Layout:
         So where its syncs move slices and every op sees one slice, or, adding them up, all.
         """
         n, size = self.network.n_nodes, self.network.pipes[pipe].size
-        if size.x % n or (size.float_type == FloatType.Q80 and size.x // n % BLOCK_VALUES):
+        if n == 1 or size.x % n or (size.float_type == FloatType.Q80 and size.x // n % BLOCK_VALUES):
             return False
         syncs = [s for segment in self.node.segments for s in segment.syncs if s.pipe == pipe]
         if not syncs or any(s.type == SyncType.WITH_ROOT for s in syncs):

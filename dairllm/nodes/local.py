@@ -51,7 +51,7 @@ class LocalNode:
             raise
         names = [pipe.name for pipe in network.pipes]
         self._tokens, self._logits = (self._program.values(names.index(name)) for name in ("TOK", "LG"))
-        self.kernel_form = self._executor.form
+        self.kernel_form, self.n_threads = self._executor.form, n_threads
 
     def feed(self, tokens: list[int], position: int) -> NDArray[np.float32]:
         """Compute tokens at position, position + 1, ...; returns the logits after the last of them, float32 [vocab], a view until the next call.
