@@ -1,6 +1,6 @@
 """The `.t` tokenizer file of distributed-llama: the bytes and the score of every token, and what a conversation needs.
 
-Little-endian: i32 magic, i32 size of the header in bytes, (i32 key, i32 value) pairs; then an obsolete stop text, the chat template (Jinja),
+Little-endian: i32 magic, i32 size of the header in bytes, (i32 key, i32 value) pairs; then an obsolete stop text, the chat template,
 the ids that end an answer (i32 each), and for every token f32 score, u32 length, its bytes.
 """
 
@@ -210,7 +210,8 @@ class _Parser:
                 raise self._error(f"header key {key.value} ({key.name.lower()})", "the end of the header")
         for key in _IDS:
             if not -1 <= values.get(key, -1) < values[_Key.VOCAB_SIZE]:  # -1 says that there is none
-                raise self._error(f"{key.name.lower()} below the vocabulary's size {values[_Key.VOCAB_SIZE]}", str(values[key]), offsets[key])
+                expected = f"{key.name.lower()} below the vocabulary's size {values[_Key.VOCAB_SIZE]}"
+                raise self._error(expected, str(values[key]), offsets[key])
         return values
 
     def _eos_id(self, number: int, vocab_size: int) -> int:

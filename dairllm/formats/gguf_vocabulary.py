@@ -1,0 +1,208 @@
+"""The vocabulary of a GGUF file as a `.t` file and, where it can be said, a `tokenizer.json` with exactly the same tokens.
+
+Two kinds (`tokenizer.ggml.model`): "gpt2" is byte-level BPE, whose tokens are bytes written in GPT-2's printable stand-ins and whose
+merges have an order; "llama" is SentencePiece, whose tokens are text with U+2581 for a space, or <0xNN> for a byte, and have scores.
+"""
+
+import struct
+from dataclasses import dataclass
+from enum import IntEnum
+
+from dairllm.errors import FormatError
+from dairllm.formats.gguf import GgufFile
+from dairllm.formats.tokenizer_file import TokenizerFile
+from dairllm.formats.tokenizer_json import UnsayableTokenizer, build_tokenizer_json
+
+__all__ = ["Vocabulary", "read_vocabulary"]
+
+_KEY = "tokenizer.ggml"
+_NEVER_MERGED = -1e10
+"""distributed-llama merges into no token that scores this or less."""
+
+_END_OF_ANSWER = frozenset(
+    {"<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|end_of_text|>", "<|endoftext|>", "<end_of_turn>", "</s>", "<EOT>"}
+)
+"""Special tokens that end an answer whatever the metadata say: many files name one of several."""
+
+
+class _TokenType(IntEnum):
+    NORMAL = 1
+    UNKNOWN = 2
+    CONTROL = 3
+    USER_DEFINED = 4
+    UNUSED = 5
+    BYTE = 6
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """What is to be written beside the model.
+
+    Attributes:
+        file: the `.t` file.
+        json: the text of the `tokenizer.json`, or None.
+        warnings: what the user should know, a sentence each.
+    """
+
+    file: TokenizerFile
+    json: str | None
+    warnings: tuple[str, ...]
+
+
+def read_vocabulary(file: GgufFile, n_rows: int) -> Vocabulary:
+    """The vocabulary of a GGUF file.
+
+    Args:
+        file: the file.
+        n_rows: rows of the embedding, which the vocabulary may not exceed.
+
+    Raises:
+        FormatError: there is no vocabulary, one of another kind, or one that contradicts itself.
+    """
+    kind = file.text(f"{_KEY}.model")
+    tokens = file.texts(f"{_KEY}.tokens")
+    types = [int(number) for number in file.numbers(f"{_KEY}.token_type", [_TokenType.NORMAL] * len(tokens))]
+    if not tokens or len(tokens) > n_rows:
+        raise FormatError(file.path, None, f"from 1 to {n_rows} tokens, the rows of the embedding", str(len(tokens)))
+    if len(types) != len(tokens):
+        raise FormatError(file.path, None, f"as many types as tokens ({len(tokens)})", str(len(types)))
+    json, warnings = None, []
+    if kind == "gpt2":
+        merges = _merges(file)
+        pieces = [_byte_level(token) if kind_ not in _SPELLED else token.encode() for token, kind_ in zip(tokens, types, strict=True)]
+        scores = _merge_scores(tokens, pieces, merges)
+        try:
+            json = build_tokenizer_json(
+                tokens,
+                merges,
+                file.text(f"{_KEY}.pre", "default"),
+                special=[number for number, type_ in enumerate(types) if type_ in (_TokenType.CONTROL, _TokenType.UNKNOWN)],
+                added=[number for number, type_ in enumerate(types) if type_ == _TokenType.USER_DEFINED],
+            )
+        except UnsayableTokenizer as reason:
+            warnings.append(f"no tokenizer.json is written: {reason}; text is tokenized from the .t file alone, which is less exact")
+    elif kind == "llama":
+        pieces = [_sentence_piece(token, type_) for token, type_ in zip(tokens, types, strict=True)]
+        scores = [_single(score) for score in file.numbers(f"{_KEY}.scores")]
+        if len(scores) != len(tokens):
+            raise FormatError(file.path, None, f"as many scores as tokens ({len(tokens)})", str(len(scores)))
+        warnings.append("no tokenizer.json is written for a SentencePiece vocabulary; text is tokenized from the .t file alone")
+    else:
+        raise FormatError(file.path, None, f"a vocabulary of the kind gpt2 or llama ({_KEY}.model)", kind)
+    for number, piece in enumerate(pieces):
+        if not piece:
+            raise FormatError(file.path, None, f"bytes of token {number}", "none")
+    bos_id, add_bos, warning = _bos(file, types, pieces, kind)
+    result = TokenizerFile(
+        pieces=tuple(pieces),
+        scores=tuple(scores),
+        bos_id=bos_id,
+        eos_ids=_eos_ids(file, tokens, types),
+        add_bos=add_bos,
+        chat_template=file.text("tokenizer.chat_template", "") or None,
+        max_token_length=max(map(len, pieces)),
+    )
+    return Vocabulary(result, json, tuple(warnings) + ((warning,) if warning else ()))
+
+
+_SPELLED = (_TokenType.UNKNOWN, _TokenType.CONTROL, _TokenType.USER_DEFINED)
+"""Types of tokens that are written as they are, not in stand-ins."""
+
+
+def _merges(file: GgufFile) -> list[tuple[str, str]]:
+    merges = []
+    for number, text in enumerate(file.texts(f"{_KEY}.merges")):
+        space = text.find(" ", 1)
+        left, right = text[:space], text[space + 1 :]
+        if space < 0 or not right:
+            raise FormatError(file.path, None, f"two tokens and a space between them as merge {number}", repr(text))
+        merges.append((left, right))
+    return merges
+
+
+def _merge_scores(tokens: list[str], pieces: list[bytes], merges: list[tuple[str, str]]) -> list[float]:
+    """Scores that make greedy merging go in the order of the merges."""
+    rank: dict[str, int] = {}
+    for number, (left, right) in enumerate(merges):
+        rank.setdefault(left + right, number)
+    scores = []
+    for token, piece in zip(tokens, pieces, strict=True):
+        if token in rank:
+            scores.append(-float(rank[token]))
+        else:
+            scores.append(0.0 if len(piece) == 1 else _NEVER_MERGED)
+    return scores
+
+
+def _byte_characters() -> dict[str, bytes]:
+    """GPT-2's printable stand-ins: bytes that Latin-1 prints stand for themselves, the others for the characters from 256 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [value for value in range(256) if value not in printable]
+    stand_ins = {chr(value): value for value in printable} | {chr(256 + place): value for place, value in enumerate(others)}
+    return {character: bytes([value]) for character, value in stand_ins.items()}
+
+
+_BYTE_OF_CHARACTER = _byte_characters()
+
+
+def _byte_level(token: str) -> bytes:
+    """Bytes of a token; a character that stands for no byte is its own UTF-8."""
+    return b"".join(_BYTE_OF_CHARACTER.get(character) or character.encode() for character in token)
+
+
+def _sentence_piece(token: str, type_: int) -> bytes:
+    if type_ == _TokenType.BYTE or (type_ == _TokenType.NORMAL and len(token) == 6 and token.startswith("<0x") and token.endswith(">")):
+        try:
+            return bytes([int(token[3:5], 16)])
+        except ValueError:
+            pass
+    if type_ in _SPELLED:
+        return token.encode()
+    return token.replace("▁", " ").encode()
+
+
+def _eos_ids(file: GgufFile, tokens: list[str], types: list[int]) -> tuple[int, ...]:
+    """The ids that end an answer: the end of a text first, then those that end a turn."""
+    ids = []
+    for name in ("eos", "eot", "eom"):
+        token = _token_id(file, name, len(tokens))
+        if token is not None:
+            ids.append(token)
+    ids += [number for number, token in enumerate(tokens) if token in _END_OF_ANSWER and types[number] in _SPELLED]
+    return tuple(dict.fromkeys(ids))
+
+
+def _token_id(file: GgufFile, name: str, n_tokens: int) -> int | None:
+    token = file.integer(f"{_KEY}.{name}_token_id", -1)
+    if token < 0:
+        return None
+    if token >= n_tokens:
+        raise FormatError(file.path, None, f"{_KEY}.{name}_token_id below {n_tokens}", str(token))
+    return token
+
+
+def _bos(file: GgufFile, types: list[int], pieces: list[bytes], kind: str) -> tuple[int | None, bool, str | None]:
+    """`bos_id` and `add_bos` of the `.t` file, and a warning.
+
+    distributed-llama takes all ids below `bos_id` for text and all others for special tokens. Where the special tokens come first, the
+    true `bos_id` would leave it next to no text: unless prompts must begin with it, the file names the last id instead, which that
+    program then takes for its only special token.
+    """
+    bos_id = _token_id(file, "bos", len(pieces))
+    by_default = kind == "llama" or file.text(f"{_KEY}.pre", "") in ("llama-bpe", "llama-v3", "llama3")
+    add_bos = file.flag(f"{_KEY}.add_bos_token", by_default) and bos_id is not None
+    last_byte = max((number for number, piece in enumerate(pieces) if len(piece) == 1), default=-1)
+    tail = len(pieces)
+    while tail and types[tail - 1] not in (_TokenType.NORMAL, _TokenType.BYTE):
+        tail -= 1
+    if bos_id is not None and bos_id > last_byte:
+        return bos_id, add_bos, None
+    if add_bos:
+        reason = "the special tokens of this vocabulary come first, and prompts must begin with one"
+        return bos_id, True, f"a distributed-llama root cannot use the .t file: {reason}"
+    return min(tail, len(pieces) - 1), False, None
+
+
+def _single(value: float) -> float:
+    """A score as float32 has it."""
+    return float(struct.unpack("<f", struct.pack("<f", value))[0])
