@@ -11,7 +11,7 @@ from typing import Any
 
 from tokenizers import Tokenizer as LibraryTokenizer
 
-__all__ = ["ModelTokenizer", "VocabularyMismatch"]
+__all__ = ["BYTE_OF_CHARACTER", "ModelTokenizer", "VocabularyMismatch"]
 
 MAX_FILE_BYTES = 256 << 20
 """The largest known (a vocabulary of 262,144 tokens) has 33 MB."""
@@ -99,12 +99,12 @@ def _byte_characters() -> dict[str, int]:
     return {chr(value): value for value in printable} | {chr(256 + place): value for place, value in enumerate(others)}
 
 
-_BYTE_OF_CHARACTER = {character: bytes([value]) for character, value in _byte_characters().items()}
+BYTE_OF_CHARACTER = {character: bytes([value]) for character, value in _byte_characters().items()}
 
 
 def _byte_level(name: str) -> bytes:
     """Bytes of a token written in GPT-2's stand-ins; any other character is its own UTF-8."""
-    return b"".join(_BYTE_OF_CHARACTER.get(character) or character.encode() for character in name)
+    return b"".join(BYTE_OF_CHARACTER.get(character) or character.encode() for character in name)
 
 
 def _plain(name: str) -> bytes:
