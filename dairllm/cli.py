@@ -140,7 +140,6 @@ def generate(
     log_level: LogLevel = None,
 ) -> None:
     """Generate text with a model on this machine."""
-    from dairllm.commands import generate as command
     from dairllm.commands.generate_options import GenerateOptions, GenerateSettings
     from dairllm.telemetry import configure_logging
 
@@ -159,10 +158,12 @@ def generate(
         "log.level": ("--log-level", log_level),
     }
     settings = GenerateSettings.load(config, flags)
+    options = GenerateOptions.of(settings, prompt=prompt, prompt_ids=prompt_ids, chat=chat, ignore_eos=ignore_eos, json=json, logits=logits)
     configure_logging(settings.log.format, settings.log.level)
-    command.run(
-        GenerateOptions.of(settings, prompt=prompt, prompt_ids=prompt_ids, chat=chat, ignore_eos=ignore_eos, json=json, logits=logits)
-    )
+
+    from dairllm.commands import generate as command  # heavy, so that a mistake above is told at once
+
+    command.run(options)
 
 
 @app.command()

@@ -10,6 +10,7 @@ from enum import IntEnum
 
 from dairllm.errors import FormatError
 from dairllm.formats.gguf import GgufFile
+from dairllm.formats.token_names import byte_level_piece, sentence_piece
 from dairllm.formats.tokenizer_file import TokenizerFile
 from dairllm.formats.tokenizer_json import UnsayableTokenizer, build_tokenizer_json
 
@@ -69,7 +70,7 @@ def read_vocabulary(file: GgufFile, n_rows: int) -> Vocabulary:
     json, warnings = None, []
     if kind == "gpt2":
         merges = _merges(file)
-        pieces = [_byte_level(token) if kind_ not in _SPELLED else token.encode() for token, kind_ in zip(tokens, types, strict=True)]
+        pieces = [token.encode() if type_ in _SPELLED else byte_level_piece(token) for token, type_ in zip(tokens, types, strict=True)]
         scores = _merge_scores(tokens, pieces, merges)
         try:
             json = build_tokenizer_json(
@@ -82,7 +83,7 @@ def read_vocabulary(file: GgufFile, n_rows: int) -> Vocabulary:
         except UnsayableTokenizer as reason:
             warnings.append(f"no tokenizer.json is written: {reason}; text is tokenized from the .t file alone, which is less exact")
     elif kind == "llama":
-        pieces = [_sentence_piece(token, type_) for token, type_ in zip(tokens, types, strict=True)]
+        pieces = [token.encode() if type_ in _SPELLED else sentence_piece(token) for token, type_ in zip(tokens, types, strict=True)]
         scores = [_single(score) for score in file.numbers(f"{_KEY}.scores")]
         if len(scores) != len(tokens):
             raise FormatError(file.path, None, f"as many scores as tokens ({len(tokens)})", str(len(scores)))
@@ -132,33 +133,6 @@ def _merge_scores(tokens: list[str], pieces: list[bytes], merges: list[tuple[str
         else:
             scores.append(0.0 if len(piece) == 1 else _NEVER_MERGED)
     return scores
-
-
-def _byte_characters() -> dict[str, bytes]:
-    """GPT-2's printable stand-ins: bytes that Latin-1 prints stand for themselves, the others for the characters from 256 on."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [value for value in range(256) if value not in printable]
-    stand_ins = {chr(value): value for value in printable} | {chr(256 + place): value for place, value in enumerate(others)}
-    return {character: bytes([value]) for character, value in stand_ins.items()}
-
-
-_BYTE_OF_CHARACTER = _byte_characters()
-
-
-def _byte_level(token: str) -> bytes:
-    """Bytes of a token; a character that stands for no byte is its own UTF-8."""
-    return b"".join(_BYTE_OF_CHARACTER.get(character) or character.encode() for character in token)
-
-
-def _sentence_piece(token: str, type_: int) -> bytes:
-    if type_ == _TokenType.BYTE or (type_ == _TokenType.NORMAL and len(token) == 6 and token.startswith("<0x") and token.endswith(">")):
-        try:
-            return bytes([int(token[3:5], 16)])
-        except ValueError:
-            pass
-    if type_ in _SPELLED:
-        return token.encode()
-    return token.replace("▁", " ").encode()
 
 
 def _eos_ids(file: GgufFile, tokens: list[str], types: list[int]) -> tuple[int, ...]:

@@ -11,7 +11,9 @@ from typing import Any
 
 from tokenizers import Tokenizer as LibraryTokenizer
 
-__all__ = ["BYTE_OF_CHARACTER", "ModelTokenizer", "VocabularyMismatch"]
+from dairllm.formats.token_names import byte_level_piece, sentence_piece
+
+__all__ = ["ModelTokenizer", "VocabularyMismatch"]
 
 MAX_FILE_BYTES = 256 << 20
 """The largest known (a vocabulary of 262,144 tokens) has 33 MB."""
@@ -67,10 +69,10 @@ def _compare(document: dict[str, Any], added: list[tuple[int, str, bool]], piece
     byte_level = any(part.get("type") == "ByteLevel" for part in _parts(document.get("pre_tokenizer"), document.get("decoder")))
     # BPE and WordPiece: {token: id}; Unigram: [[token, score], ...]
     named = vocabulary.items() if isinstance(vocabulary, dict) else ((entry[0], token) for token, entry in enumerate(vocabulary))
-    forms = {token: {_byte_level(name) if byte_level else _plain(name)} for name, token in named}
+    forms = {token: {byte_level_piece(name) if byte_level else sentence_piece(name)} for name, token in named}
     for token, content, _ in added:
         # As it is written, and as distributed-llama's converter writes it.
-        forms[token] = {content.encode(), _byte_level(content)}
+        forms[token] = {content.encode(), byte_level_piece(content)}
     if len(forms) != len(pieces):
         raise VocabularyMismatch(f"it has {len(forms)} tokens, the .t file {len(pieces)}")
     for token, piece in enumerate(pieces):
@@ -90,28 +92,3 @@ def _parts(*roots: object) -> Iterator[dict[str, Any]]:
             waiting.extend(part.values())
         elif isinstance(part, list):
             waiting.extend(part)
-
-
-def _byte_characters() -> dict[str, int]:
-    """GPT-2's printable stand-ins: bytes that Latin-1 prints stand for themselves, the others for the characters from 256 on."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [value for value in range(256) if value not in printable]
-    return {chr(value): value for value in printable} | {chr(256 + place): value for place, value in enumerate(others)}
-
-
-BYTE_OF_CHARACTER = {character: bytes([value]) for character, value in _byte_characters().items()}
-
-
-def _byte_level(name: str) -> bytes:
-    """Bytes of a token written in GPT-2's stand-ins; any other character is its own UTF-8."""
-    return b"".join(BYTE_OF_CHARACTER.get(character) or character.encode() for character in name)
-
-
-def _plain(name: str) -> bytes:
-    """Bytes of a token as SentencePiece writes it: U+2581 for a space, <0x0A> for a byte."""
-    if len(name) == 6 and name.startswith("<0x") and name.endswith(">"):
-        try:
-            return bytes.fromhex(name[3:5])
-        except ValueError:
-            pass
-    return name.replace("▁", " ").encode()

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from dairllm.formats.token_names import BYTE_OF_CHARACTER, byte_level_piece
 from dairllm.formats.tokenizer_file import TokenizerFile
-from dairllm.text.model_tokenizer import BYTE_OF_CHARACTER
 
 SPECIAL = ("<|end|>", "<|turn|>")
 MERGES = ["t h", "th e", "Ġ the", "c a", "ca t", "Ġ cat", "Ġ Ġ", "ĠĠ ĠĠ", "1 2", "12 3", "Ã ©", "Ċ Ċ", "e s", "es t"]
@@ -24,7 +24,7 @@ def model_folder(tmp_path: Path) -> Path:
     library.decoder = decoders.ByteLevel()
     library.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in SPECIAL])
     library.save(str(tmp_path / "tokenizer.json"))
-    pieces = tuple(b"".join(BYTE_OF_CHARACTER.get(c, c.encode()) for c in name) for name in names)
+    pieces = tuple(map(byte_level_piece, names))
     TokenizerFile(
         pieces=pieces,
         scores=tuple(-float(token) for token in range(len(pieces))),

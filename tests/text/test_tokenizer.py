@@ -111,7 +111,7 @@ def test_sentencepiece_names_are_their_bytes(tmp_path: Path) -> None:
     """U+2581 is a space and <0x0A> a byte, as distributed-llama's converter writes them."""
     names = ["<unk>", "<s>", "</s>", "<0x0A>", "▁", "a", "▁a"]
     library = LibraryTokenizer(
-        models.BPE({name: token for token, name in enumerate(names)}, [("▁", "a")], byte_fallback=True, unk_token="<unk>")
+        models.BPE({name: token for token, name in enumerate(names)}, [("▁", "a")], byte_fallback=True, unk_token="<unk>")  # noqa: S106
     )
     library.normalizer = normalizers.Replace(" ", "▁")
     library.add_special_tokens(names[:3])
