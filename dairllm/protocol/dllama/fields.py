@@ -64,7 +64,7 @@ def enum_of(kind: type[_E], value: int, what: str) -> _E:
     try:
         return kind(value)
     except ValueError:
-        raise RemoteProtocolError(f"expected {what} to be a {kind.__name__}, found {value}") from None
+        raise RemoteProtocolError(f"expected {what} to be one of {kind.__name__}, found {value}") from None
 
 
 def write_string(text: str, marker: bytes = b"") -> bytes:
