@@ -1,0 +1,349 @@
+"""One TCP connection: bytes go straight where they belong, and silence is noticed.
+
+A :class:`Connection` only moves bytes. What they mean, and where the next ones go, is said by the sans-IO link that it serves
+(``dairllm.protocol``): the loop reads into memory that the link hands out, the pipe's or the weight's own, and each read is followed by
+the question whether it completed an event. Bulk data costs no copy and wakes no task before its last byte.
+
+**Nothing is dropped.** What comes while nobody waits (a peer may be ahead of our own control packet) is kept by the link; when that is
+full, reading pauses and TCP holds the sender back.
+
+**Writing.** :meth:`Connection.send` takes views of memory that lives on, such as pipe rows. uvloop sends what the kernel takes at once
+and keeps *references* to the rest (asyncio's own loop copies it). Hence an invariant that all callers keep: memory that was sent is not
+written again, by a computation or by received bytes, until :meth:`Connection.flushed` has returned.
+
+**Deadlines** count from the last byte that came (or, while flushing, that went). A connection has one timer, re-armed only when it
+fires: a wait that ends in time costs none.
+"""
+
+import asyncio
+import contextlib
+import ipaddress
+import math
+import socket
+from collections.abc import Callable, Sequence
+from typing import Protocol, TypeVar, cast
+
+from dairllm.config import Keepalive
+from dairllm.errors import NetworkError, RemoteProtocolError
+from dairllm.units import format_duration
+
+__all__ = ["Address", "Connection", "Incoming", "address_of", "dial", "listening_socket", "resolve"]
+
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+EventT = TypeVar("EventT", covariant=True)
+
+
+class Incoming(Protocol[EventT]):
+    """The receiving end of a sans-IO link, as `dairllm.protocol.dllama.link.Link` describes it."""
+
+    @property
+    def wants_data(self) -> bool: ...
+    @property
+    def expecting(self) -> str: ...
+    def get_buffer(self) -> memoryview: ...
+    def buffer_updated(self, nbytes: int) -> None: ...
+    def next_event(self) -> EventT | None: ...
+    def eof(self) -> None: ...
+
+
+class Connection(asyncio.BufferedProtocol):
+    """One TCP connection from its opening to its end; one task at a time reads, one writes.
+
+    Until :meth:`attach` says whom it serves it must stay silent: see `on_early`.
+
+    Args:
+        keepalive: when TCP itself gives the peer up.
+        on_open: called with the connection once it is there.
+    """
+
+    def __init__(self, keepalive: Keepalive, on_open: Callable[["Connection"], None] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._keepalive, self._on_open = keepalive, on_open
+        self._transport: asyncio.Transport | None = None
+        self._incoming: Incoming[object] | None = None
+        self._error: NetworkError | None = None
+        self._eof = self._paused = self._full = False
+        self._reader: asyncio.Future[object] | None = None
+        self._writer: asyncio.Future[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._silence, self._since, self._unsent = math.inf, 0.0, 0
+        self._closed = self._loop.create_future()
+        self.on_early: Callable[[Connection], None] | None = None
+        """Called when a connection that nobody is attached to says something, or ends."""
+        self.peer = "nobody"
+        """The other end, for messages: address and port."""
+        self.peer_address: Address | None = None
+        self.own_address: Address | None = None
+        """The address of ours that the other end knows. Both are None where the connection was gone before it could be asked."""
+        self.bytes_received = self.bytes_sent = 0
+
+    def __repr__(self) -> str:
+        state = "open" if not self.has_ended else str(self._error or "the other end has said all")
+        return f"<Connection {self.peer}: {state}, {self.bytes_received} bytes received, {self.bytes_sent} sent>"
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the other end will say no more."""
+        return self._eof or self._error is not None
+
+    # For those who use it.
+
+    def attach(self, incoming: Incoming[object]) -> None:
+        """From now on, what comes is for `incoming`."""
+        self._incoming = incoming
+
+    async def next_event(self, incoming: Incoming[EventT], silence: float = math.inf) -> EventT:
+        """The next event of the link attached, which is `incoming` (named for its type).
+
+        Args:
+            silence: seconds without a byte after which the peer is given up and the connection closed.
+
+        Raises:
+            RemoteProtocolError: the peer broke the protocol, or ended in the middle of it.
+            NetworkError: it is gone, was silent, or closed the connection where it may.
+        """
+        event = incoming.next_event()
+        if event is not None:
+            return event
+        if self.has_ended:
+            raise self._end_of(incoming)
+        if self._paused and incoming.wants_data and self._transport is not None:
+            self._paused = False
+            self._transport.resume_reading()
+        self._reader = self._loop.create_future()
+        self._watch(silence)
+        try:
+            return cast(EventT, await self._reader)
+        finally:
+            self._reader = None
+
+    def send(self, pieces: Sequence[bytes | memoryview]) -> None:
+        """Begin to send; what the kernel does not take at once is still *referred to* until `flushed`.
+
+        Raises:
+            NetworkError: the connection has ended.
+        """
+        if self._error is not None or self._transport is None:
+            raise self._error or NetworkError(f"{self.peer}: not connected")
+        if len(pieces) == 1:
+            self._transport.write(pieces[0])
+        else:
+            self._transport.writelines(pieces)
+        self.bytes_sent += sum(map(len, pieces))
+
+    async def flushed(self, silence: float = math.inf) -> None:
+        """Wait until the kernel has taken all that was sent, and its memory may be used again.
+
+        Raises:
+            NetworkError: the connection ended first, or the other end took nothing for `silence` seconds.
+        """
+        if self._error is not None:
+            raise self._error
+        if not self._full or self._transport is None:
+            return
+        self._unsent = self._transport.get_write_buffer_size()
+        self._writer = self._loop.create_future()
+        self._watch(silence)
+        try:
+            await self._writer
+        finally:
+            self._writer = None
+
+    def close(self) -> None:
+        """End the connection once all that was sent has gone out."""
+        if self._transport is not None:
+            self._transport.close()
+
+    def abort(self) -> None:
+        """End the connection now."""
+        if self._transport is not None:
+            self._transport.abort()
+
+    async def closed(self) -> None:
+        """Wait for the end of a connection that was told to close."""
+        await asyncio.shield(self._closed)
+
+    # For the event loop.
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        transport = self._transport = cast(asyncio.Transport, transport)  # uvloop's own class, which derives from none of asyncio's
+        transport.set_write_buffer_limits(high=0)  # so `pause_writing` says that something is unsent, `resume_writing` that nothing is
+        with contextlib.suppress(OSError):  # it may be gone already; the first use will tell
+            _configure(transport.get_extra_info("socket"), self._keepalive)
+        peer, own = transport.get_extra_info("peername"), transport.get_extra_info("sockname")
+        if peer and own:
+            self.peer_address, self.own_address = address_of(peer[0]), address_of(own[0])
+            self.peer = f"[{peer[0]}]:{peer[1]}" if ":" in peer[0] else f"{peer[0]}:{peer[1]}"
+        if self._on_open is not None:
+            self._on_open(self)
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        buffer = self._incoming.get_buffer() if self._incoming is not None else None
+        # Nobody is attached: what a stranger says is not kept. Python 3.11 also asks once more after the end, when there may be no room.
+        return buffer or memoryview(bytearray(64))
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self._since = self._loop.time()
+        self.bytes_received += nbytes
+        if self._incoming is None:
+            self._notice_early()
+            return
+        self._incoming.buffer_updated(nbytes)
+        if self._reader is not None and not self._reader.done():
+            try:
+                event = self._incoming.next_event()
+            except RemoteProtocolError as error:
+                self._reader.set_exception(error)
+            else:
+                if event is not None:
+                    self._reader.set_result(event)
+        if not self._incoming.wants_data and self._transport is not None:
+            self._paused = True
+            self._transport.pause_reading()
+
+    def eof_received(self) -> bool:
+        self._eof = True
+        self._settle_reader()
+        self._notice_early()
+        return True  # we may still have something to say
+
+    def pause_writing(self) -> None:
+        self._full = True
+
+    def resume_writing(self) -> None:
+        self._full = False
+        if self._writer is not None and not self._writer.done():
+            self._writer.set_result(None)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._fail(NetworkError(f"{self.peer}: the connection was {'closed' if exc is None else f'lost ({exc})'}"))
+        if not self._closed.done():
+            self._closed.set_result(None)
+        self._notice_early()
+
+    # Within.
+
+    def _notice_early(self) -> None:
+        if self._incoming is None and self.on_early is not None:
+            self.on_early(self)
+
+    def _end_of(self, incoming: Incoming[object]) -> NetworkError | RemoteProtocolError:
+        """What to raise for the end of the connection at this point of the conversation."""
+        if self._error is not None:
+            return NetworkError(f"{self._error}; expecting {incoming.expecting}")
+        try:
+            incoming.eof()
+        except RemoteProtocolError as error:
+            return error
+        return NetworkError(f"{self.peer} closed the connection")
+
+    def _settle_reader(self) -> None:
+        if self._reader is not None and not self._reader.done() and self._incoming is not None:
+            self._reader.set_exception(self._end_of(self._incoming))
+
+    def _watch(self, silence: float) -> None:
+        self._silence, self._since = silence, self._loop.time()
+        due = self._since + silence
+        if math.isfinite(due) and (self._timer is None or self._timer.when() > due):
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer = self._loop.call_at(due, self._look)
+
+    def _look(self) -> None:
+        """The timer fired: is anybody still waiting, and has nothing moved?"""
+        self._timer = None
+        if self._reader is None and self._writer is None:
+            return
+        now = self._loop.time()
+        if self._writer is not None and self._transport is not None:
+            unsent = self._transport.get_write_buffer_size()
+            if unsent != self._unsent:
+                self._unsent, self._since = unsent, now
+        due = self._since + self._silence
+        if now < due:
+            if math.isfinite(due):
+                self._timer = self._loop.call_at(due, self._look)
+            return
+        self._fail(NetworkError(f"{self.peer} was silent for {format_duration(self._silence)}"))
+        self.abort()
+
+    def _fail(self, error: NetworkError) -> None:
+        self._error = self._error or error
+        self._settle_reader()
+        if self._writer is not None and not self._writer.done():
+            self._writer.set_exception(self._error)
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+
+def address_of(text: str) -> Address:
+    """An IP address; one of version 4 in the clothes of version 6 is taken for what it is."""
+    address = ipaddress.ip_address(text.partition("%")[0])
+    return (address.ipv4_mapped or address) if isinstance(address, ipaddress.IPv6Address) else address
+
+
+async def resolve(host: str) -> tuple[Address, ...]:
+    """All addresses of a name.
+
+    Raises:
+        NetworkError: it has none.
+    """
+    try:
+        found = await asyncio.get_running_loop().getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        raise NetworkError(f"the name {host!r} has no address: {getattr(error, 'strerror', None) or error}") from None
+    return tuple(dict.fromkeys(address_of(str(item[4][0])) for item in found))
+
+
+async def dial(address: Address, port: int, keepalive: Keepalive, within: float, source: Address | None = None) -> Connection:
+    """Connect, from the address `source` where one is given.
+
+    Raises:
+        NetworkError: nobody answers within `within` seconds, or says no.
+    """
+    loop = asyncio.get_running_loop()
+    local = (str(source), 0) if source is not None else None
+    try:
+        async with asyncio.timeout(within):
+            _, connection = await loop.create_connection(lambda: Connection(keepalive), str(address), port, local_addr=local)
+    except TimeoutError:
+        raise NetworkError(f"{address} port {port} did not answer within {format_duration(within)}") from None
+    except OSError as error:
+        raise NetworkError(f"{address} port {port} cannot be reached: {error.strerror or error}") from None
+    return connection
+
+
+def listening_socket(host: str, port: int) -> socket.socket:
+    """A socket bound to a host's address, of IPv4 where it has one, since distributed-llama speaks nothing else; `::` takes both.
+
+    Raises:
+        NetworkError: the address is not ours, or taken.
+    """
+    sock = None
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, proto, _, address = min(found, key=lambda item: item[0] != socket.AF_INET)
+        sock = socket.socket(family, kind, proto)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        sock.bind(address)
+    except (OSError, UnicodeError) as error:
+        if sock is not None:
+            sock.close()
+        raise NetworkError(f"cannot listen on {host} port {port}: {getattr(error, 'strerror', None) or error}") from None
+    return sock
+
+
+def _configure(sock: socket.socket, keepalive: Keepalive) -> None:
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in (
+        ("TCP_KEEPIDLE", math.ceil(keepalive.idle)),
+        ("TCP_KEEPINTVL", math.ceil(keepalive.interval)),
+        ("TCP_KEEPCNT", keepalive.count),
+        ("TCP_USER_TIMEOUT", math.ceil(keepalive.user_timeout * 1000)),
+    ):
+        if hasattr(socket, option):  # Linux has them all, others some
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)

@@ -1,0 +1,206 @@
+"""The life of one root's session in a worker that computes a slice of every layer.
+
+The root says who there is, what to compute and with which weights; then, for each batch of rows, a control packet sets off the plan that
+follows from the graph: run segments, exchange slices of a pipe, run the next. What the bytes mean is the protocol's business, moving them
+the transport's, computing the engine's; here is the order of things, and which memory they share.
+"""
+
+import asyncio
+import math
+import time
+from functools import cache
+from typing import TypeVar
+
+import structlog
+
+from dairllm import machine
+from dairllm.config import WorkerSettings
+from dairllm.engine.program import Program, compile_program, required_bytes
+from dairllm.engine.weights import WireWeights
+from dairllm.errors import LimitError, LocalProtocolError, RemoteProtocolError
+from dairllm.graph.plan import ROOT, Exchange, Run
+from dairllm.graph.types import NetworkConfig, NodeConfig
+from dairllm.net.compute import Compute
+from dairllm.net.mesh import Mesh
+from dairllm.net.transport import Connection
+from dairllm.protocol.dllama.codec import Control, WeightHeader
+from dairllm.protocol.dllama.events import Event, Go, NetworkReceived, NodeReceived, WeightReceived, WeightsEnd
+from dairllm.protocol.dllama.peer import PeerLink
+from dairllm.protocol.dllama.worker import WorkerSession
+from dairllm.telemetry import Meters
+from dairllm.units import format_duration, format_size
+
+__all__ = ["TensorSession"]
+
+log = structlog.get_logger()
+T = TypeVar("T")
+
+
+class TensorSession:
+    """One root, from its greeting to its goodbye.
+
+    Args:
+        root: its connection; `wire` is attached to it, and has given the greeting.
+        mesh: made of the greeting, still to be connected.
+    """
+
+    def __init__(
+        self,
+        root: Connection,
+        wire: WorkerSession,
+        mesh: Mesh,
+        *,
+        settings: WorkerSettings,
+        compute: Compute[Program],
+        meters: Meters,
+    ) -> None:
+        self._root, self._wire, self._mesh = root, wire, mesh
+        self._settings, self._compute, self._meters = settings, compute, meters
+        self._connections: dict[int, Connection] = {ROOT: root}  # by node number, as all below
+        self._links: dict[int, WorkerSession | PeerLink] = {ROOT: wire}
+        self._counted: dict[int, tuple[int, int]] = {}
+        self._finishing = self._token_in_hand = False
+        self.rows = 0
+        """Computed so far."""
+
+    async def run(self) -> None:
+        """Serve the root until it says goodbye, or until `finish`.
+
+        Raises:
+            DairllmError: whoever did something wrong: RemoteProtocolError, NetworkError, LimitError, GraphError, EngineError.
+        """
+        await self._join()
+        received = await self._configure()
+        program, weights = await asyncio.to_thread(self._prepare, received.network, received.node)
+        self._acknowledge()
+        await self._load(weights)
+        await self._meet(received)
+        self._acknowledge()
+        await self._infer(program, received.plan)
+
+    def finish(self) -> bool:
+        """Serve no further token. True while one is in hand: `run` returns after it; else its task may be cancelled at once."""
+        self._finishing = True
+        return self._token_in_hand
+
+    async def _join(self) -> None:
+        """The root knows that we are here, we that all others are; then the mesh."""
+        self._acknowledge()
+        await self._expect(Go, self._settings.deadlines.handshake)
+        await self._mesh.connect(self._root.own_address)
+
+    async def _configure(self) -> NodeReceived:
+        silence = self._settings.deadlines.configuration
+        await self._expect(NetworkReceived, silence)
+        self._acknowledge()
+        return await self._expect(NodeReceived, silence)
+
+    def _prepare(self, network: NetworkConfig, node: NodeConfig) -> tuple[Program, WireWeights]:
+        """Nothing is allocated before all of it is allowed. Takes a while: not for the event loop."""
+        needed, held, limit = required_bytes(network, node), machine.rss_bytes(), self._settings.limits.memory
+        if held + needed > limit.resolve():
+            raise LimitError(
+                f"the root's graph needs {format_size(needed)}, beside {format_size(held)} that this process holds: "
+                f"more than limits.memory allows ({limit}, {format_size(limit.resolve())})"
+            )
+        weights = WireWeights(node)
+        weights.allocate()
+        program = compile_program(network, node, weights, n_threads=self._settings.worker.n_threads)
+        log.info("configured", node=node.node, nodes=network.n_nodes, memory=format_size(needed), seq_len=program.seq_len)
+        return program, weights
+
+    async def _load(self, weights: WireWeights) -> None:
+        """Weights arrive in the memory that the kernels will read."""
+        begun = time.perf_counter()
+        while not isinstance(event := await self._next(self._settings.deadlines.weights), WeightsEnd):
+            if isinstance(event, WeightHeader):
+                self._wire.receive_into(weights.into(event.name, event.index, event.offset, event.nbytes))
+            elif isinstance(event, WeightReceived):
+                self._meters.weight_bytes += event.header.nbytes
+        missing = weights.missing()
+        if missing:
+            raise RemoteProtocolError(f"the root ended the weights; missing {len(missing)}, the first {missing[0]}")
+        log.info("weights received", size=format_size(weights.nbytes), took=format_duration(time.perf_counter() - begun))
+
+    async def _meet(self, received: NodeReceived) -> None:
+        """Peers may speak once we have acknowledged the weights: their links are attached before, and nothing is waited for between."""
+        for node, connection in (await self._mesh.settle()).items():
+            self._links[node] = link = PeerLink(received.network, received.plan, node)
+            self._connections[node] = connection
+            connection.attach(link)
+
+    async def _infer(self, program: Program, plan: tuple[Run | Exchange, ...]) -> None:
+        self._region = cache(program.region)
+        self._counted = {node: (c.bytes_sent, c.bytes_received) for node, c in self._connections.items()}
+        while not self._finishing:
+            begun = time.perf_counter()
+            event = await self._next()  # an idle chat may last for days: TCP's keep-alive tells when the root is gone
+            if not isinstance(event, Control):
+                return
+            started = time.perf_counter()
+            self._meters.seconds["wait"] += started - begun
+            if event.position + event.rows > program.seq_len:
+                last = event.position + event.rows - 1
+                raise RemoteProtocolError(f"the root asked for positions {event.position} to {last}; the graph has {program.seq_len}")
+            self._token_in_hand = True
+            await self._token(program, plan, event)
+            self._token_in_hand = False
+            self._count(event.rows, time.perf_counter() - started)
+
+    async def _token(self, program: Program, plan: tuple[Run | Exchange, ...], control: Control) -> None:
+        """One pass over the layers for a batch of rows."""
+        clock, seconds = time.perf_counter, self._meters.seconds
+        for link in self._links.values():
+            if isinstance(link, PeerLink):
+                link.begin(control.rows)
+        before = clock()
+        for step in plan:
+            if isinstance(step, Run):
+                await self._compute.run(program, step.first, step.stop, control.position, control.rows)
+                activity = "compute"
+            else:
+                await self._exchange(step, control.rows)
+                activity = "exchange"
+            after = clock()
+            seconds[activity] += after - before
+            before = after
+
+    async def _exchange(self, step: Exchange, rows: int) -> None:
+        """Our rows go out of the pipe's memory while the others' come into it.
+
+        It ends when all have come *and* ours have left: no segment runs while a connection still refers to pipe memory.
+        """
+        silence = self._settings.deadlines.exchange
+        for send in step.sends:
+            self._connections[send.node].send(self._region(step.pipe, send.slice, rows))
+        for receive in step.receives:
+            self._links[receive.node].receive_into(*self._region(step.pipe, receive.slice, rows))
+        for receive in step.receives:
+            await self._connections[receive.node].next_event(self._links[receive.node], silence)
+        for send in step.sends:
+            await self._connections[send.node].flushed(silence)
+
+    async def _next(self, silence: float = math.inf) -> Event:
+        return await self._root.next_event(self._wire, silence)
+
+    async def _expect(self, kind: type[T], silence: float) -> T:
+        event = await self._next(silence)
+        if not isinstance(event, kind):
+            raise LocalProtocolError(f"expected {kind.__name__} from the protocol, found {event}")
+        return event
+
+    def _acknowledge(self) -> None:
+        self._root.send([self._wire.acknowledge()])
+
+    def _count(self, rows: int, seconds: float) -> None:
+        self.rows += rows
+        meters = self._meters
+        meters.rows += rows
+        meters.passes += 1
+        meters.pass_seconds.observe(seconds)
+        for node, connection in self._connections.items():
+            kind = "root" if node == ROOT else "peer"
+            sent, received = self._counted[node]
+            meters.sent[kind] += connection.bytes_sent - sent
+            meters.received[kind] += connection.bytes_received - received
+            self._counted[node] = connection.bytes_sent, connection.bytes_received

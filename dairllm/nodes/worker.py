@@ -1,0 +1,163 @@
+"""A worker: a service that listens, serves root after root, one at a time, and survives whoever else comes by.
+
+Every connection is a stranger until it has said what it wants; strangers cost a deadline and a log line. The first that introduces itself
+as a root is served (``nodes/tensor.py`` is its story). Meanwhile connections may only be those of other workers, which the session's mesh
+recognises; all others are closed at once. Whatever goes wrong in a session ends that session alone: its memory is freed, one log line
+says what was expected and what was found, and the next root is welcome.
+"""
+
+import asyncio
+import contextlib
+
+import structlog
+
+from dairllm.config import WorkerSettings
+from dairllm.engine.executor import Executor
+from dairllm.engine.program import Program
+from dairllm.errors import DairllmError, NetworkError, RemoteProtocolError
+from dairllm.net.compute import Compute
+from dairllm.net.mesh import Mesh
+from dairllm.net.transport import Connection, listening_socket
+from dairllm.nodes.tensor import TensorSession
+from dairllm.protocol.dllama.codec import Greeting
+from dairllm.protocol.dllama.limits import Limits
+from dairllm.protocol.dllama.worker import WorkerSession
+from dairllm.telemetry import Meters
+from dairllm.units import format_duration
+
+__all__ = ["Worker"]
+
+log = structlog.get_logger()
+CLOSING_SECONDS = 1.0
+"""For what was said last to leave."""
+
+
+class Worker:
+    """From `start` to `close`.
+
+    Args:
+        executor: started, with as many threads as the settings say.
+        meters: counts what happens.
+    """
+
+    def __init__(self, settings: WorkerSettings, executor: Executor, meters: Meters) -> None:
+        self._settings, self._meters = settings, meters
+        self._compute: Compute[Program] = Compute(executor)
+        self._limits = Limits(max_workers=settings.limits.nodes - 1)
+        self._server: asyncio.Server | None = None
+        self._strangers: set[asyncio.Task[None]] = set()
+        self._serving: asyncio.Task[None] | None = None
+        self._mesh: Mesh | None = None
+        self._session: TensorSession | None = None
+
+    async def start(self) -> int:
+        """Listen for roots; returns the port.
+
+        Raises:
+            NetworkError: the address cannot be listened on.
+        """
+        settings = self._settings
+        self._compute.open()
+        sock = listening_socket(settings.worker.host, settings.worker.port)
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_server(lambda: Connection(settings.keepalive, self._opened), sock=sock)
+        port: int = sock.getsockname()[1]
+        log.info("listening", host=settings.worker.host, port=port)
+        return port
+
+    async def close(self) -> None:
+        """Accept nobody more, finish the token in hand, say goodbye."""
+        if self._server is not None:
+            self._server.close()
+        tasks = [*self._strangers]
+        for task in tasks:
+            task.cancel()
+        if (serving := self._serving) is not None:
+            if self._session is not None and self._session.finish():
+                await asyncio.wait({serving}, timeout=self._settings.deadlines.shutdown)
+            serving.cancel()
+            tasks.append(serving)
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if self._server is not None:
+            await self._server.wait_closed()
+        self._compute.close()
+
+    def _opened(self, connection: Connection) -> None:
+        """Somebody is at the door."""
+        if self._serving is not None:
+            reason = self._mesh.offer(connection) if self._mesh is not None else "another root is being served"
+            if reason is not None:
+                self._refuse(connection, "busy", reason)
+        elif len(self._strangers) >= self._settings.limits.strangers:
+            self._refuse(connection, "crowd", f"{len(self._strangers)} others have not said yet what they want (limits.strangers)")
+        else:
+            task = asyncio.create_task(self._welcome(connection), name=f"stranger {connection.peer}")
+            self._strangers.add(task)
+            task.add_done_callback(self._strangers.discard)
+
+    def _refuse(self, connection: Connection, kind: str, reason: str) -> None:
+        connection.abort()
+        self._meters.refused[kind] += 1
+        log.info("connection refused", peer=connection.peer, kind=kind, reason=reason)
+
+    async def _welcome(self, connection: Connection) -> None:
+        """Hear what a stranger wants; serve a root."""
+        wire = WorkerSession(self._limits)
+        connection.attach(wire)
+        patience = self._settings.deadlines.handshake
+        try:
+            async with asyncio.timeout(patience):
+                greeting = await connection.next_event(wire)
+        except TimeoutError:
+            self._refuse(connection, "silent", f"it did not introduce itself within {format_duration(patience)}")
+        except (RemoteProtocolError, NetworkError) as error:
+            self._refuse(connection, "stranger", str(error))
+        except asyncio.CancelledError:
+            connection.abort()
+            raise
+        else:
+            if self._serving is not None:
+                self._refuse(connection, "busy", "another root is being served")
+            elif isinstance(greeting, Greeting):
+                await self._serve(connection, wire, greeting)
+
+    async def _serve(self, root: Connection, wire: WorkerSession, greeting: Greeting) -> None:
+        """One session, however it ends."""
+        self._serving = task = asyncio.current_task()
+        assert task is not None  # noqa: S101 - for the type checker: we are in one
+        self._strangers.discard(task)
+        self._meters.sessions_running = 1
+        outcome = "finished"
+        log.info("root connected", peer=root.peer, node=greeting.node, nodes=greeting.n_workers + 1)
+        try:
+            self._mesh = await Mesh.of(greeting, self._settings.keepalive, self._settings.deadlines.mesh, self._refuse)
+            self._session = TensorSession(root, wire, self._mesh, settings=self._settings, compute=self._compute, meters=self._meters)
+            await self._session.run()
+            log.info("session finished", peer=root.peer, rows=self._session.rows)
+        except asyncio.CancelledError:
+            outcome = "stopped"
+            log.info("session stopped", peer=root.peer, stage=wire.stage.value)
+        except (DairllmError, MemoryError) as error:
+            outcome = type(error).__name__
+            log.warning("session failed", peer=root.peer, stage=wire.stage.value, kind=outcome, error=str(error) or "out of memory")
+        except Exception:
+            outcome = "bug"
+            log.exception("session failed by a defect of this program", peer=root.peer, stage=wire.stage.value)
+        finally:
+            self._meters.sessions[outcome] += 1
+            await self._dismiss(root, in_peace=outcome == "finished")
+
+    async def _dismiss(self, root: Connection, *, in_peace: bool) -> None:
+        """End the connections of a session and forget it, and with it its memory."""
+        if in_peace:
+            root.close()
+        else:
+            root.abort()
+        if self._mesh is not None:
+            (self._mesh.close if in_peace else self._mesh.abort)()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(CLOSING_SECONDS):
+                await root.closed()
+        root.abort()
+        self._mesh = self._session = self._serving = None
+        self._meters.sessions_running = 0

@@ -1,0 +1,168 @@
+"""How a node tells what it does: structured logs on stderr, meters in memory, Prometheus metrics of them.
+
+Code that works increments plain numbers (:class:`Meters`); what reads them, and how they are called outside, is the collector's
+business. So nothing below ``api`` knows Prometheus, and counting costs an addition. Modules take their logger from
+``structlog.get_logger()``; only the entry points call :func:`configure_logging`.
+"""
+
+import logging
+import os
+import sys
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, TextIO
+
+import structlog
+
+from dairllm import __version__, machine
+
+if TYPE_CHECKING:
+    from prometheus_client import CollectorRegistry
+    from prometheus_client.metrics_core import Metric
+
+__all__ = ["Histogram", "Meters", "Readiness", "configure_logging", "registry"]
+
+PASS_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+"""Bounds of a pass's duration: from a small model on one node to a large one that is paged from disks."""
+
+
+def configure_logging(
+    format: Literal["auto", "console", "json"] = "auto",  # noqa: A002 - the name of the setting
+    level: Literal["debug", "info", "warning", "error"] = "info",
+    stream: TextIO | None = None,
+) -> None:
+    """Send all logs, ours and those of libraries, to `stream` (stderr by default).
+
+    `auto` is `console` where the stream is a terminal, else `json`: one line an event. Colours need a terminal and no NO_COLOR.
+    """
+    out = stream or sys.stderr
+    terminal = out.isatty()
+    minimum = getattr(logging, level.upper())
+    shared: list[structlog.typing.Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.processors.add_log_level,
+        structlog.processors.StackInfoRenderer(),
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+    ]
+    if format == "console" or (format == "auto" and terminal):
+        renderer: structlog.typing.Processor = structlog.dev.ConsoleRenderer(
+            colors=terminal and not os.environ.get("NO_COLOR"), exception_formatter=structlog.dev.plain_traceback
+        )
+    else:
+        shared.append(structlog.processors.dict_tracebacks)
+        renderer = structlog.processors.JSONRenderer()
+    structlog.configure(
+        processors=[*shared, renderer],
+        wrapper_class=structlog.make_filtering_bound_logger(minimum),
+        logger_factory=structlog.WriteLoggerFactory(out),
+        cache_logger_on_first_use=False,
+    )
+    handler = logging.StreamHandler(out)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer], foreign_pre_chain=shared
+        )
+    )
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(max(minimum, logging.WARNING))  # libraries say at most what an operator must know
+
+
+@dataclass(slots=True)
+class Histogram:
+    """Counts of values at most as large as each bound, their sum and number."""
+
+    bounds: tuple[float, ...]
+    counts: list[int] = field(init=False)
+    total: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.counts = [0] * (len(self.bounds) + 1)
+
+    def observe(self, value: float) -> None:
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.total += value
+
+    def cumulative(self) -> Iterator[tuple[str, float]]:
+        """Prometheus' buckets: the bound as text, how many values are at most that."""
+        so_far = 0
+        for bound, count in zip((*self.bounds, float("inf")), self.counts, strict=True):
+            so_far += count
+            yield ("+Inf" if bound == float("inf") else repr(bound)), so_far
+
+
+@dataclass(slots=True)
+class Meters:
+    """What one node has done since it started. Times are seconds, amounts bytes; all of it only grows, except `sessions_running`."""
+
+    kernel_form: str = ""
+    sessions_running: int = 0
+    sessions: Counter[str] = field(default_factory=Counter)
+    """By outcome: finished (the root said so), stopped (we did), or the kind of error that ended it."""
+    refused: Counter[str] = field(default_factory=Counter)
+    """Connections closed before they became a session's, by reason."""
+    rows: int = 0
+    passes: int = 0
+    pass_seconds: Histogram = field(default_factory=lambda: Histogram(PASS_SECONDS))
+    sent: Counter[str] = field(default_factory=Counter)
+    """Bytes of activations and messages by kind of link: root, peer."""
+    received: Counter[str] = field(default_factory=Counter)
+    weight_bytes: int = 0
+    seconds: dict[str, float] = field(default_factory=lambda: {"compute": 0.0, "exchange": 0.0, "wait": 0.0})
+    """Time in sessions: compute, exchange (moving slices), wait (for the next control packet)."""
+
+
+@dataclass(slots=True)
+class Readiness:
+    """What must still happen before this node can take work; None when it can."""
+
+    reason: str | None = "starting"
+
+
+def registry(meters: Meters) -> "CollectorRegistry":
+    """A Prometheus registry that reads `meters` at each scrape, beside the process' own figures."""
+    from prometheus_client import CollectorRegistry, ProcessCollector
+    from prometheus_client.registry import Collector
+
+    class NodeCollector(Collector):
+        def collect(self) -> Iterator["Metric"]:
+            return _families(meters)
+
+    result = CollectorRegistry(auto_describe=False)
+    result.register(NodeCollector())
+    ProcessCollector(registry=result)
+    return result
+
+
+def _families(meters: Meters) -> Iterator["Metric"]:
+    from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, InfoMetricFamily
+
+    yield InfoMetricFamily("dairllm_build", "Version of dairllm.", {"version": __version__})
+    yield InfoMetricFamily("dairllm_kernels", "Form of the kernels in use.", {"form": meters.kernel_form or "none"})
+    yield GaugeMetricFamily("dairllm_sessions_running", "Roots being served.", meters.sessions_running)
+    yield GaugeMetricFamily("dairllm_peak_rss_bytes", "Most memory held so far (VmHWM).", machine.peak_rss_bytes())
+    yield CounterMetricFamily("dairllm_rows_computed", "Rows (tokens) computed.", meters.rows)
+    yield CounterMetricFamily("dairllm_passes", "Control packets answered: one for each batch of rows.", meters.passes)
+    yield CounterMetricFamily("dairllm_weight_bytes", "Bytes of weights taken from the network.", meters.weight_bytes)
+    yield _counts("dairllm_sessions", "Roots served, by outcome.", "outcome", meters.sessions)
+    yield _counts("dairllm_connections_refused", "Connections closed before they became a session's.", "reason", meters.refused)
+    yield _counts("dairllm_activity_seconds", "Time in sessions by activity.", "activity", meters.seconds)
+    bytes_family = CounterMetricFamily("dairllm_link_bytes", "Bytes on links, without weights.", labels=["direction", "kind"])
+    for direction, counts in (("sent", meters.sent), ("received", meters.received)):
+        for kind, value in counts.items():
+            bytes_family.add_metric([direction, kind], value)
+    yield bytes_family
+    passes = HistogramMetricFamily("dairllm_pass_seconds", "From a control packet to the end of its pass.")
+    passes.add_metric([], list(meters.pass_seconds.cumulative()), meters.pass_seconds.total)
+    yield passes
+
+
+def _counts(name: str, text: str, label: str, counts: Mapping[str, float]) -> "Metric":
+    from prometheus_client.metrics_core import CounterMetricFamily
+
+    family = CounterMetricFamily(name, text, labels=[label])
+    for value, count in counts.items():
+        family.add_metric([value], count)
+    return family
