@@ -1,6 +1,7 @@
 """`dairllm generate`: continue a prompt on this machine."""
 
 import json
+import secrets
 import sys
 from pathlib import Path
 from typing import Any
@@ -32,14 +33,17 @@ def run(options: GenerateOptions) -> None:
     tokenizer = _tokenizer(options)
     with ModelFile.open(options.model, max_seq_len=options.max_seq_len) as model:
         if tokenizer is not None and tokenizer.vocab_size > model.spec.vocab_size:
-            raise ConfigError(f"the tokenizer knows {tokenizer.vocab_size} tokens, the model {model.spec.vocab_size}: they do not belong together")
+            raise ConfigError(
+                f"the tokenizer knows {tokenizer.vocab_size} tokens, the model {model.spec.vocab_size}: they do not belong together"
+            )
         prompt_ids = _prompt_ids(options, tokenizer)
         sync = None if options.sync is None else FloatType[options.sync.upper()]
         with LocalNode(model, n_threads=options.threads, kernels=options.kernels, sync=sync) as node:
             logits = _Logits(options.logits, options.steps, node.vocab_size) if options.logits else None
+            seed = secrets.randbits(64) if options.seed is None else options.seed
             generation = Generation(
                 node,
-                Sampler(options.temperature, options.top_p, options.seed),
+                Sampler(options.temperature, options.top_p, seed),
                 prompt_ids,
                 options.steps,
                 () if options.ignore_eos or tokenizer is None else tokenizer.eos_ids,
@@ -61,7 +65,8 @@ def _tokenizer(options: GenerateOptions) -> Tokenizer | None:
 def _prompt_ids(options: GenerateOptions, tokenizer: Tokenizer | None) -> list[int]:
     if options.prompt_ids is not None:
         return list(options.prompt_ids)
-    assert tokenizer is not None and options.prompt is not None  # noqa: S101 - GenerateOptions has seen to it
+    if tokenizer is None or options.prompt is None:
+        raise ConfigError("a prompt needs a tokenizer")
     if not options.chat:
         return tokenizer.encode_prompt(options.prompt)
     if tokenizer.chat_template is None:
@@ -99,6 +104,7 @@ def _report(generation: Generation, text: str, node: LocalNode) -> dict[str, Any
         "ids": generation.ids,
         "text": text,
         "finish_reason": generation.finish_reason,
+        "seed": generation.sampler.seed,
         "prefill_tokens_per_second": round(generation.prefill_tokens_per_second, 3),
         "decode_tokens_per_second": round(generation.decode_tokens_per_second, 3),
         "peak_rss_bytes": machine.peak_rss_bytes(),

@@ -1,7 +1,8 @@
 """Resident compute threads: started once, handed a range of a program at a time, never called op by op.
 
-The host side is two steps, so that an event loop never waits: `submit` rings the threads' mailbox and returns; `eventfd` becomes readable when the last thread is done, and
-`finish` takes that note away. (A call through a thread pool costs four times as much for each segment.)
+The host side is two steps, so that an event loop never waits: `submit` rings the threads' mailbox and returns;
+`eventfd` becomes readable when the last thread is done, and `finish` takes that note away. (A call through a thread
+pool costs four times as much for each segment.)
 """
 
 import os
@@ -49,7 +50,8 @@ class Executor:
         self.eventfd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._mailbox[interpreter.MAILBOX_EVENTFD // 8] = self.eventfd
         self._threads = [
-            threading.Thread(target=interpreter.run_resident, args=(self._address, t, self.n_threads), name=f"compute-{t}", daemon=True) for t in range(self.n_threads)
+            threading.Thread(target=interpreter.run_resident, args=(self._address, t, self.n_threads), name=f"compute-{t}", daemon=True)
+            for t in range(self.n_threads)
         ]
         for thread in self._threads:
             thread.start()

@@ -1,7 +1,8 @@
 """Where the pipes and buffers of one node's graph lie in memory, and how large that is before any of it is allocated.
 
-What the graph calls a buffer is not always stored as the graph says it: K and V caches lie head by head, activations that only matmuls read lie packed in panels, a RoPE cache is a
-table that ops share, an attention buffer is not needed. The *role* of each buffer follows from the ops that use it.
+What the graph calls a buffer is not always stored as the graph says it: K and V caches lie head by head, activations
+that only matmuls read lie packed in panels, a RoPE cache is a table that ops share, an attention buffer is not needed.
+The *role* of each buffer follows from the ops that use it.
 """
 
 from collections.abc import Iterator
@@ -13,8 +14,22 @@ from numpy.typing import NDArray
 
 from dairllm.errors import GraphError
 from dairllm.graph.types import (
-    BLOCK_VALUES, AttentionConfig, FloatType, MatmulConfig, MoeGateConfig, NetworkConfig, NodeConfig, Op, OpCode, Pointer, PointerSource, PointerType, Size, SyncType, row_bytes,
-)  # fmt: skip
+    BLOCK_VALUES,
+    AttentionConfig,
+    FloatType,
+    MatmulConfig,
+    MoeGateConfig,
+    NetworkConfig,
+    NodeConfig,
+    Op,
+    OpCode,
+    Pointer,
+    PointerSource,
+    PointerType,
+    Size,
+    SyncType,
+    row_bytes,
+)
 
 __all__ = ["Area", "Layout", "Packed", "Role", "aligned", "buffer_roles"]
 
@@ -37,7 +52,11 @@ class Role(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Area:
-    """Rows at `address`: of F32 values, or of plain Q80 blocks. Strides in bytes; `width` in values; slices of a row lie `slice_stride` apart, all of a row's slices together where it is 0."""
+    """Rows at `address`:
+
+    of F32 values, or of plain Q80 blocks. Strides in bytes; `width` in values; slices of a row lie `slice_stride`
+    apart, all of a row's slices together where it is 0.
+    """
 
     address: int
     row: int
@@ -104,7 +123,8 @@ def buffer_roles(node: NodeConfig) -> tuple[Role, ...]:
         elif roles[index] == Role.BLOCKS and role == Role.PACKED:
             pass
         elif roles[index] not in (Role.UNUSED, role):
-            raise GraphError(f"op {op.name} of layer {op.index} uses buffer {index} ({node.buffers[index].name}) as {role.value}; another op uses it as {roles[index].value}")
+            name, other = node.buffers[index].name, roles[index].value
+            raise GraphError(f"op {op.name} of layer {op.index} uses buffer {index} ({name}) as {role.value}, another op as {other}")
         else:
             roles[index] = role
 
@@ -130,7 +150,9 @@ def buffer_roles(node: NodeConfig) -> tuple[Role, ...]:
 def _wants_rows(node: NodeConfig, buffer: int) -> bool:
     """Whether a matmul reads this buffer row by row whatever the batch: experts, and a number of outputs that tiles do not divide."""
     return any(
-        op.code == OpCode.MATMUL and op.input == Pointer(PointerSource.BUFFER, buffer, PointerType.BATCH) and (op.weight_size.z > 1 or op.weight_size.x % 8 != 0)
+        op.code == OpCode.MATMUL
+        and op.input == Pointer(PointerSource.BUFFER, buffer, PointerType.BATCH)
+        and (op.weight_size.z > 1 or op.weight_size.x % 8 != 0)
         for segment in node.segments
         for op in segment.ops
     )
@@ -237,7 +259,11 @@ class Layout:
                 if (op.output.source, op.output.index) == here and op.output.type != PointerType.BATCHED_SLICE:
                     return False
                 if (op.input.source, op.input.index) == here and op.input.type != PointerType.BATCHED_SLICE:
-                    if op.code != OpCode.MERGE_ADD or op.output.source != PointerSource.BUFFER or not 0 <= op.output.index < len(self.node.buffers):
+                    if (
+                        op.code != OpCode.MERGE_ADD
+                        or op.output.source != PointerSource.BUFFER
+                        or not 0 <= op.output.index < len(self.node.buffers)
+                    ):
                         return False
                     if self.node.buffers[op.output.index].size.x * n != size.x:
                         return False
@@ -260,11 +286,24 @@ class Layout:
         size = self.node.buffers[index].size
         panels, tiles = self._packed_bytes(size)
         always = size.z > 1 or _wants_rows(self.node, index)
-        return Packed(self.address("panels", index), panels, panels * self.rows, self.address("tiles", index) if size.z == 1 else 0, tiles, always, size.x, size.z)
+        return Packed(
+            self.address("panels", index),
+            panels,
+            panels * self.rows,
+            self.address("tiles", index) if size.z == 1 else 0,
+            tiles,
+            always,
+            size.x,
+            size.z,
+        )
 
     def region(self, pipe: int, node: int | None, rows: int) -> list[memoryview]:
-        """The memory of rows 0..rows-1 of a pipe: of node's slice, or of whole rows. One piece where the layout allows it, else one a row, in order."""
-        assert self._memory is not None
+        """The memory of rows 0..rows-1 of a pipe:
+
+        of node's slice, or of whole rows. One piece where the layout allows it, else one a row, in order.
+        """
+        if self._memory is None:
+            raise RuntimeError("the layout has not been allocated")
         area, size = self.pipe_area(pipe), self.network.pipes[pipe].size
         start = area.address - self._base
         length = row_bytes(size.float_type, size.x)
@@ -273,7 +312,7 @@ class Layout:
             start += node * (area.slice_stride or length)
         elif area.slice_stride:
             raise GraphError(f"pipe {self.network.pipes[pipe].name} is kept by slices and has no whole rows")
-        view = memoryview(self._memory)
+        view = self._memory.data
         if area.row == length:
             return [view[start : start + rows * length]]
         return [view[start + m * area.row : start + m * area.row + length] for m in range(rows)]

@@ -1,80 +1,67 @@
-"""Graph ops to records: what each op reads and writes, checked against the sizes it names, and where threads must meet.
+"""Graph ops to records: what each op takes and gives, checked against the sizes it names."""
 
-Every address that a kernel uses comes from here, so every size is checked here: whatever a root may send, a record that is emitted stays within the memory of its program.
-
-Barriers: each record says which memory it reads and writes and how its columns, rows or heads are dealt to threads (its *deal*). Two records need a barrier between them when one
-writes what the other touches, unless both deal it alike: then a thread only meets what it did itself.
-"""
-
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
-from numpy.typing import NDArray
 
-from dairllm.engine.memory import CHUNK, Area, Layout, Packed, Role
+from dairllm.engine.memory import CHUNK, Area, Layout
+from dairllm.engine.operands import Operands, planes, rows
+from dairllm.engine.recorder import Deal, Recorder, Use, reads, writes
 from dairllm.engine.tables import RopeTables
 from dairllm.engine.weights import Weights
-from dairllm.errors import GraphError
 from dairllm.graph.types import (
-    BLOCK_VALUES, AttentionConfig, FloatType, InvRmsConfig, MatmulConfig, MoeGateConfig, MulConfig, NoConfig, Op, OpCode, Pointer, PointerSource, PointerType, RmsNormConfig,
-    RopeConfig, RopeType, ScaleConfig, ShiftConfig, row_bytes,
-)  # fmt: skip
-from dairllm.kernels.records import ALWAYS_ROWS, FIELDS, RECORD_WORDS, Kind
+    BLOCK_VALUES,
+    AttentionConfig,
+    FloatType,
+    InvRmsConfig,
+    MatmulConfig,
+    MoeGateConfig,
+    MulConfig,
+    NoConfig,
+    Op,
+    OpCode,
+    PointerSource,
+    PointerType,
+    RmsNormConfig,
+    RopeConfig,
+    RopeType,
+    ScaleConfig,
+    ShiftConfig,
+    row_bytes,
+)
+from dairllm.kernels.records import ALWAYS_ROWS, Kind
 
 __all__ = ["Emitter"]
 
-_CONFIG: dict[OpCode, type] = {
-    OpCode.INV_RMS: InvRmsConfig,
-    OpCode.RMS_NORM: RmsNormConfig,
-    OpCode.MATMUL: MatmulConfig,
-    OpCode.ROPE: RopeConfig,
-    OpCode.MULTIHEAD_ATT: AttentionConfig,
-    OpCode.MUL: MulConfig,
-    OpCode.SCALE: ScaleConfig,
-    OpCode.SHIFT: ShiftConfig,
-    OpCode.MOE_GATE: MoeGateConfig,
+_CAST = {
+    (FloatType.F32, FloatType.F32): Kind.COPY,
+    (FloatType.F32, FloatType.Q80): Kind.TO_BLOCKS,
+    (FloatType.Q80, FloatType.F32): Kind.FROM_BLOCKS,
 }
-
-Deal = tuple[str, int] | None
-"""How a record's work is dealt: ("columns", n), ("rows", n parts a row), ("heads", n); None: any thread may touch any of it."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Use:
-    memory: tuple[str, int]
-    writes: bool
-    deal: Deal
 
 
 class Emitter:
-    """Compiles ops one after the other; `records` is the program so far.
+    """Compiles ops one after the other.
 
     Args:
         layout: allocated.
         weights: where the ops' weights are.
         tables: RoPE tables.
+
+    Attributes:
+        recorder: the program so far.
+        max_blocks: blocks of the longest quantized row.
+        attention_shapes: (heads a KV head, head_dim, chunks) of each attention.
+        seq_len: positions that all ops have room for; None where none has a limit.
     """
 
     def __init__(self, layout: Layout, weights: Weights, tables: RopeTables) -> None:
         self.layout, self.weights, self.tables = layout, weights, tables
-        self.records: list[list[int]] = []
+        self.recorder = Recorder()
         self.max_blocks = 1
         self.attention_shapes: list[tuple[int, int, int]] = []
         self.seq_len: int | None = None
-        self._since_barrier: list[_Use] = []
-        self._op: Op
-
-    def emit(self, op: Op) -> None:
-        """Append an op's records.
-
-        Raises:
-            GraphError: its sizes contradict each other, or it is one that we cannot compute.
-        """
-        self._op = op
-        if not isinstance(op.config, _CONFIG.get(op.code, NoConfig)):
-            raise self._error(f"its configuration is a {type(op.config).__name__}")
-        {
+        self._emit: dict[OpCode, Callable[[Operands], None]] = {
             OpCode.MERGE_ADD: self._merge_add,
             OpCode.MERGE_SUM: self._merge_sum,
             OpCode.EMBEDDING: self._embedding,
@@ -83,8 +70,8 @@ class Emitter:
             OpCode.MATMUL: self._matmul,
             OpCode.ROPE: self._rope,
             OpCode.MULTIHEAD_ATT: self._attention,
-            OpCode.GELU: lambda: self._map(Kind.GELU),
-            OpCode.SILU: lambda: self._map(Kind.SILU),
+            OpCode.GELU: lambda o: self._map(Kind.GELU, o),
+            OpCode.SILU: lambda o: self._map(Kind.SILU, o),
             OpCode.MUL: self._mul,
             OpCode.SCALE: self._scale,
             OpCode.CAST: self._cast,
@@ -92,358 +79,285 @@ class Emitter:
             OpCode.SHIFT: self._shift,
             OpCode.SOFTMAX: self._softmax,
             OpCode.MOE_GATE: self._moe_gate,
-        }[op.code]()
+        }
 
-    def program(self) -> NDArray[np.int64]:
-        return np.array(self.records, np.int64).reshape(-1, RECORD_WORDS)
+    def emit(self, op: Op) -> None:
+        """Append an op's records.
 
-    # ------------------------------------------------------------------------------------------------------------ records and barriers
-    def _error(self, what: str) -> GraphError:
-        return GraphError(f"op {self._op.name} ({self._op.code.name.lower()}) of layer {self._op.index}: {what}")
+        Raises:
+            GraphError: its sizes contradict each other, or it is one that we cannot compute.
+        """
+        self._emit[op.code](Operands(op, self.layout, self.weights))
 
-    def _require(self, condition: bool, what: str) -> None:
-        if not condition:
-            raise self._error(what)
+    def _limit_positions(self, o: Operands, seq_len: int) -> None:
+        o.require(seq_len >= 1, "it has room for no position")
+        self.seq_len = seq_len if self.seq_len is None else min(self.seq_len, seq_len)
 
-    def _record(self, kind: Kind, uses: list[_Use], **values: int) -> None:
-        def conflicts(new: _Use) -> bool:
-            return any(
-                old.memory == new.memory and (old.writes or new.writes) and (old.deal is None or old.deal != new.deal) for old in self._since_barrier
-            )
-
-        if any(conflicts(use) for use in uses):
-            self.records.append([Kind.BARRIER] + [0] * (RECORD_WORDS - 1))
-            self._since_barrier.clear()
-        self._since_barrier += uses
-        assert tuple(values) == FIELDS[kind], kind
-        self.records.append([kind, *values.values()] + [0] * (RECORD_WORDS - 1 - len(values)))
-
-    # --------------------------------------------------------------------------------------------------------------------- operands
-    def _memory(self, pointer: Pointer) -> tuple[str, int]:
-        return pointer.source.name, pointer.index
-
-    def _area(self, pointer: Pointer, *types: FloatType) -> Area:
-        """Rows of values or plain blocks. A batched slice is this node's part."""
-        network, node = self.layout.network, self.layout.node
-        if pointer.type == PointerType.RAW:
-            raise self._error("a raw pointer is only for the caches of shift")
-        if pointer.source == PointerSource.PIPE:
-            self._require(0 <= pointer.index < len(network.pipes), f"pipe {pointer.index} does not exist")
-            area = self.layout.pipe_area(pointer.index)
-        else:
-            self._require(0 <= pointer.index < len(node.buffers), f"buffer {pointer.index} does not exist")
-            role = self.layout.roles[pointer.index]
-            self._require(role in (Role.VALUES, Role.BLOCKS), f"buffer {node.buffers[pointer.index].name} is used as {role.value}")
-            area = self.layout.buffer_area(pointer.index)
-        self._require(area.float_type in types, f"it takes {' or '.join(t.name for t in types)}, not {area.float_type.name}")
-        if pointer.type == PointerType.BATCH:
-            self._require(not area.slice_stride or self._op.code == OpCode.MERGE_ADD, "this pipe has no whole rows")
-            return area
-        n = network.n_nodes
-        self._require(area.width % n == 0, f"a row of {area.width} values has no {n} equal slices")
-        width = area.width // n
-        self._require(area.float_type == FloatType.F32 or width % BLOCK_VALUES == 0, f"a slice of {width} values is not a whole number of blocks")
-        stride = area.slice_stride or row_bytes(area.float_type, width)
-        return Area(area.address + node.node * stride, area.row, area.plane, 0, width, area.planes, area.float_type)
-
-    def _values(self, pointer: Pointer) -> Area:
-        return self._area(pointer, FloatType.F32)
-
-    def _buffer(self, index: int) -> tuple[Area, tuple[str, int]]:
-        pointer = Pointer(PointerSource.BUFFER, index, PointerType.BATCH)
-        return self._values(pointer), self._memory(pointer)
-
-    def _is_packed(self, pointer: Pointer) -> bool:
-        return pointer.source == PointerSource.BUFFER and 0 <= pointer.index < len(self.layout.roles) and self.layout.roles[pointer.index] == Role.PACKED
-
-    def _packed(self, pointer: Pointer) -> Packed:
-        self._require(pointer.type == PointerType.BATCH, "packed activations are read and written as whole rows")
-        return self.layout.packed(pointer.index)
-
-    def _positions(self, pipe: int) -> int:
-        self._require(pipe == 0 and len(self.layout.network.pipes) > 0, f"positions come in pipe 0, not in pipe {pipe}")
-        area = self.layout.pipe_area(0)
-        self._require(area.float_type == FloatType.F32 and area.width == 1, "the position pipe has one F32 value a row")
-        return area.address
-
-    def _weight(self, float_type: FloatType, z: int, y: int, x: int) -> Any:
-        size = self._op.weight_size
-        found = f"{size.float_type.name} {size.z} x {size.y} x {size.x}"
-        self._require((size.float_type, size.z, size.y, size.x) == (float_type, z, y, x), f"its weight is {found}; expected {float_type.name} {z} x {y} x {x}")
-        return self.weights.view(self._op)
-
-    # -------------------------------------------------------------------------------------------------------------------- column ops
-    def _map(self, kind: Kind, x: Area | None = None, extra: dict[str, int] | None = None, reads: list[_Use] | None = None, planes: int | None = None) -> None:
-        op = self._op
-        x = x or self._values(op.input)
-        y = self._area(op.output, FloatType.Q80 if kind == Kind.TO_BLOCKS else FloatType.F32)
-        planes = planes or x.planes
-        self._require(x.width == y.width and y.planes == planes, f"{x.planes} planes of {x.width} values become {y.planes} of {y.width}")
+    # ---------------------------------------------------------------------------------------------------------- column by column
+    def _map(self, kind: Kind, o: Operands, x: Area | None = None, n_planes: int = 0, other: Use | None = None, **extra: int) -> None:
+        if kind in (Kind.SILU, Kind.GELU):
+            o.config(NoConfig)
+        x = x or o.values(o.op.input)
+        y = o.area(o.op.output, FloatType.Q80 if kind == Kind.TO_BLOCKS else FloatType.F32)
+        n_planes = n_planes or x.planes
+        same = x.width == y.width and y.planes == n_planes
+        o.require(same, f"{x.planes} planes of {x.width} values become {y.planes} of {y.width}")
         deal = "columns", x.width
-        uses = [_Use(self._memory(op.input), False, deal), _Use(self._memory(op.output), True, deal), *(reads or [])]
-        self._record(
-            kind, uses, x=x.address, x_row=x.row, x_plane=x.plane if x.planes > 1 else 0, y=y.address, y_row=y.row, y_plane=y.plane, n=x.width, planes=planes, **(extra or {})
+        uses = [reads(o.input, deal), writes(o.output, deal)] + ([other] if other else [])
+        self.recorder.add(kind, uses, **planes("x", x), **planes("y", y), n=x.width, planes=n_planes, **extra)
+
+    def _mul(self, o: Operands) -> None:
+        index = o.config(MulConfig).multiplier_buffer
+        m, x = o.buffer(index), o.values(o.op.input)
+        same = (m.width, m.planes) == (x.width, x.planes)
+        o.require(same, f"it multiplies {x.planes} planes of {x.width} values by {m.planes} of {m.width}")
+        self._map(Kind.MUL, o, x, other=reads(("BUFFER", index), ("columns", x.width)), **planes("m", m))
+
+    def _scale(self, o: Operands) -> None:
+        index = o.config(ScaleConfig).scale_buffer
+        s, x = o.buffer(index), o.values(o.op.input)
+        o.require((s.width, s.planes) == (1, x.planes), f"it scales {x.planes} planes by {s.planes} of {s.width} values")
+        self._map(Kind.SCALE, o, x, other=reads(("BUFFER", index)), **planes("s", s))
+
+    def _cast(self, o: Operands) -> None:
+        o.config(NoConfig)
+        o.require(not o.is_packed(o.op.input), "packed activations cannot be cast")
+        x = o.area(o.op.input, FloatType.F32, FloatType.Q80)
+        if o.is_packed(o.op.output):
+            self._pack(o, x, repeat=False)
+            return
+        y = o.area(o.op.output, FloatType.F32, FloatType.Q80)
+        kind = _CAST.get((x.float_type, y.float_type))
+        if kind is None:
+            raise o.error(f"there is no cast from {x.float_type.name} to {y.float_type.name}")
+        self._map(kind, o, x)
+
+    def _repeat_z(self, o: Operands) -> None:
+        o.config(NoConfig)
+        x = o.values(o.op.input)
+        o.require(x.planes == 1, f"it repeats one plane, not {x.planes}")
+        if o.is_packed(o.op.output):
+            o.require(o.is_repeated(o.op.output), "its output is written by other ops as well")
+            self._pack(o, x, repeat=True)
+        else:
+            self._map(Kind.COPY, o, x, n_planes=o.values(o.op.output).planes)
+
+    def _pack(self, o: Operands, x: Area, repeat: bool) -> None:
+        """Rows into panels. Repeated planes are one: all read the same panels."""
+        y = o.packed(o.op.output)
+        same = x.width == y.width and (repeat or x.planes == y.planes)
+        o.require(same, f"{x.planes} planes of {x.width} values become {y.planes} of {y.width}")
+        deal = "columns", x.width
+        self.recorder.add(
+            Kind.PACK if x.float_type == FloatType.F32 else Kind.PACK_BLOCKS,
+            [reads(o.input, deal), writes(o.output, deal)],
+            **planes("x", x),
+            n=x.width,
+            panels=y.panels,
+            panels_row=y.panels_row,
+            panels_plane=y.panels_plane,
+            tiles=y.tiles,
+            tile_stride=y.tile_stride,
+            flags=ALWAYS_ROWS if y.always_rows else 0,
+            planes=1 if repeat else x.planes,
         )
 
-    def _mul(self) -> None:
-        m, memory = self._buffer(self._op.config.multiplier_buffer)  # type: ignore[union-attr]  # emit has checked the class
-        x = self._values(self._op.input)
-        self._require((m.width, m.planes) == (x.width, x.planes), f"it multiplies {x.planes} x {x.width} values by {m.planes} x {m.width}")
-        self._map(Kind.MUL, x, {"m": m.address, "m_row": m.row, "m_plane": m.plane}, [_Use(memory, False, ("columns", x.width))])
-
-    def _scale(self) -> None:
-        s, memory = self._buffer(self._op.config.scale_buffer)  # type: ignore[union-attr]
-        x = self._values(self._op.input)
-        self._require((s.width, s.planes) == (1, x.planes), f"it scales {x.planes} planes by {s.planes} of {s.width} values")
-        self._map(Kind.SCALE, x, {"s": s.address, "s_row": s.row, "s_plane": s.plane}, [_Use(memory, False, None)])
-
-    def _cast(self) -> None:
-        op = self._op
-        self._require(not self._is_packed(op.input), "packed activations cannot be cast")
-        x = self._area(op.input, FloatType.F32, FloatType.Q80)
-        if self._is_packed(op.output):
-            self._pack(x, op.output)
-            return
-        y = self._area(op.output, FloatType.F32, FloatType.Q80)
-        kinds = {
-            (FloatType.F32, FloatType.F32): Kind.COPY,
-            (FloatType.F32, FloatType.Q80): Kind.TO_BLOCKS,
-            (FloatType.Q80, FloatType.F32): Kind.FROM_BLOCKS,
-        }
-        kind = kinds.get((x.float_type, y.float_type))
-        if kind is None:
-            raise self._error(f"there is no cast from {x.float_type.name} to {y.float_type.name}")
-        self._map(kind, x)
-
-    def _pack(self, x: Area, destination: Pointer, repeat: bool = False) -> None:
-        """Rows into panels. Repeated planes are one: all read the same panels."""
-        y = self._packed(destination)
-        self._require(x.width == y.width and (repeat or x.planes == y.planes), f"{x.planes} planes of {x.width} values become {y.planes} of {y.width}")
-        deal = "columns", x.width
-        self._record(
-            Kind.PACK if x.float_type == FloatType.F32 else Kind.PACK_BLOCKS,
-            [_Use(self._memory(self._op.input), False, deal), _Use(self._memory(destination), True, deal)],
-            x=x.address, x_row=x.row, x_plane=x.plane, n=x.width, panels=y.panels, panels_row=y.panels_row, panels_plane=y.panels_plane, tiles=y.tiles,
-            tile_stride=y.tile_stride, flags=ALWAYS_ROWS if y.always_rows else 0, planes=1 if repeat else x.planes,
-        )  # fmt: skip
-
-    def _repeats(self, buffer: int) -> bool:
-        """Whether all planes of a packed buffer are always the same, being written by repeat_z alone."""
-        writers = [op.code for s in self.layout.node.segments for op in s.ops if (op.output.source, op.output.index) == (PointerSource.BUFFER, buffer)]
-        return set(writers) == {OpCode.REPEAT_Z}
-
-    def _repeat_z(self) -> None:
-        op = self._op
-        x = self._values(op.input)
-        self._require(x.planes == 1, f"it repeats one plane, not {x.planes}")
-        if self._is_packed(op.output):
-            self._require(self._repeats(op.output.index), "its output is written by other ops as well")
-            self._pack(x, op.output, repeat=True)
-        else:
-            self._map(Kind.COPY, x, planes=self._values(op.output).planes)
-
-    def _merge_add(self) -> None:
-        op = self._op
-        x, y = self._area(op.input, FloatType.F32, FloatType.Q80), self._values(op.output)
-        self._require(x.width % y.width == 0 and x.planes == y.planes == 1, f"{x.width} values do not divide into slices of {y.width}")
-        n_slices = x.width // y.width
-        self._require(x.float_type == FloatType.F32 or y.width % BLOCK_VALUES == 0, f"slices of {y.width} values are not whole blocks")
+    def _merge_add(self, o: Operands) -> None:
+        o.config(NoConfig)
+        x, y = o.area(o.op.input, FloatType.F32, FloatType.Q80), o.values(o.op.output)
+        o.require(x.width % y.width == 0 and x.planes == y.planes == 1, f"{x.width} values do not divide into slices of {y.width}")
+        whole = x.float_type == FloatType.F32 or y.width % BLOCK_VALUES == 0
+        o.require(whole, f"slices of {y.width} values are not whole blocks")
         deal = "columns", y.width
-        self._record(
+        self.recorder.add(
             Kind.MERGE_ADD_F32 if x.float_type == FloatType.F32 else Kind.MERGE_ADD_BLOCKS,
-            [_Use(self._memory(op.input), False, deal), _Use(self._memory(op.output), True, deal)],
-            x=x.address, x_row=x.row, x_slice=x.slice_stride or row_bytes(x.float_type, y.width), n_slices=n_slices, y=y.address, y_row=y.row, n=y.width,
-        )  # fmt: skip
+            [reads(o.input, deal), writes(o.output, deal)],
+            **rows("x", x),
+            x_slice=x.slice_stride or row_bytes(x.float_type, y.width),
+            n_slices=x.width // y.width,
+            **rows("y", y),
+            n=y.width,
+        )
 
-    def _merge_sum(self) -> None:
-        op = self._op
-        x, y = self._values(op.input), self._values(op.output)
-        self._require(x.width == y.width and y.planes == 1, f"{x.planes} planes of {x.width} values become {y.planes} of {y.width}")
+    def _merge_sum(self, o: Operands) -> None:
+        o.config(NoConfig)
+        x, y = o.values(o.op.input), o.values(o.op.output)
+        o.require(x.width == y.width and y.planes == 1, f"{x.planes} planes of {x.width} values become {y.planes} of {y.width}")
         deal = "columns", y.width
-        uses = [_Use(self._memory(op.input), False, deal), _Use(self._memory(op.output), True, deal)]
-        self._record(Kind.MERGE_SUM, uses, x=x.address, x_row=x.row, x_plane=x.plane, planes=x.planes, y=y.address, y_row=y.row, n=y.width)
+        uses = [reads(o.input, deal), writes(o.output, deal)]
+        self.recorder.add(Kind.MERGE_SUM, uses, **planes("x", x), planes=x.planes, **rows("y", y), n=y.width)
 
-    def _embedding(self) -> None:
-        op = self._op
-        tokens, y = self._values(op.input), self._values(op.output)
-        self._require(tokens.width == 1 and y.planes == 1, f"it takes one token a row, not {tokens.width}")
-        vocab = op.weight_size.y
-        self._require(vocab >= 1, "its table is empty")
-        w = self._weight(FloatType.F32, 1, vocab, y.width)
-        uses = [_Use(self._memory(op.input), False, None), _Use(self._memory(op.output), True, ("columns", y.width))]
-        self._require(tokens.row == 4, "tokens lie one after the other")
-        self._record(Kind.EMBED, uses, tokens=tokens.address, table=w.address, vocab=vocab, n=y.width, y=y.address, y_row=y.row)
+    def _embedding(self, o: Operands) -> None:
+        o.config(NoConfig)
+        tokens, y, vocab = o.values(o.op.input), o.values(o.op.output), o.op.weight_size.y
+        o.require(tokens.width == 1 and tokens.row == 4 and y.planes == 1, "it takes one token a row, from a pipe")
+        o.require(vocab >= 1, "its table is empty")
+        table = o.weight(FloatType.F32, 1, vocab, y.width).address
+        uses = [reads(o.input), writes(o.output, ("columns", y.width))]
+        self.recorder.add(Kind.EMBED, uses, tokens=tokens.address, table=table, vocab=vocab, n=y.width, **rows("y", y))
 
-    # --------------------------------------------------------------------------------------------------------------------------- norms
-    def _inv_rms(self) -> None:
-        op, c = self._op, self._op.config
-        assert isinstance(c, InvRmsConfig)
-        x, y = self._values(op.input), self._values(op.output)
-        self._require(x.planes == y.planes == 1 and 1 <= c.n_columns <= y.width and x.width % c.n_columns == 0, f"{x.width} values have no {c.n_columns} equal parts, or {y.width} places for them")
-        uses = [_Use(self._memory(op.input), False, None), _Use(self._memory(op.output), True, ("rows", c.n_columns))]
-        bits = int(np.float32(c.epsilon).view(np.int32))
-        self._record(Kind.INV_RMS, uses, x=x.address, x_row=x.row, y=y.address, y_row=y.row, n_columns=c.n_columns, width=x.width // c.n_columns, epsilon_bits=bits)
+    # --------------------------------------------------------------------------------------------------------------------- norms
+    def _inv_rms(self, o: Operands) -> None:
+        c = o.config(InvRmsConfig)
+        x, y = o.values(o.op.input), o.values(o.op.output)
+        fits = x.planes == y.planes == 1 and 1 <= c.n_columns <= y.width and x.width % c.n_columns == 0
+        o.require(fits, f"{x.width} values have no {c.n_columns} equal parts, or {y.width} places for them")
+        self.recorder.add(
+            Kind.INV_RMS,
+            [reads(o.input), writes(o.output, ("rows", c.n_columns))],
+            **rows("x", x),
+            **rows("y", y),
+            n_columns=c.n_columns,
+            width=x.width // c.n_columns,
+            epsilon_bits=int(np.float32(c.epsilon).view(np.int32)),
+        )
 
-    def _rms_norm(self) -> None:
-        op, c = self._op, self._op.config
-        assert isinstance(c, RmsNormConfig)
-        x, y = self._values(op.input), self._values(op.output)
-        inverse, memory = self._buffer(c.inv_rms_buffer)
-        self._require(x.width == y.width and x.planes == y.planes == inverse.planes == 1, f"{x.width} values become {y.width}")
-        self._require(1 <= c.n_columns <= inverse.width and x.width % c.n_columns == 0, f"{x.width} values have no {c.n_columns} equal parts")
-        width = x.width // c.n_columns
-        w = self._weight(FloatType.F32, 1, 1, width)
-        deal = "columns", x.width
-        uses = [_Use(self._memory(op.input), False, deal), _Use(memory, False, None), _Use(self._memory(op.output), True, deal)]
-        self._record(
-            Kind.RMS_NORM, uses, x=x.address, x_row=x.row, inverse=inverse.address, inverse_row=inverse.row, weights=w.address, y=y.address, y_row=y.row,
-            n_columns=c.n_columns, width=width,
-        )  # fmt: skip
+    def _rms_norm(self, o: Operands) -> None:
+        c = o.config(RmsNormConfig)
+        x, y, inverse = o.values(o.op.input), o.values(o.op.output), o.buffer(c.inv_rms_buffer)
+        o.require(x.width == y.width and x.planes == y.planes == inverse.planes == 1, f"{x.width} values become {y.width}")
+        o.require(1 <= c.n_columns <= inverse.width and x.width % c.n_columns == 0, f"{x.width} values have no {c.n_columns} equal parts")
+        width, deal = x.width // c.n_columns, ("columns", x.width)
+        weights = o.weight(FloatType.F32, 1, 1, width).address
+        uses = [reads(o.input, deal), reads(("BUFFER", c.inv_rms_buffer)), writes(o.output, deal)]
+        fields = {**rows("x", x), **rows("inverse", inverse), **rows("y", y)}
+        self.recorder.add(Kind.RMS_NORM, uses, **fields, weights=weights, n_columns=c.n_columns, width=width)
 
-    # ------------------------------------------------------------------------------------------------------------------------- matmuls
-    def _matmul(self) -> None:
-        op, c, size = self._op, self._op.config, self._op.weight_size
-        assert isinstance(c, MatmulConfig)
-        y = self._values(op.output)
-        experts = c.n_experts
-        self._require(size.float_type in (FloatType.F32, FloatType.Q40, FloatType.Q80), f"weights of type {size.float_type.name}")
-        self._require(size.x == y.width, f"its weight has {size.x} outputs, its output {y.width} values")
-        planes = c.n_active_experts if experts else 1
-        self._require(y.planes == planes and (not experts or 1 <= planes <= experts), f"{planes} of {experts} experts write {y.planes} planes")
-        w = self._weight(size.float_type, max(experts, 1), size.y, size.x)
-        route: dict[str, int] = {}
-        uses = [_Use(self._memory(op.input), False, None), _Use(self._memory(op.output), True, ("columns", y.width))]
+    # ------------------------------------------------------------------------------------------------------------------- matmuls
+    def _matmul(self, o: Operands) -> None:
+        c, size = o.config(MatmulConfig), o.op.weight_size
+        y, experts = o.values(o.op.output), c.n_experts
+        k = c.n_active_experts if experts else 1
+        quantized = size.float_type in (FloatType.Q40, FloatType.Q80)
+        o.require(quantized or size.float_type == FloatType.F32, f"there are no kernels for weights of type {size.float_type.name}")
+        o.require(size.x == y.width, f"its weight has {size.x} outputs, its output {y.width} values")
+        o.require(y.planes == k and (not experts or 1 <= k <= experts), f"{k} of {experts} experts write {y.planes} planes")
+        w = o.weight(size.float_type, max(experts, 1), size.y, size.x)
+        uses = [reads(o.input), writes(o.output, ("columns", y.width))]
+        fields = {"weights": w.address, "weights_row": w.row, "d": size.x, **rows("y", y)}
         if experts:
-            index = c.expert_indexes_buffer
-            self._require(0 <= index < len(self.layout.roles) and self.layout.node.buffers[index].size.x == planes, f"{planes} experts need as many indexes a row")
-            route = {"indexes": self.layout.address("indexes", index), "k": planes, "n_experts": experts}
-            uses.append(_Use(("BUFFER", index), False, None))
-        if size.float_type == FloatType.F32:
-            x = self._values(op.input)
-            self._require((x.width, x.planes) == (size.y, planes), f"its weight has {size.y} inputs, its input {x.planes} planes of {x.width} values")
-            if experts:
-                self._record(
-                    Kind.EXPERTS_F32, uses, x=x.address, x_row=x.row, x_plane=x.plane, weights=w.address, weights_row=w.row, weights_expert=w.expert, n=size.y, d=size.x,
-                    y=y.address, y_row=y.row, y_plane=y.plane, **route,
-                )  # fmt: skip
-            else:
-                self._record(Kind.MATMUL_F32, uses, x=x.address, x_row=x.row, weights=w.address, weights_row=w.row, n=size.y, d=size.x, y=y.address, y_row=y.row)
+            uses.append(reads(("BUFFER", c.expert_indexes_buffer)))
+            indexes = o.expert_indexes(c.expert_indexes_buffer, k)
+            fields |= {"weights_expert": w.expert, "y_plane": y.plane, "indexes": indexes, "k": k, "n_experts": experts}
+        if not quantized:
+            x = o.values(o.op.input)
+            same = (x.width, x.planes) == (size.y, k)
+            o.require(same, f"its weight has {size.y} inputs, its input {x.planes} planes of {x.width} values")
+            operand = {**rows("x", x), "x_plane": x.plane} if experts else rows("x", x)
+            self.recorder.add(Kind.EXPERTS_F32 if experts else Kind.MATMUL_F32, uses, **operand, n=size.y, **fields)
             return
-        self._require(self._is_packed(op.input), f"{size.float_type.name} weights take Q80 activations from a buffer that only matmuls read")
-        p = self._packed(op.input)
-        self._require((p.width, p.planes) == (size.y, planes), f"its weight has {size.y} inputs, its input {p.planes} planes of {p.width} values")
-        blocks = size.y // BLOCK_VALUES
+        o.require(o.is_packed(o.op.input), f"{size.float_type.name} weights take Q80 activations from a buffer that only matmuls read")
+        p, blocks = o.packed(o.op.input), size.y // BLOCK_VALUES
+        o.require((p.width, p.planes) == (size.y, k), f"its weight has {size.y} inputs, its input {p.planes} planes of {p.width} values")
         self.max_blocks = max(self.max_blocks, blocks)
         q80 = size.float_type == FloatType.Q80
         if experts:
-            plane = 0 if self._repeats(op.input.index) else p.panels_plane
-            self._record(
-                Kind.EXPERTS_Q80 if q80 else Kind.EXPERTS_Q40, uses, x=p.panels, x_row=p.panels_row, x_plane=plane, weights=w.address, weights_row=w.row,
-                weights_expert=w.expert, n=blocks, d=size.x, y=y.address, y_row=y.row, y_plane=y.plane, **route,
-            )  # fmt: skip
+            plane = 0 if o.is_repeated(o.op.input) else p.panels_plane
+            panels = {"x": p.panels, "x_row": p.panels_row, "x_plane": plane, "n": blocks}
+            self.recorder.add(Kind.EXPERTS_Q80 if q80 else Kind.EXPERTS_Q40, uses, **panels, **fields)
         else:
-            self._record(
-                Kind.MATMUL_Q80 if q80 else Kind.MATMUL_Q40, uses, panels=p.panels, panels_row=p.panels_row, tiles=p.tiles, tile_stride=p.tile_stride, weights=w.address,
-                weights_row=w.row, n_blocks=blocks, d=size.x, y=y.address, y_row=y.row,
-            )  # fmt: skip
+            panels = {"panels": p.panels, "panels_row": p.panels_row, "tiles": p.tiles, "tile_stride": p.tile_stride, "n_blocks": blocks}
+            self.recorder.add(Kind.MATMUL_Q80 if q80 else Kind.MATMUL_Q40, uses, **panels, **fields)
 
-    # ----------------------------------------------------------------------------------------------------------------------- attention
-    def _limit_positions(self, seq_len: int) -> None:
-        self._require(seq_len >= 1, "it has room for no position")
-        self.seq_len = seq_len if self.seq_len is None else min(self.seq_len, seq_len)
-
-    def _rope(self) -> None:
-        op, c = self._op, self._op.config
-        assert isinstance(c, RopeConfig)
-        self._require(op.input == op.output, "rope works in place")
-        x = self._values(op.input)
-        self._require(c.head_dim >= 2 and c.head_dim % 2 == 0 and x.width % c.head_dim == 0 and x.planes == 1, f"{x.width} values are not whole heads of {c.head_dim}")
-        if c.type != RopeType.FALCON:
-            self._require((c.q_dim_start if c.is_q else c.kv_dim_start) % c.head_dim == 0, f"a slice that begins inside a head of {c.head_dim}")
-        self._limit_positions(c.seq_len)
-        table = self.tables.address(c)
+    # ----------------------------------------------------------------------------------------------------------------- attention
+    def _rope(self, o: Operands) -> None:
+        c = o.config(RopeConfig)
+        o.require(o.op.input == o.op.output, "rope works in place")
+        x = o.values(o.op.input)
+        heads = c.head_dim >= 2 and c.head_dim % 2 == 0 and x.width % c.head_dim == 0 and x.planes == 1
+        o.require(heads, f"{x.width} values are not whole heads of {c.head_dim}")
         halves = c.type == RopeType.FALCON
+        begin = 0 if halves else c.q_dim_start if c.is_q else c.kv_dim_start  # FALCON leaves them uninitialised
+        o.require(begin % c.head_dim == 0, f"its slice begins inside a head of {c.head_dim}")
+        self._limit_positions(o, c.seq_len)
         deal: Deal = ("heads", x.width // c.head_dim) if halves else ("columns", x.width)
-        uses = [_Use(self._memory(op.input), True, deal)]
-        kind = Kind.ROPE_HALVES if halves else Kind.ROPE_NEIGHBOURS
-        self._record(kind, uses, x=x.address, x_row=x.row, n=x.width, head_dim=c.head_dim, table=table, positions=self._positions(c.position_pipe))
-
-    def _head_dim_of(self, cache: int) -> int:
-        """The head size that the attention op which reads this cache gives it."""
-        for segment in self.layout.node.segments:
-            for op in segment.ops:
-                c = op.config
-                if isinstance(c, AttentionConfig) and cache in (c.key_cache_buffer, c.value_cache_buffer):
-                    return c.head_dim
-        raise self._error(f"no attention op reads the cache {self.layout.node.buffers[cache].name}")
-
-    def _cache(self, index: int, head_dim: int) -> tuple[int, int, int, int]:
-        """(address, bytes from head to head, width, positions) of a KV cache."""
-        self._require(0 <= index < len(self.layout.roles) and self.layout.roles[index] == Role.CACHE, f"buffer {index} is no cache")
-        size = self.layout.node.buffers[index].size
-        self._require(size.float_type == FloatType.F32 and size.z == 1 and size.x >= 1, "a cache is one plane of F32 rows")
-        self._require(head_dim >= 8 and head_dim % 8 == 0 and size.x % head_dim == 0, f"cache rows of {size.x} values are not whole heads of {head_dim}, a multiple of 8")
-        return self.layout.address("cache", index), self.layout.cache_positions(size) * head_dim * 4, size.x, size.y
-
-    def _shift(self) -> None:
-        op, c = self._op, self._op.config
-        assert isinstance(c, ShiftConfig)
-        x = self._values(op.input)
-        self._require(op.output.source == PointerSource.BUFFER and op.output.type == PointerType.RAW, "it writes into a cache, by a raw pointer")
-        head_dim = self._head_dim_of(op.output.index)
-        cache, head_stride, width, positions = self._cache(op.output.index, head_dim)
-        self._require(x.width == width and x.planes == 1, f"rows of {x.width} values go into a cache of {width}")
-        self._limit_positions(positions)
-        deal = "columns", x.width
-        uses = [_Use(self._memory(op.input), False, deal), _Use(self._memory(op.output), True, deal)]
-        self._record(
-            Kind.SHIFT, uses, x=x.address, x_row=x.row, n=width, head_dim=head_dim, cache=cache, head_stride=head_stride, positions=self._positions(c.position_pipe)
+        self.recorder.add(
+            Kind.ROPE_HALVES if halves else Kind.ROPE_NEIGHBOURS,
+            [writes(o.input, deal)],
+            **rows("x", x),
+            n=x.width,
+            head_dim=c.head_dim,
+            table=self.tables.address(c),
+            positions=o.positions(c.position_pipe),
         )
 
-    def _attention(self) -> None:
-        op, c = self._op, self._op.config
-        assert isinstance(c, AttentionConfig)
-        y = self._values(op.output)
-        q, q_memory = self._buffer(c.query_buffer)
-        keys, head_stride, width, positions = self._cache(c.key_cache_buffer, c.head_dim)
-        values, value_stride, value_width, value_positions = self._cache(c.value_cache_buffer, c.head_dim)
-        self._require((head_stride, width, positions) == (value_stride, value_width, value_positions), "its two caches have different sizes")
-        self._require(1 <= c.n_kv_heads <= c.n_heads and c.n_heads % c.n_kv_heads == 0, f"{c.n_heads} heads do not share {c.n_kv_heads} KV heads evenly")
+    def _shift(self, o: Operands) -> None:
+        c, out = o.config(ShiftConfig), o.op.output
+        x = o.values(o.op.input)
+        o.require(out.source == PointerSource.BUFFER and out.type == PointerType.RAW, "it writes into a cache, by a raw pointer")
+        head_dim = o.head_dim(out.index)
+        cache = o.cache(out.index, head_dim)
+        o.require(x.width == cache.width and x.planes == 1, f"rows of {x.width} values go into a cache of {cache.width}")
+        self._limit_positions(o, cache.positions)
+        deal = "columns", x.width
+        self.recorder.add(
+            Kind.SHIFT,
+            [reads(o.input, deal), writes(o.output, deal)],
+            **rows("x", x),
+            n=x.width,
+            head_dim=head_dim,
+            cache=cache.address,
+            head_stride=cache.head_stride,
+            positions=o.positions(c.position_pipe),
+        )
+
+    def _attention(self, o: Operands) -> None:
+        c = o.config(AttentionConfig)
+        q, y = o.buffer(c.query_buffer), o.values(o.op.output)
+        keys, values = o.cache(c.key_cache_buffer, c.head_dim), o.cache(c.value_cache_buffer, c.head_dim)
+        same = (keys.width, keys.positions) == (values.width, values.positions)
+        o.require(same, f"its caches have {keys.positions} positions of {keys.width} and {values.positions} of {values.width} values")
+        shared = 1 <= c.n_kv_heads <= c.n_heads and c.n_heads % c.n_kv_heads == 0
+        o.require(shared, f"{c.n_heads} heads do not share {c.n_kv_heads} KV heads evenly")
+        n, width = c.n_heads_0, c.n_heads_0 * c.head_dim
+        o.require(n >= 1 and q.width == y.width == width, f"{n} heads of {c.head_dim} are not {q.width} and {y.width} values")
+        o.require(q.planes == y.planes == 1, "it takes one plane")
         group = c.n_heads // c.n_kv_heads
-        self._require(c.n_heads_0 >= 1 and q.width == y.width == c.n_heads_0 * c.head_dim and q.planes == y.planes == 1, f"{c.n_heads_0} heads of {c.head_dim} are not {q.width} and {y.width} values")
-        n_kv = -(-c.n_heads_0 // group)
-        self._require(n_kv * c.head_dim <= width, f"{c.n_heads_0} heads need {n_kv} KV heads, its caches have {width // c.head_dim}")
-        self._limit_positions(positions)
-        group = min(group, c.n_heads_0)
-        chunks = -(-positions // CHUNK)
+        n_kv = -(-n // group)
+        o.require(n_kv * c.head_dim <= keys.width, f"{n} heads need {n_kv} KV heads, its caches have {keys.width // c.head_dim}")
+        self._limit_positions(o, keys.positions)
+        group, chunks = min(group, n), -(-keys.positions // CHUNK)
         self.attention_shapes.append((group, c.head_dim, chunks))
         fields = {
-            "q": q.address, "q_row": q.row, "n_heads": c.n_heads_0, "group": group, "head_dim": c.head_dim, "keys": keys, "values": values, "head_stride": head_stride,
-            "positions": self._positions(c.position_pipe), "y": y.address, "y_row": y.row, "parts": self.layout.address("parts", 0), "stats": self.layout.address("stats", 0),
+            **rows("q", q),
+            **rows("y", y),
+            "n_heads": n,
+            "group": group,
+            "head_dim": c.head_dim,
+            "keys": keys.address,
+            "values": values.address,
+            "head_stride": keys.head_stride,
+            "positions": o.positions(c.position_pipe),
+            "parts": o.scratch("parts"),
+            "stats": o.scratch("stats"),
             "max_chunks": chunks,
-        }  # fmt: skip
-        out = self._memory(op.output)
-        caches = [_Use(("BUFFER", i), False, None) for i in (c.key_cache_buffer, c.value_cache_buffer)]
-        self._record(Kind.ATTEND, [_Use(q_memory, False, None), *caches, _Use(out, True, None), _Use(("parts", 0), True, None)], **fields)
-        self._record(Kind.FOLD, [_Use(("parts", 0), False, None), _Use(out, True, ("heads", c.n_heads_0))], **fields)
+        }
+        taken = [reads(("BUFFER", i)) for i in (c.query_buffer, c.key_cache_buffer, c.value_cache_buffer)]
+        parts = "parts", 0
+        self.recorder.add(Kind.ATTEND, [*taken, writes(o.output), writes(parts)], **fields)
+        self.recorder.add(Kind.FOLD, [reads(parts), writes(o.output, ("heads", n))], **fields)
 
-    # --------------------------------------------------------------------------------------------------------------------------- experts
-    def _softmax(self) -> None:
-        op = self._op
-        self._require(op.input == op.output, "softmax works in place")
-        x = self._values(op.input)
-        self._require(x.planes == 1, "softmax takes one plane")
-        self._record(Kind.SOFTMAX, [_Use(self._memory(op.input), True, ("rows", 1))], x=x.address, x_row=x.row, n=x.width)
+    # ------------------------------------------------------------------------------------------------------------------- experts
+    def _softmax(self, o: Operands) -> None:
+        o.config(NoConfig)
+        o.require(o.op.input == o.op.output, "softmax works in place")
+        x = o.values(o.op.input)
+        o.require(x.planes == 1, "softmax takes one plane")
+        self.recorder.add(Kind.SOFTMAX, [writes(o.input, ("rows", 1))], **rows("x", x), n=x.width)
 
-    def _moe_gate(self) -> None:
-        op, c = self._op, self._op.config
-        assert isinstance(c, MoeGateConfig)
-        x, w = self._values(op.input), self._values(op.output)
-        self._require(1 <= c.k <= x.width and (w.width, w.planes) == (1, c.k), f"{c.k} of {x.width} experts write {w.planes} planes of {w.width} weights")
-        self._require(self.layout.node.buffers[c.indexes_buffer].size.x == c.k, f"{c.k} experts need as many indexes a row")
+    def _moe_gate(self, o: Operands) -> None:
+        c = o.config(MoeGateConfig)
+        x, w = o.values(o.op.input), o.values(o.op.output)
+        fits = 1 <= c.k <= x.width and x.planes == 1 and (w.width, w.planes) == (1, c.k)
+        o.require(fits, f"{c.k} of {x.width} experts write {w.planes} planes of {w.width} weights")
         deal = "rows", 1
-        uses = [_Use(self._memory(op.input), False, deal), _Use(self._memory(op.output), True, deal), _Use(("BUFFER", c.indexes_buffer), True, deal)]
-        indexes = self.layout.address("indexes", c.indexes_buffer)
-        self._record(
-            Kind.GATE, uses, x=x.address, x_row=x.row, n=x.width, k=c.k, normalise=c.norm_topk, indexes=indexes, weights=w.address, weights_row=w.row, weights_plane=w.plane
+        self.recorder.add(
+            Kind.GATE,
+            [reads(o.input, deal), writes(o.output, deal), writes(("BUFFER", c.indexes_buffer), deal)],
+            **rows("x", x),
+            n=x.width,
+            k=c.k,
+            normalise=c.norm_topk,
+            indexes=o.expert_indexes(c.indexes_buffer, c.k),
+            **planes("weights", w),
         )

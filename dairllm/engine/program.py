@@ -18,7 +18,8 @@ MAX_THREADS = 1024
 
 
 def required_bytes(network: NetworkConfig, node: NodeConfig, weights: Weights | None = None) -> int:
-    """Bytes that running this graph takes: weights in memory, pipes, buffers, KV caches, tables. Nothing is allocated; the threads' small scratch is not counted.
+    """Bytes that running this graph takes: weights in memory, pipes, buffers, KV caches, tables. Nothing is allocated;
+    the threads' small scratch is not counted.
 
     Args:
         weights: where the weights will be; from the wire if None.
@@ -37,7 +38,7 @@ class Program:
         self._layout, self._kept = layout, (emitter.weights, emitter.tables)
         self.n_threads = n_threads
         self.segments = segments
-        self.records = emitter.program()
+        self.records = emitter.recorder.program()
         self.state = aligned(64).view(np.int64)
         self.barrier = aligned(128)
         self.scratch_stride = -(-scratch_bytes // 64) * 64 + 64
@@ -53,7 +54,10 @@ class Program:
         return len(self.segments)
 
     def region(self, pipe: int, node: int | None, rows: int) -> list[memoryview]:
-        """The pipe's own memory for rows 0..rows-1: `node`'s slice of each, or whole rows. One piece where the layout allows it, else one a row, in order."""
+        """The pipe's own memory for rows 0..rows-1:
+
+        `node`'s slice of each, or whole rows. One piece where the layout allows it, else one a row, in order.
+        """
         return self._layout.region(pipe, node, rows)
 
     def values(self, pipe: int) -> NDArray[np.float32]:
@@ -97,10 +101,10 @@ def compile_program(network: NetworkConfig, node: NodeConfig, weights: Weights, 
     emitter = Emitter(layout, weights, RopeTables())
     segments = []
     for segment in node.segments:
-        first = len(emitter.records)
+        first = len(emitter.recorder)
         for op in segment.ops:
             emitter.emit(op)
-        segments.append((first, len(emitter.records)))
+        segments.append((first, len(emitter.recorder)))
     scratch = tile_scratch_bytes(emitter.max_blocks)
     scratch = max([scratch, *(attention_scratch_bytes(*shape) for shape in emitter.attention_shapes)])
     return Program(layout, emitter, tuple(segments), scratch, n_threads)

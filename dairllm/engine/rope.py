@@ -63,19 +63,17 @@ def rope_frequencies(config: RopeConfig) -> Floats:
     if c.head_dim < 2 or c.head_dim % 2:
         raise GraphError(f"rope: heads of {c.head_dim} values; expected an even number")
     theta, factor, low, high = (float(np.float32(v)) for v in (c.theta, c.scaling_factor, c.low_freq_factor, c.high_freq_factor))
-    if not (math.isfinite(theta) and theta > 0):
-        raise GraphError(f"rope: a base of {theta}; expected a positive number")
+    if not (math.isfinite(theta) and theta >= 1):
+        raise GraphError(f"rope: a base of {theta}; expected a number from 1 on")
     frequencies = [_power(theta, -2 * i, c.head_dim) for i in range(c.head_dim // 2)]
     if c.type != RopeType.FALCON and factor != 1:
         context = c.orig_max_seq_len
         if not all(math.isfinite(v) and v >= 0 for v in (factor, low, high, context)) or factor == 0:
             raise GraphError(f"rope: scaling by {factor}, frequency factors {low} and {high}, context {context}; expected positive numbers")
         frequencies = [_rescaled(f, factor, low, high, context) for f in frequencies]
-    with np.errstate(over="ignore", under="ignore"):
-        out = np.array(frequencies, np.float64).astype(np.float32)
-    if not np.isfinite(out).all():
-        raise GraphError(f"rope: a base of {theta} with heads of {c.head_dim} values has frequencies beyond any number")
-    return out
+    if max(frequencies) > 1:
+        raise GraphError(f"rope: scaling by {factor} turns heads by {max(frequencies)} radians a position; expected 1 at most")
+    return np.array(frequencies, np.float64).astype(np.float32)
 
 
 def _power(base: float, numerator: int, denominator: int) -> float:
@@ -84,8 +82,6 @@ def _power(base: float, numerator: int, denominator: int) -> float:
         context.prec = _DIGITS
         exact = (Decimal(numerator) * Decimal(base).ln() / denominator).exp()
         nearest = np.float32(float(exact))
-        if not np.isfinite(nearest):
-            return math.inf
         # float() rounded to float64 first: where that fell on the middle between two float32, rounding again may have taken the wrong one
         around = (np.nextafter(nearest, np.float32(0)), nearest, np.nextafter(nearest, np.float32(np.inf)))
         return min((float(v) for v in around), key=lambda v: abs(Decimal(v) - exact))

@@ -13,7 +13,7 @@ from dairllm.errors import GraphError, RemoteProtocolError
 from dairllm.formats.model_file import ModelFile
 from dairllm.graph.types import NodeConfig, Op, OpCode, row_bytes
 
-__all__ = ["FileWeights", "Weights", "WeightView", "WireWeights"]
+__all__ = ["FileWeights", "WeightView", "Weights", "WireWeights"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,7 @@ class WireWeights:
         if nbytes < 1 or offset + nbytes > size:
             raise RemoteProtocolError(f"weight {name} of layer {index}: bytes {offset} to {offset + nbytes} were announced; it has {size}")
         self._received[name, index] += nbytes
-        return memoryview(self._memory)[start + offset : start + offset + nbytes]
+        return self._memory.data[start + offset : start + offset + nbytes]
 
     def missing(self) -> list[str]:
         """Weights that have not all come, for people."""
@@ -117,6 +117,7 @@ class FileWeights:
         expert = 0
         if op.weight_size.z > 1:
             expert = self._model.tensor(op.name, op.index, 1).offset - first.offset
-        if first.nbytes * op.weight_size.z != op.weight_size.nbytes:
-            raise GraphError(f"op {op.name} of layer {op.index} needs {op.weight_size.nbytes} bytes of weights, the file's tensor has {first.nbytes * op.weight_size.z}")
+        needed, found = op.weight_size.nbytes, first.nbytes * op.weight_size.z
+        if needed != found:
+            raise GraphError(f"op {op.name} of layer {op.index} needs {needed} bytes of weights; the file has {found}")
         return WeightView(self._base + first.offset, first.row_bytes, expert)

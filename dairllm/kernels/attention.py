@@ -1,8 +1,10 @@
 """Attention over a KV cache laid out [kv head][position][head_dim], F32, positions padded to whole chunks.
 
-The order (docs/arithmetic.md): chunks of CHUNK positions; within a chunk scores q.k by acc[i mod 8], times 1 / sqrt(head_dim); the chunk's maximum; e = exp(score - maximum), their sum by
-acc[position mod 8]; out[d] = fma(e, v[d], out[d]) in position order. Chunks are then folded in order by their maxima. So neither the number of threads nor the batch changes a bit.
-The query heads that share a KV head are computed together, and K and V of a chunk fit the first-level cache.
+The order (docs/arithmetic.md): chunks of CHUNK positions; within a chunk scores q.k by acc[i mod 8], times 1 /
+sqrt(head_dim); the chunk's maximum; e = exp(score - maximum), their sum by acc[position mod 8]; out[d] = fma(e, v[d],
+out[d]) in position order. Chunks are then folded in order by their maxima. So neither the number of threads nor the
+batch changes a bit. The query heads that share a KV head are computed together, and K and V of a chunk fit the
+first-level cache.
 """
 
 from typing import Any
@@ -12,9 +14,31 @@ from numba import njit
 
 from dairllm.kernels.elementwise import exp_one
 from dairllm.kernels.ir import (
-    F32, V8, Builder, Value, at, broadcast, emit_exp, f32, float_zero, fma, for_range, i64, ir_function, k64, load, load_f, shuffle, splat, store, store_f, tree_max,
-    tree_sum, var, void,
-)  # fmt: skip
+    F32,
+    V8,
+    Builder,
+    Value,
+    at,
+    broadcast,
+    emit_exp,
+    f32,
+    float_zero,
+    fma,
+    for_range,
+    i64,
+    ir_function,
+    k64,
+    load,
+    load_f,
+    shuffle,
+    splat,
+    store,
+    store_f,
+    tree_max,
+    tree_sum,
+    var,
+    void,
+)
 
 __all__ = ["CHUNK", "attend_chunk", "fold_head"]
 
@@ -97,7 +121,9 @@ _value_narrow = _value_tile(1, 1)
 
 
 @ir_function(void, i64, i64, i64, i64, i64, f32, i64)
-def _fold_chunks(b: Builder, part: Value, part_stride: Value, coefficients: Value, chunks: Value, vectors: Value, inverse: Value, out: Value) -> None:
+def _fold_chunks(
+    b: Builder, part: Value, part_stride: Value, coefficients: Value, chunks: Value, vectors: Value, inverse: Value, out: Value
+) -> None:
     """out[:] = inverse * sum over chunks of coefficient[chunk] * part[chunk][:]"""
     acc = var(b, V8)
     with for_range(b, vectors) as loop:

@@ -1,7 +1,8 @@
 """One thread's part of attention. See steps.py for the calling convention.
 
-One row: (KV head, chunk) pairs are dealt out in contiguous runs, then, behind a barrier, the heads whose chunks are folded. A batch: (row, KV head) pairs are dealt to and fro, since later
-rows attend to more, and each thread folds what it computed, in scratch of its own.
+One row: (KV head, chunk) pairs are dealt out in contiguous runs, then, behind a barrier, the heads whose chunks are
+folded. A batch: (row, KV head) pairs are dealt to and fro, since later rows attend to more, and each thread folds what
+it computed, in scratch of its own.
 """
 
 import numpy as np
@@ -44,7 +45,18 @@ def attend(record, first_row, end_row, thread, n_threads, scratch):
             at = kv * max_chunks + c
             heads = min(group, n_heads - kv * group)
             count = min(CHUNK, length - c * CHUNK)
-            attend_chunk(q + first_row * q_row + kv * part_bytes, keys + o, values + o, head_bytes, heads, count, scale, scratch, parts + at * part_bytes, stats + at * stat_bytes)
+            attend_chunk(
+                q + first_row * q_row + kv * part_bytes,
+                keys + o,
+                values + o,
+                head_bytes,
+                heads,
+                count,
+                scale,
+                scratch,
+                parts + at * part_bytes,
+                stats + at * stat_bytes,
+            )
         return
     my_stats = coefficients + 4 * _padded_jit(max_chunks)
     my_parts = my_stats + max_chunks * stat_bytes
@@ -59,7 +71,18 @@ def attend(record, first_row, end_row, thread, n_threads, scratch):
         for c in range(chunks):
             o = kv * head_stride + c * CHUNK * head_bytes
             count = min(CHUNK, length - c * CHUNK)
-            attend_chunk(q + m * q_row + kv * part_bytes, keys + o, values + o, head_bytes, heads, count, scale, scratch, my_parts + c * part_bytes, my_stats + c * stat_bytes)
+            attend_chunk(
+                q + m * q_row + kv * part_bytes,
+                keys + o,
+                values + o,
+                head_bytes,
+                heads,
+                count,
+                scale,
+                scratch,
+                my_parts + c * part_bytes,
+                my_stats + c * stat_bytes,
+            )
         for h in range(heads):
             out = y + m * y_row + (kv * group + h) * head_bytes
             fold_head(my_parts + h * head_bytes, part_bytes, my_stats + 8 * h, stat_bytes, chunks, head_bytes, coefficients, out)
@@ -67,7 +90,7 @@ def attend(record, first_row, end_row, thread, n_threads, scratch):
 
 @njit(nogil=True)
 def fold(record, first_row, end_row, thread, n_threads, scratch):
-    q, q_row, n_heads, group, head_dim, keys, values, head_stride, positions, y, y_row, parts, stats, max_chunks = fields(record)[:14]
+    _, _, n_heads, group, head_dim, _, _, _, positions, y, y_row, parts, stats, max_chunks = fields(record)[:14]
     if end_row - first_row != 1:
         return
     head_bytes = 4 * head_dim
@@ -76,4 +99,13 @@ def fold(record, first_row, end_row, thread, n_threads, scratch):
     for head in range(a, z):
         kv, h = head // group, head % group
         first = kv * max_chunks * group
-        fold_head(parts + (first + h) * head_bytes, group * head_bytes, stats + 8 * (first + h), 8 * group, chunks, head_bytes, scratch + group * CHUNK * 4, y + first_row * y_row + head * head_bytes)
+        fold_head(
+            parts + (first + h) * head_bytes,
+            group * head_bytes,
+            stats + 8 * (first + h),
+            8 * group,
+            chunks,
+            head_bytes,
+            scratch + group * CHUNK * 4,
+            y + first_row * y_row + head * head_bytes,
+        )

@@ -1,7 +1,9 @@
-"""Products of bytes, the one place where the forms differ: weights (Q40 nibbles 0..15, Q80 int8) times Q80 activations, summed over a block, exactly, in integers.
+"""Products of bytes, the one place where the forms differ: weights (Q40 nibbles 0..15, Q80 int8) times Q80 activations,
+summed over a block, exactly, in integers.
 
-A *group* is eight blocks of one weight row against a row panel; its sums end as <8 x i32>, lane = block. A *tile block* is one block of several weight rows against the 16 columns of a
-tile panel; its sums end as i32 vectors whose lanes are columns. Being exact, the sums are the same whatever the instruction.
+A *group* is eight blocks of one weight row against a row panel; its sums end as <8 x i32>, lane = block. A *tile
+block* is one block of several weight rows against the 16 columns of a tile panel; its sums end as i32 vectors whose
+lanes are columns. Being exact, the sums are the same whatever the instruction.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,7 +13,7 @@ from llvmlite import ir
 from dairllm.kernels import forms
 from dairllm.kernels.ir import I8, I16, I32, Builder, Value, at, broadcast, call, concat, halves, interleave_sum, load, shuffle, splat, vec
 
-__all__ = ["TILE_LANES", "TILE_ROWS", "Q80_SCRATCH_XOR", "group_q40", "group_q80", "nibbles", "tile_q40", "tile_q80"]
+__all__ = ["Q80_SCRATCH_XOR", "TILE_LANES", "TILE_ROWS", "group_q40", "group_q80", "nibbles", "tile_q40", "tile_q80"]
 
 FORM = forms.current()
 _VNNI = FORM in ("avxvnni", "avx512vnni")
@@ -88,7 +90,8 @@ def _fold_quads(b: Builder, sums: Sequence[Value]) -> Value:
     if not _WIDE:
         return interleave_sum(b, interleave_sum(b, sums[0], sums[1], b.add), interleave_sum(b, sums[2], sums[3], b.add), b.add)
     lanes = [4 * _PANEL_ORDER.index(block) for block in range(8)]
-    one = b.add(shuffle(b, *sums, [lane + i for i in (0, 1) for lane in lanes]), shuffle(b, *sums, [lane + i for i in (2, 3) for lane in lanes]))
+    first, second = ([lane + i for i in pair for lane in lanes] for pair in ((0, 1), (2, 3)))
+    one = b.add(shuffle(b, sums[0], sums[1], first), shuffle(b, sums[0], sums[1], second))
     return b.add(*halves(b, one))
 
 
@@ -127,11 +130,18 @@ def group_q80(b: Builder, address: Address, panel: Value) -> Value:
         for i in range(8):
             o = 16 * _PANEL_ORDER.index(i)
             words = [
-                _pairs_words(b, b.sext(load(b, at(b, address(i), 2 + 16 * h), vec(I8, 16)), vec(I16, 16)), b.sext(load(b, at(b, panel, o + 128 * h), vec(I8, 16)), vec(I16, 16)))
+                _pairs_words(
+                    b,
+                    b.sext(load(b, at(b, address(i), 2 + 16 * h), vec(I8, 16)), vec(I16, 16)),
+                    b.sext(load(b, at(b, panel, o + 128 * h), vec(I8, 16)), vec(I16, 16)),
+                )
                 for h in (0, 1)
             ]
             sums.append(b.add(*words))
-        quads = [interleave_sum(b, interleave_sum(b, sums[i], sums[i + 1], b.add), interleave_sum(b, sums[i + 2], sums[i + 3], b.add), b.add) for i in (0, 4)]
+        quads = [
+            interleave_sum(b, interleave_sum(b, sums[i], sums[i + 1], b.add), interleave_sum(b, sums[i + 2], sums[i + 3], b.add), b.add)
+            for i in (0, 4)
+        ]
         return concat(b, *(b.add(*halves(b, q)) for q in quads))
 
     def unpack(blocks: Sequence[int]) -> tuple[Value, Value]:
@@ -152,7 +162,10 @@ def _pack(b: Builder, x: Value, y: Value) -> Value:
 
 # -------------------------------------------------------------------------------------------- a tile: several rows x 16 columns, one block
 def _pin(b: Builder, values: Sequence[Value]) -> list[Value]:
-    """An empty asm through which all these registers pass. Without it LLVM reorders the tile row by row and spills the activations it had loaded: a third slower."""
+    """An empty asm through which all these registers pass.
+
+    Without it LLVM reorders the tile row by row and spills the activations it had loaded: a third slower.
+    """
     t, n = values[0].type, len(values)
     f = ir.FunctionType(ir.LiteralStructType([t] * n), [t] * n)
     r = b.asm(f, "", ",".join(["=x"] * n + [str(i) for i in range(n)]), values, False)

@@ -1,14 +1,32 @@
 """Ops that treat each value alone: copy, add, multiply, scale, the activations, and RMS norm's second half.
 
-Each works on columns first..last of one row at an address; vectors of eight, then one by one. A value's bits do not depend on which of the two computed it.
+Each works on columns first..last of one row at an address; vectors of eight, then one by one. A value's bits do not
+depend on which of the two computed it.
 """
 
 from collections.abc import Callable
 from typing import Any
 
 from dairllm.kernels.ir import (
-    F32, I32, V8, Builder, Value, broadcast, const, emit_exp, f32, for_range, i64, ir_function, k64, load, splat, store, vec, void,
-)  # fmt: skip
+    F32,
+    I32,
+    V8,
+    Builder,
+    Value,
+    broadcast,
+    const,
+    emit_exp,
+    f32,
+    for_range,
+    i64,
+    ir_function,
+    k64,
+    load,
+    splat,
+    store,
+    vec,
+    void,
+)
 
 __all__ = ["add", "copy", "exp_one", "gelu", "multiply", "norm", "scale", "silu"]
 

@@ -7,19 +7,21 @@ All forms compute the same bits (docs/arithmetic.md); they differ in the instruc
     avxvnni      vpdpbusd on 256 bits, VEX encoded
     avx512vnni   vpdpbusd on 512 bits
 
-The form is a property of the process: it is chosen once, before the kernels are imported, since an instruction that the processor lacks ends the process. Numba caches by source
-file alone, so the cache lies in a folder named by everything else that decides the machine code: all kernel sources, versions, the processor's features and the form.
+The form is a property of the process: it is chosen once, before the kernels are imported, since an instruction that
+the processor lacks ends the process. Numba caches by source file alone, so the cache lies in a folder named by
+everything else that decides the machine code: all kernel sources, versions, the processor's features and the form.
 """
 
 import hashlib
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import llvmlite
 import llvmlite.binding as llvm
 import numba
-import numba.core.config as numba_config
+from numba.core import config
 
 from dairllm.errors import ConfigError
 
@@ -36,11 +38,13 @@ _NEEDS = {
 }
 
 _selected: str | None = None
+_numba: Any = config  # it sets its attributes dynamically
 
 
 def host_features() -> frozenset[str]:
-    """Features of the processor that numba compiles for; NUMBA_CPU_NAME and NUMBA_CPU_FEATURES can hide some, which is how fallbacks are tested."""
-    told = numba_config.CPU_FEATURES
+    """Features of the processor that numba compiles for; NUMBA_CPU_NAME and NUMBA_CPU_FEATURES can hide some, which is
+    how fallbacks are tested."""
+    told = _numba.CPU_FEATURES
     if told is not None:
         return frozenset(f[1:] for f in told.split(",") if f.startswith("+"))
     return frozenset(name for name, present in llvm.get_host_cpu_features().items() if present)
@@ -83,7 +87,7 @@ def cache_folder() -> Path | None:
     digest = hashlib.sha256()
     for source in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(source.read_bytes())
-    cpu = numba_config.CPU_NAME or llvm.get_host_cpu_name()
+    cpu = _numba.CPU_NAME or llvm.get_host_cpu_name()
     for part in (numba.__version__, llvmlite.__version__, cpu, ",".join(sorted(host_features())), current()):
         digest.update(f"\0{part}".encode())
     told = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")

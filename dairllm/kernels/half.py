@@ -1,6 +1,7 @@
 """Half-precision scales to float and back, rounding to nearest even.
 
-F16C has instructions for both. Without it LLVM would call functions that are not there, so the portable form does it in integer arithmetic; the bits are the same.
+F16C has instructions for both. Without it LLVM would call functions that are not there, so the portable form does it
+in integer arithmetic; the bits are the same.
 """
 
 from llvmlite import ir

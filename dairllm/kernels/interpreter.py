@@ -1,11 +1,14 @@
 """The interpreter that every compute thread runs: records in, numbers out, no Python.
 
-`run_resident` is a thread's whole life: it waits at the mailbox, runs what it is handed, reports, and waits again, spinning for some tens of microseconds before it sleeps. The host
-writes the call into the mailbox and rings; when the last thread is done it signals the mailbox's eventfd, which an event loop can wait for.
+`run_resident` is a thread's whole life: it waits at the mailbox, runs what it is handed, reports, and waits again,
+spinning for some tens of microseconds before it sleeps. The host writes the call into the mailbox and rings; when the
+last thread is done it signals the mailbox's eventfd, which an event loop can wait for.
 """
 
-import numba.core.config as numba_config
+from typing import Any
+
 from numba import njit
+from numba.core import config
 
 from dairllm.kernels import attention_steps, forms, matmul_steps, steps
 from dairllm.kernels.ir import load_i, store_i
@@ -15,19 +18,48 @@ from dairllm.kernels.threads import atomic_add, atomic_load, atomic_store, barri
 __all__ = ["MAILBOX_BYTES", "MAILBOX_CALL", "MAILBOX_EVENTFD", "MAILBOX_STOP", "ring", "run_program", "run_resident"]
 
 MAILBOX_BYTES = 320
-# Byte offsets: the generation, rung by the host; threads done so far; sleepers; whether to stop; the eventfd; the call: program, first record, end record, state, barrier, scratch,
-# scratch stride. What threads write and what the host writes lie on different cache lines.
+# Byte offsets: the generation, rung by the host; threads done so far; sleepers; whether to stop; the eventfd; the call:
+# program, first record, end record, state, barrier, scratch, scratch stride. What threads write and what the host
+# writes lie on different cache lines.
 MAILBOX_DONE, MAILBOX_SLEEPERS, MAILBOX_STOP, MAILBOX_EVENTFD, MAILBOX_CALL = 64, 128, 192, 200, 256
 
+_numba: Any = config  # it sets its attributes dynamically
 _folder = forms.cache_folder()
 if _folder is not None:
-    numba_config.CACHE_DIR = str(_folder)
+    _numba.CACHE_DIR = str(_folder)
 _CACHE = _folder is not None
 
 (
-    BARRIER, EMBED, COPY, TO_BLOCKS, FROM_BLOCKS, MERGE_ADD_F32, MERGE_ADD_BLOCKS, PACK, PACK_BLOCKS, INV_RMS, RMS_NORM, MATMUL_F32, MATMUL_Q40, MATMUL_Q80, EXPERTS_F32,
-    EXPERTS_Q40, EXPERTS_Q80, ROPE_NEIGHBOURS, ROPE_HALVES, SHIFT, ATTEND, FOLD, SILU, GELU, MUL, SCALE, SOFTMAX, GATE, MERGE_SUM,
-) = (int(kind) for kind in Kind)  # fmt: skip
+    BARRIER,
+    EMBED,
+    COPY,
+    TO_BLOCKS,
+    FROM_BLOCKS,
+    MERGE_ADD_F32,
+    MERGE_ADD_BLOCKS,
+    PACK,
+    PACK_BLOCKS,
+    INV_RMS,
+    RMS_NORM,
+    MATMUL_F32,
+    MATMUL_Q40,
+    MATMUL_Q80,
+    EXPERTS_F32,
+    EXPERTS_Q40,
+    EXPERTS_Q80,
+    ROPE_NEIGHBOURS,
+    ROPE_HALVES,
+    SHIFT,
+    ATTEND,
+    FOLD,
+    SILU,
+    GELU,
+    MUL,
+    SCALE,
+    SOFTMAX,
+    GATE,
+    MERGE_SUM,
+) = (int(kind) for kind in Kind)
 _KINDS = len(Kind)
 _RECORD_BYTES = 8 * RECORD_WORDS
 _FIRST_ROW, _END_ROW, _PROFILE = (8 * int(word) for word in State)
@@ -45,19 +77,19 @@ def run_program(program, first, end, state, counter, thread, n_threads, scratch)
         kind = load_i(r)
         if kind == BARRIER:
             barrier(counter, n_threads)
-        elif kind == MATMUL_Q40 or kind == MATMUL_Q80:
+        elif kind in (MATMUL_Q40, MATMUL_Q80):
             matmul_steps.matmul(kind, r, row0, row1, thread, n_threads, scratch)
         elif kind == MATMUL_F32:
             matmul_steps.matmul_float(r, row0, row1, thread, n_threads)
-        elif kind == PACK or kind == PACK_BLOCKS:
+        elif kind in (PACK, PACK_BLOCKS):
             matmul_steps.pack(kind, r, row0, row1, thread, n_threads)
-        elif kind == MERGE_ADD_F32 or kind == MERGE_ADD_BLOCKS:
+        elif kind in (MERGE_ADD_F32, MERGE_ADD_BLOCKS):
             steps.merge_add(kind, r, row0, row1, thread, n_threads)
         elif kind == INV_RMS:
             steps.inv_rms(r, row0, row1, thread, n_threads)
         elif kind == RMS_NORM:
             steps.rms_norm(r, row0, row1, thread, n_threads)
-        elif kind == ROPE_NEIGHBOURS or kind == ROPE_HALVES:
+        elif kind in (ROPE_NEIGHBOURS, ROPE_HALVES):
             steps.rope(kind, r, row0, row1, thread, n_threads)
         elif kind == SHIFT:
             steps.shift(r, row0, row1, thread, n_threads)
@@ -67,7 +99,7 @@ def run_program(program, first, end, state, counter, thread, n_threads, scratch)
             attention_steps.fold(r, row0, row1, thread, n_threads, scratch)
         elif kind == EMBED:
             steps.embed(r, row0, row1, thread, n_threads)
-        elif kind == EXPERTS_Q40 or kind == EXPERTS_Q80:
+        elif kind in (EXPERTS_Q40, EXPERTS_Q80):
             matmul_steps.experts(kind, r, row0, row1, thread, n_threads)
         elif kind == EXPERTS_F32:
             matmul_steps.experts_f32(r, row0, row1, thread, n_threads)

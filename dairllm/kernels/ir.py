@@ -1,8 +1,9 @@
 """LLVM IR by hand: what the kernels are written in where numba's scalar loops do not become vectors.
 
-An *emitter* is a Python function that takes an ``ir.IRBuilder`` and values and appends instructions; `ir_function` makes one callable from ``@njit`` code. Addresses are int64.
-Vectors of floats have 8 lanes everywhere: the order of sums is defined by lanes (docs/arithmetic.md), not by the width of a register. No fast-math flag is ever set, so LLVM keeps
-that order, and neither fuses nor splits a multiply and an add.
+An *emitter* is a Python function that takes an ``ir.IRBuilder`` and values and appends instructions; `ir_function`
+makes one callable from ``@njit`` code. Addresses are int64. Vectors of floats have 8 lanes everywhere: the order of
+sums is defined by lanes (docs/arithmetic.md), not by the width of a register. No fast-math flag is ever set, so LLVM
+keeps that order, and neither fuses nor splits a multiply and an add.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -14,10 +15,49 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 __all__ = [
-    "F16", "F32", "I8", "I16", "I32", "I64", "LANES", "V8", "VOID", "Builder", "Value",
-    "at", "broadcast", "call", "concat", "const", "emit_exp", "f32", "float_zero", "fma", "for_range", "halves", "i64", "interleave_sum", "ir_function", "k64", "lane_sum",
-    "load", "load_f", "load_i", "prefetch", "shuffle", "splat", "store", "store_f", "store_i", "tree_max", "tree_sum", "tree_sum_of", "var", "vec", "void",
-]  # fmt: skip
+    "F16",
+    "F32",
+    "I8",
+    "I16",
+    "I32",
+    "I64",
+    "LANES",
+    "V8",
+    "VOID",
+    "Builder",
+    "Value",
+    "at",
+    "broadcast",
+    "call",
+    "concat",
+    "const",
+    "emit_exp",
+    "f32",
+    "float_zero",
+    "fma",
+    "for_range",
+    "halves",
+    "i64",
+    "interleave_sum",
+    "ir_function",
+    "k64",
+    "lane_sum",
+    "load",
+    "load_f",
+    "load_i",
+    "prefetch",
+    "shuffle",
+    "splat",
+    "store",
+    "store_f",
+    "store_i",
+    "tree_max",
+    "tree_sum",
+    "tree_sum_of",
+    "var",
+    "vec",
+    "void",
+]
 
 Builder = Any
 Value = Any
@@ -148,7 +188,8 @@ def tree_max(b: Builder, v: Value) -> Value:
 def emit_exp(b: Builder, x: Value) -> Value:
     """exp of a vector of F32, relative error about 1e-7; exactly 0 below -87.3, saturated above 88.3.
 
-    Cody and Waite's reduction with ln 2 in two parts and the minimax polynomial of Cephes' expf; every step rounds as written (docs/arithmetic.md).
+    Cody and Waite's reduction with ln 2 in two parts and the minimax polynomial of Cephes' expf; every step rounds as
+    written (docs/arithmetic.md).
     """
     n = x.type.count
 

@@ -1,6 +1,7 @@
 """F32 weights times F32 activations, and sums of squares.
 
-The order of sums (docs/arithmetic.md): acc[i mod 16] = fma(w[i], x[i], acc[i mod 16]), a row being padded with zeros to a multiple of 16, then halves: i + 8, + 4, + 2, + 1.
+The order of sums (docs/arithmetic.md): acc[i mod 16] = fma(w[i], x[i], acc[i mod 16]), a row being padded with zeros
+to a multiple of 16, then halves: i + 8, + 4, + 2, + 1.
 """
 
 from collections.abc import Sequence
@@ -10,8 +11,27 @@ from numba import njit
 from numba.core import cgutils
 
 from dairllm.kernels.ir import (
-    F32, I64, V8, Builder, Value, at, f32, float_zero, fma, for_range, i64, ir_function, k64, load, prefetch, store, store_f, tree_sum, var, void,
-)  # fmt: skip
+    F32,
+    I64,
+    V8,
+    Builder,
+    Value,
+    at,
+    f32,
+    float_zero,
+    fma,
+    for_range,
+    i64,
+    ir_function,
+    k64,
+    load,
+    prefetch,
+    store,
+    store_f,
+    tree_sum,
+    var,
+    void,
+)
 from dairllm.kernels.matmul_row import PREFETCH_BYTES
 
 __all__ = ["emit_dot_products", "matmul_f32", "sum_squares"]

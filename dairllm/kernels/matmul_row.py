@@ -1,7 +1,8 @@
 """One output of a matmul: a quantized weight row times a row panel.
 
-The order of sums (docs/arithmetic.md): acc[block mod 8] = fma(float(exact integer sum), d_weight * d_activation, acc[block mod 8]) in block order, then the tree over the eight.
-The accumulators are the lanes of one vector; one row is one sequential stream of bytes, prefetched well ahead.
+The order of sums (docs/arithmetic.md): acc[block mod 8] = fma(float(exact integer sum), d_weight * d_activation,
+acc[block mod 8]) in block order, then the tree over the eight. The accumulators are the lanes of one vector; one row is
+one sequential stream of bytes, prefetched well ahead.
 """
 
 from collections.abc import Callable
@@ -12,8 +13,28 @@ from llvmlite import ir
 from dairllm.kernels.byte_dot import group_q40, group_q80
 from dairllm.kernels.half import emit_from_half
 from dairllm.kernels.ir import (
-    I16, I32, V8, Builder, Value, at, broadcast, const, f32, float_zero, fma, for_range, i64, ir_function, k64, load, prefetch, splat, tree_sum, var, vec,
-)  # fmt: skip
+    I16,
+    I32,
+    V8,
+    Builder,
+    Value,
+    at,
+    broadcast,
+    const,
+    f32,
+    float_zero,
+    fma,
+    for_range,
+    i64,
+    ir_function,
+    k64,
+    load,
+    prefetch,
+    splat,
+    tree_sum,
+    var,
+    vec,
+)
 from dairllm.kernels.panels import GROUP_BYTES
 
 __all__ = ["PREFETCH_BYTES", "row_dot_q40", "row_dot_q80"]

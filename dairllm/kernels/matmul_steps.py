@@ -73,7 +73,9 @@ def matmul_float(record, first_row, end_row, thread, n_threads):
 @njit(nogil=True)
 def experts(kind, record, first_row, end_row, thread, n_threads):
     """Plane e of row m goes through expert indexes[m][e]."""
-    panels, panels_row, panels_plane, weights, weights_row, weights_expert, n_blocks, d, y, y_row, y_plane, indexes, k, n_experts = fields(record)[:14]
+    panels, panels_row, panels_plane, weights, weights_row, weights_expert, n_blocks, d, y, y_row, y_plane, indexes, k, n_experts = fields(
+        record
+    )[:14]
     a, z = columns(d, thread, n_threads)
     for m in range(first_row, end_row):
         for e in range(k):
@@ -95,4 +97,15 @@ def experts_f32(record, first_row, end_row, thread, n_threads):
     for m in range(first_row, end_row):
         for e in range(k):
             expert = min(max(load_i(indexes + 8 * (m * k + e)), 0), n_experts - 1)
-            matmul_f32(y + m * y_row + e * y_plane, y_row, x + m * x_row + e * x_plane, x_row, 1, weights + expert * weights_expert, weights_row, n, a, z)
+            matmul_f32(
+                y + m * y_row + e * y_plane,
+                y_row,
+                x + m * x_row + e * x_plane,
+                x_row,
+                1,
+                weights + expert * weights_expert,
+                weights_row,
+                n,
+                a,
+                z,
+            )

@@ -1,7 +1,8 @@
 """A batch: TILE_ROWS quantized weight rows times the 16 columns (batch rows) of a tile panel.
 
-Rows are unpacked once into scratch that stays in the first-level cache and used for all tiles. The eight accumulators of the defined order (matmul_row.py) are kept in memory, since
-the integer sums need the registers: held in variables LLVM spills them worse.
+Rows are unpacked once into scratch that stays in the first-level cache and used for all tiles. The eight accumulators
+of the defined order (matmul_row.py) are kept in memory, since the integer sums need the registers: held in variables
+LLVM spills them worse.
 """
 
 from collections.abc import Callable
@@ -14,8 +15,28 @@ from numba.core import cgutils
 from dairllm.kernels.byte_dot import Q80_SCRATCH_XOR, TILE_LANES, TILE_ROWS, nibbles, tile_q40, tile_q80
 from dairllm.kernels.half import emit_from_half
 from dairllm.kernels.ir import (
-    F32, I8, I16, I64, Builder, Value, at, broadcast, float_zero, fma, for_range, i64, ir_function, k64, load, shuffle, splat, store, tree_sum_of, vec, void,
-)  # fmt: skip
+    F32,
+    I8,
+    I16,
+    I64,
+    Builder,
+    Value,
+    at,
+    broadcast,
+    float_zero,
+    fma,
+    for_range,
+    i64,
+    ir_function,
+    k64,
+    load,
+    shuffle,
+    splat,
+    store,
+    tree_sum_of,
+    vec,
+    void,
+)
 from dairllm.kernels.panels import TILE_BLOCK_BYTES, TILE_COLUMNS
 
 __all__ = ["TILE_ROWS", "tile_rows_q40", "tile_rows_q80", "tile_scratch_bytes"]
@@ -92,7 +113,9 @@ def _tile(block: Callable[[Builder, Value, Value], list[list[Value]]]) -> Any:
                     store(b, fma(b, b.sitofp(dots[r][g], _VECTOR), scale, load(b, p, _VECTOR, _VECTOR_BYTES)), p, _VECTOR_BYTES)
 
         def kept_sum(r: int, g: int) -> Value:
-            return tree_sum_of(b, [load(b, at(b, kept, _SUMS_BYTES * i + _VECTOR_BYTES * (_GROUPS * r + g)), _VECTOR, _VECTOR_BYTES) for i in range(8)])
+            return tree_sum_of(
+                b, [load(b, at(b, kept, _SUMS_BYTES * i + _VECTOR_BYTES * (_GROUPS * r + g)), _VECTOR, _VECTOR_BYTES) for i in range(8)]
+            )
 
         sums = [[kept_sum(r, g) for g in range(_GROUPS)] for r in range(TILE_ROWS)]
         for r in range(0, TILE_ROWS, 4):
@@ -104,7 +127,10 @@ def _tile(block: Callable[[Builder, Value, Value], list[list[Value]]]) -> Any:
 def _tile_rows(unpack: Any, tile: Any) -> Any:
     @njit(nogil=True)
     def tile_rows(out, out_stride, panels, tile_stride, n_tiles, weights, row_stride, n_blocks, first, last, scratch):
-        """out[column][first..last] = weight rows times all columns; last - first is a multiple of TILE_ROWS. Writes 16 * n_tiles columns."""
+        """out[column][first..last] = weight rows times all columns; last - first is a multiple of TILE_ROWS.
+
+        Writes 16 * n_tiles columns.
+        """
         per_pass = max(1, PASS_BYTES // tile_stride)
         scales = scratch + n_blocks * 32 * TILE_ROWS
         for t0 in range(0, n_tiles, per_pass):

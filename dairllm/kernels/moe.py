@@ -1,8 +1,10 @@
-"""Routing to experts: softmax over their scores and the choice of the k best. Rows of some hundred values: plain loops, sums in index order."""
+"""Routing to experts:
 
-from numba import njit
+softmax over their scores and the choice of the k best. Rows of some hundred values: plain loops, sums in index order.
+"""
 
 import numpy as np
+from numba import njit
 
 from dairllm.kernels.elementwise import exp_one
 from dairllm.kernels.ir import load_f, load_i, store_f, store_i
@@ -28,7 +30,11 @@ def softmax(x, n):
 
 @njit(nogil=True)
 def choose_experts(x, n, k, normalise, indexes, weights, weight_stride):
-    """The k largest of x[n], ties to the lower index: int64 indexes[k], F32 weights at weight_stride. With `normalise` the weights are divided by their sum, in the order chosen."""
+    """The k largest of x[n], ties to the lower index:
+
+    int64 indexes[k], F32 weights at weight_stride. With `normalise` the weights are divided by their sum, in the order
+    chosen.
+    """
     total = np.float32(0)
     for j in range(k):
         best, value = -1, np.float32(0)

@@ -1,10 +1,10 @@
 """How Q80 activations lie in memory while matmuls read them. (On the wire they are plain Q80 blocks.)
 
 Row panel, for one row of the batch: GROUP_BYTES for eight blocks.
-    0    8 x 16 bytes: values 0..15 of the blocks, in the order 0 4 1 5 2 6 3 7, so that a register of 32 (64) bytes holds blocks whose sums end in the right lanes
-    128  values 16..31, likewise
-    256  i32[8]: -8 * the sum of the block's values. A Q40 nibble stands for nibble - 8; kernels multiply the nibble as it is and start from this
-    288  f32[8]: the block's scale
+    0    8 x 16 bytes: values 0..15 of the blocks, in the order 0 4 1 5 2 6 3 7, so that a register of 32 (64) bytes
+    holds blocks whose sums end in the right lanes 128  values 16..31, likewise 256  i32[8]: -8 * the sum of the block's
+    values. A Q40 nibble stands for nibble - 8; kernels multiply the nibble as it is and start from this 288  f32[8]:
+    the block's scale
 Blocks beyond the row are zero.
 
 Tile panel, for TILE_COLUMNS rows of the batch, which are its columns: TILE_BLOCK_BYTES a block.
@@ -15,7 +15,16 @@ Tile panel, for TILE_COLUMNS rows of the batch, which are its columns: TILE_BLOC
 
 from dairllm.kernels.ir import I32, Builder, Value, at, const, k64, shuffle, store, vec
 
-__all__ = ["GROUP_BLOCKS", "GROUP_BYTES", "TILE_BLOCK_BYTES", "TILE_COLUMNS", "emit_to_row_panel", "emit_to_tile_panel", "row_panel_bytes", "tile_panel_bytes"]
+__all__ = [
+    "GROUP_BLOCKS",
+    "GROUP_BYTES",
+    "TILE_BLOCK_BYTES",
+    "TILE_COLUMNS",
+    "emit_to_row_panel",
+    "emit_to_tile_panel",
+    "row_panel_bytes",
+    "tile_panel_bytes",
+]
 
 GROUP_BLOCKS = 8
 GROUP_BYTES = 320
@@ -52,5 +61,3 @@ def emit_to_tile_panel(b: Builder, column: Value, block: Value, q: Value, scale:
         store(b, b.extract_element(words, const(I32, k)), at(b, base, 64 * k))
     store(b, seed, at(b, base, 512))
     store(b, scale, at(b, base, 576))
-
-

@@ -1,6 +1,7 @@
 """F32 rows to Q80 and back: as plain blocks (what crosses the wire) or packed for the matmuls (panels.py).
 
-Q80: d = max|x| / 127, q = round(x * (1 / d)) with d as it is before it is rounded to half precision, ties to even (dairllm.formats.quants is the plain form).
+Q80: d = max|x| / 127, q = round(x * (1 / d)) with d as it is before it is rounded to half precision, ties to even
+(dairllm.formats.quants is the plain form).
 """
 
 from collections.abc import Callable
@@ -8,13 +9,42 @@ from typing import Any
 
 from dairllm.kernels.half import emit_from_half, emit_to_half
 from dairllm.kernels.ir import (
-    F32, I8, I16, I32, V8, Builder, Value, at, broadcast, call, concat, const, for_range, i64, ir_function, k64, lane_sum, load, shuffle, splat, store, tree_max, vec, void,
-)  # fmt: skip
+    F32,
+    I8,
+    I16,
+    I32,
+    V8,
+    Builder,
+    Value,
+    at,
+    broadcast,
+    call,
+    concat,
+    const,
+    for_range,
+    i64,
+    ir_function,
+    k64,
+    lane_sum,
+    load,
+    shuffle,
+    splat,
+    store,
+    tree_max,
+    vec,
+    void,
+)
 from dairllm.kernels.panels import emit_to_row_panel, emit_to_tile_panel
 
 __all__ = [
-    "add_blocks", "blocks_to_row_panel", "blocks_to_tile_panel", "blocks_to_values", "values_to_blocks", "values_to_row_panel", "values_to_tile_panel",
-]  # fmt: skip
+    "add_blocks",
+    "blocks_to_row_panel",
+    "blocks_to_tile_panel",
+    "blocks_to_values",
+    "values_to_blocks",
+    "values_to_row_panel",
+    "values_to_tile_panel",
+]
 
 BLOCK_BYTES = 34
 _MAGIC = 12582912.0  # 1.5 * 2^23: adding it rounds to an integer, ties to even, and leaves that in the low bits

@@ -1,12 +1,14 @@
-"""The program that compute threads interpret: records of RECORD_WORDS int64, an opcode and its fields. Written by dairllm.engine.ops, read by dairllm.kernels.interpreter.
+"""The program that compute threads interpret: records of RECORD_WORDS int64, an opcode and its fields. Written by
+dairllm.engine.ops, read by dairllm.kernels.interpreter.
 
-Addresses are raw, so a program belongs to the memory it was compiled for. `*_row` and `*_plane` are byte strides from one row of the batch and one plane to the next. Rows, columns
-and planes are counted in values unless the name says blocks.
+Addresses are raw, so a program belongs to the memory it was compiled for. `*_row` and `*_plane` are byte strides from
+one row of the batch and one plane to the next. Rows, columns and planes are counted in values unless the name says
+blocks.
 """
 
 from enum import IntEnum
 
-__all__ = ["FIELDS", "ALWAYS_ROWS", "RECORD_WORDS", "SMALL_BATCH", "UNIT", "Kind", "State"]
+__all__ = ["ALWAYS_ROWS", "FIELDS", "RECORD_WORDS", "SMALL_BATCH", "UNIT", "Kind", "State"]
 
 RECORD_WORDS = 16
 UNIT = 32
@@ -60,10 +62,40 @@ class Kind(IntEnum):
 _MAP = ("x", "x_row", "x_plane", "y", "y_row", "y_plane", "n", "planes")
 _PACK = ("x", "x_row", "x_plane", "n", "panels", "panels_row", "panels_plane", "tiles", "tile_stride", "flags", "planes")
 _MATMUL = ("panels", "panels_row", "tiles", "tile_stride", "weights", "weights_row", "n_blocks", "d", "y", "y_row")
-_EXPERTS = ("x", "x_row", "x_plane", "weights", "weights_row", "weights_expert", "n", "d", "y", "y_row", "y_plane", "indexes", "k", "n_experts")
+_EXPERTS = (
+    "x",
+    "x_row",
+    "x_plane",
+    "weights",
+    "weights_row",
+    "weights_expert",
+    "n",
+    "d",
+    "y",
+    "y_row",
+    "y_plane",
+    "indexes",
+    "k",
+    "n_experts",
+)
 _ROPE = ("x", "x_row", "n", "head_dim", "table", "positions")
 _MERGE_ADD = ("x", "x_row", "x_slice", "n_slices", "y", "y_row", "n")
-_ATTEND = ("q", "q_row", "n_heads", "group", "head_dim", "keys", "values", "head_stride", "positions", "y", "y_row", "parts", "stats", "max_chunks")
+_ATTEND = (
+    "q",
+    "q_row",
+    "n_heads",
+    "group",
+    "head_dim",
+    "keys",
+    "values",
+    "head_stride",
+    "positions",
+    "y",
+    "y_row",
+    "parts",
+    "stats",
+    "max_chunks",
+)
 
 FIELDS: dict[Kind, tuple[str, ...]] = {
     Kind.BARRIER: (),

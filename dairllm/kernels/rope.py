@@ -7,8 +7,20 @@ from llvmlite import ir
 from numba import njit
 
 from dairllm.kernels.ir import (
-    V8, Builder, Value, for_range, i64, ir_function, k64, load, load_f, shuffle, store, store_f, void,
-)  # fmt: skip
+    V8,
+    Builder,
+    Value,
+    for_range,
+    i64,
+    ir_function,
+    k64,
+    load,
+    load_f,
+    shuffle,
+    store,
+    store_f,
+    void,
+)
 
 __all__ = ["rotate_halves", "rotate_neighbours"]
 

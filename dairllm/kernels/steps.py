@@ -1,7 +1,7 @@
 """What one thread does of each record: ``name(record, first_row, end_row, thread, n_threads)``.
 
-A thread takes a static part of the columns (in UNITs) or of the rows; which of them decides where the program needs barriers (dairllm.engine.ops). The order of the sums within an
-output never depends on it.
+A thread takes a static part of the columns (in UNITs) or of the rows; which of them decides where the program needs
+barriers (dairllm.engine.ops). The order of the sums within an output never depends on it.
 """
 
 import numpy as np
@@ -15,9 +15,25 @@ from dairllm.kernels.quantize import add_blocks, blocks_to_values, values_to_blo
 from dairllm.kernels.records import UNIT, Kind
 from dairllm.kernels.rope import rotate_halves, rotate_neighbours
 
-__all__ = ["columns", "embed", "fields", "gate", "inv_rms", "map_columns", "merge_add", "merge_sum", "part", "rms_norm", "rope", "shift", "soft_max"]
+__all__ = [
+    "columns",
+    "embed",
+    "fields",
+    "gate",
+    "inv_rms",
+    "map_columns",
+    "merge_add",
+    "merge_sum",
+    "part",
+    "rms_norm",
+    "rope",
+    "shift",
+    "soft_max",
+]
 
-COPY, TO_BLOCKS, FROM_BLOCKS, SILU, GELU, MUL = (int(k) for k in (Kind.COPY, Kind.TO_BLOCKS, Kind.FROM_BLOCKS, Kind.SILU, Kind.GELU, Kind.MUL))
+COPY, TO_BLOCKS, FROM_BLOCKS, SILU, GELU, MUL = (
+    int(k) for k in (Kind.COPY, Kind.TO_BLOCKS, Kind.FROM_BLOCKS, Kind.SILU, Kind.GELU, Kind.MUL)
+)
 MERGE_ADD_BLOCKS, ROPE_HALVES = int(Kind.MERGE_ADD_BLOCKS), int(Kind.ROPE_HALVES)
 
 
@@ -39,9 +55,22 @@ def fields(record):
     """All fields of a record; take as many as its kind has (records.FIELDS)."""
     r = record
     return (
-        load_i(r + 8), load_i(r + 16), load_i(r + 24), load_i(r + 32), load_i(r + 40), load_i(r + 48), load_i(r + 56), load_i(r + 64),
-        load_i(r + 72), load_i(r + 80), load_i(r + 88), load_i(r + 96), load_i(r + 104), load_i(r + 112), load_i(r + 120),
-    )  # fmt: skip
+        load_i(r + 8),
+        load_i(r + 16),
+        load_i(r + 24),
+        load_i(r + 32),
+        load_i(r + 40),
+        load_i(r + 48),
+        load_i(r + 56),
+        load_i(r + 64),
+        load_i(r + 72),
+        load_i(r + 80),
+        load_i(r + 88),
+        load_i(r + 96),
+        load_i(r + 104),
+        load_i(r + 112),
+        load_i(r + 120),
+    )
 
 
 @njit(nogil=True)
@@ -123,7 +152,9 @@ def rms_norm(record, first_row, end_row, thread, n_threads):
         while c < z:
             head, d = c // width, c % width
             run = min(width - d, z - c)
-            elementwise.norm(y + m * y_row + 4 * c, run, x + m * x_row + 4 * c, weights + 4 * d, load_f(inverse + m * inverse_row + 4 * head))
+            elementwise.norm(
+                y + m * y_row + 4 * c, run, x + m * x_row + 4 * c, weights + 4 * d, load_f(inverse + m * inverse_row + 4 * head)
+            )
             c += run
 
 

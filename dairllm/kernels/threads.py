@@ -1,7 +1,8 @@
 """How compute threads meet without Python: atomics, a barrier and sleeping on a futex.
 
-A thread spins for some tens of microseconds and then sleeps. Spinning on would be ruinous where the cores are shared with other work (a token took 13 times as long), and so would
-be sched_yield, which leaves the core to the other process for a whole time slice; a sleeper is put back as soon as it is woken.
+A thread spins for some tens of microseconds and then sleeps. Spinning on would be ruinous where the cores are shared
+with other work (a token took 13 times as long), and so would be sched_yield, which leaves the core to the other process
+for a whole time slice; a sleeper is put back as soon as it is woken.
 """
 
 import platform
@@ -12,7 +13,19 @@ from numba.core import cgutils
 
 from dairllm.kernels.ir import I32, I64, VOID, Builder, Value, call, i64, ir_function, k64, void
 
-__all__ = ["BARRIER_BYTES", "SPINS", "atomic_add", "atomic_load", "atomic_store", "barrier", "clock_cycles", "pause", "signal_eventfd", "sleep_while", "wake"]
+__all__ = [
+    "BARRIER_BYTES",
+    "SPINS",
+    "atomic_add",
+    "atomic_load",
+    "atomic_store",
+    "barrier",
+    "clock_cycles",
+    "pause",
+    "signal_eventfd",
+    "sleep_while",
+    "wake",
+]
 
 BARRIER_BYTES = 128
 """A barrier: arrivals at 0; sleepers at 64, on a cache line of their own."""

@@ -68,7 +68,7 @@ class Generation:
         while True:
             if self.on_logits is not None:
                 self.on_logits(logits)
-            token = self.sampler.sample(logits, position)
+            token = self.sampler.sample(logits)
             now = time.perf_counter()
             if not self.ids:
                 self.prefill_seconds = now - start

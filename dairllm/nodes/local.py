@@ -20,7 +20,10 @@ PROMPT_ROWS = 256
 
 
 def default_sync(weight_type: FloatType) -> FloatType:
-    """What crosses the wire where nobody chose: F32 for F32 weights, else Q80. A local run rounds likewise, so that its answer is a cluster's."""
+    """What crosses the wire where nobody chose:
+
+    F32 for F32 weights, else Q80. A local run rounds likewise, so that its answer is a cluster's.
+    """
     return FloatType.F32 if weight_type == FloatType.F32 else FloatType.Q80
 
 
@@ -54,7 +57,8 @@ class LocalNode:
         self.kernel_form, self.n_threads = self._executor.form, n_threads
 
     def feed(self, tokens: list[int], position: int) -> NDArray[np.float32]:
-        """Compute tokens at position, position + 1, ...; returns the logits after the last of them, float32 [vocab], a view until the next call.
+        """Compute tokens at position, position + 1, ...; returns the logits after the last of them, float32 [vocab], a
+        view until the next call.
 
         Raises:
             EngineError: no token, a token outside of the vocabulary, or no room for so many.
@@ -77,7 +81,8 @@ class LocalNode:
                 if end:
                     # the last segment is the classifier, wanted for the last row alone
                     self._executor.run(self._program, last, last + 1, position + first, rows, first_row=rows - 1)
-        return self._logits[rows - 1]
+        logits: NDArray[np.float32] = self._logits[rows - 1]
+        return logits
 
     def close(self) -> None:
         self._executor.close()
@@ -87,4 +92,3 @@ class LocalNode:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
-
