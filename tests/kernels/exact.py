@@ -1,4 +1,4 @@
-"""docs/arithmetic.md as a program: float32 operations one by one in the defined order, with an fma that rounds once. Slow, right to the bit.
+"""docs/arithmetic.md as a program: float32 operations one by one in the defined order, with an fma that rounds once. Slow and exact.
 
 The functions have the names and arguments of dairllm.kernels.reference, so that whatever runs on one runs on the other. What that package
 does not sum, but computes by the definition's own operations, is taken from it.
@@ -60,8 +60,8 @@ def fma(a: npt.ArrayLike, b: npt.ArrayLike, c: npt.ArrayLike) -> Floats:
     """a * b + c of float32 arrays, rounded once to float32.
 
     The product of two float32 is exact in float64. Its sum with c is not; but when that is rounded to odd (where inexact, to the neighbour
-    whose last bit is 1), rounding it once more to float32 gives what a single rounding would: float64 has more than two bits beyond float32,
-    and the last of them says on which side of a float32 midpoint the exact sum lies.
+    whose last bit is 1), rounding it once more to float32 gives what a single rounding would: float64 has more than two further bits, and
+    the last of them says on which side of a float32 midpoint the exact sum lies.
     """
     a, b, c = (np.asarray(v, np.float32).astype(np.float64) for v in (a, b, c))
     with np.errstate(all="ignore"):
@@ -142,7 +142,8 @@ def expert_matmul(weights: Row, weight_type: FloatType, x: Row, x_type: FloatTyp
 
 def inv_rms(x: Floats, epsilon: float, n_columns: int = 1) -> Floats:
     parts = x.reshape(*x.shape[:-1], n_columns, -1)
-    return _F(1) / np.sqrt(_dot(parts, parts, 16) / _F(parts.shape[-1]) + _F(epsilon))
+    out: Floats = _F(1) / np.sqrt(_dot(parts, parts, 16) / _F(parts.shape[-1]) + _F(epsilon))
+    return out
 
 
 def silu(x: Floats) -> Floats:
