@@ -64,9 +64,18 @@ def _options(
 @app.command()
 def demo(threads: Threads = None, kernels: Kernels = None) -> None:
     """Ask a small real model a question: fetches it once (90 MB), converts it, answers."""
+    from dairllm.commands.generate_options import GenerateSettings
+    from dairllm.config import thread_count
+    from dairllm.telemetry import configure_logging
+
+    engine = GenerateSettings.load(
+        None, {"engine.threads": ("--threads", _number_or_word(threads)), "engine.kernels": ("--kernels", kernels)}
+    ).engine
+    configure_logging(level="warning")
+
     from dairllm.commands import demo as command
 
-    command.run(threads=_number_or_word(threads), kernels=kernels)
+    command.run(threads=thread_count(engine.threads), kernels=engine.kernels)
 
 
 @app.command()

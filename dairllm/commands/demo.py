@@ -1,0 +1,74 @@
+"""`dairllm demo`: a small real model answers a question on this machine."""
+
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+from dairllm import machine
+from dairllm.commands.demo_model import demo_model
+from dairllm.commands.progress import waiting
+from dairllm.engine.sampler import Sampler
+from dairllm.formats.model_file import ModelFile
+from dairllm.nodes.generation import Generation
+from dairllm.nodes.local import LocalNode
+from dairllm.text.chat import render_chat
+from dairllm.text.tokenizer import Tokenizer
+from dairllm.units import format_size
+
+__all__ = ["run"]
+
+QUESTION = "What is the capital of Japan?"
+
+_MAX_SEQ_LEN = 1024
+_STEPS = 128
+
+
+def run(*, threads: int, kernels: str) -> None:
+    """Fetch and convert the model where that has not been done yet, ask it a question, stream the answer, show figures.
+
+    Raises:
+        DairllmError: one clear line, what to do included.
+    """
+    model = demo_model()
+    sys.stdout.write(f"SmolLM2-135M-Instruct, 135 million parameters, on this machine alone\n\n> {QUESTION}\n")
+    sys.stdout.flush()
+    _show(_answer(model, threads, kernels))
+
+
+def _answer(path: Path, threads: int, kernels: str) -> list[tuple[str, str]]:
+    """Ask and stream; returns what the table shows."""
+    tokenizer = Tokenizer.load(path.with_suffix(".t"))
+    messages = [{"role": "user", "content": QUESTION}]
+    prompt = tokenizer.encode(render_chat(tokenizer.chat_template, messages, bos=tokenizer.bos_text, eos=tokenizer.eos_text))
+    with ModelFile.open(path, max_seq_len=_MAX_SEQ_LEN) as file:
+        before = time.perf_counter()
+        with waiting("compiling the kernels (half a minute, once on a machine)"):
+            node = LocalNode(file, n_threads=threads, kernels=kernels)
+        with node:
+            ready = time.perf_counter() - before
+            node.feed(prompt, 0)  # the file's pages come from the disk: not what the figures are about
+            generation = Generation(node, Sampler(0.0, 1.0, 0), prompt, _STEPS, tokenizer.eos_ids)
+            decoder = tokenizer.decoder()
+            for token in generation.run():
+                sys.stdout.write(decoder.feed(token))
+                sys.stdout.flush()
+            sys.stdout.write(f"{decoder.finish()}\n\n")
+            return [
+                ("memory, at most", format_size(machine.peak_rss_bytes())),
+                ("model file", format_size(path.stat().st_size)),
+                ("start", f"{ready:.1f} s"),
+                (f"prompt, {len(prompt)} tokens", f"{generation.prefill_tokens_per_second:.0f} tokens/s"),
+                (f"generation, {len(generation.ids)} tokens", f"{generation.decode_tokens_per_second:.0f} tokens/s"),
+                ("kernels", f"{node.kernel_form}, {node.n_threads} threads"),
+            ]
+
+
+def _show(rows: Iterable[tuple[str, str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_header=False)
+    for name, value in rows:
+        table.add_row(name, value)
+    Console().print(table)

@@ -1,0 +1,73 @@
+"""Signs of life on stderr for what takes more than a moment. Where stderr is no terminal, or NO_COLOR is set, nothing moves."""
+
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+__all__ = ["PATIENCE_SECONDS", "byte_bar", "is_watched", "waiting"]
+
+PATIENCE_SECONDS = 2.0
+"""How long a command may be silent."""
+
+
+def is_watched() -> bool:
+    """Whether there is somebody to see a progress bar."""
+    return sys.stderr.isatty() and not os.environ.get("NO_COLOR")
+
+
+@contextmanager
+def byte_bar(title: str) -> Iterator[Callable[[str, int, int], None] | None]:
+    """A bar that goes away at the end, told what is at hand, bytes done, bytes in all; None, and a line, where nobody would see it."""
+    if not is_watched():
+        with waiting(title):
+            yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn())
+    with Progress(*columns, TextColumn("{task.fields[detail]}"), console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(title, total=None, detail="")
+
+        def progress(detail: str, done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total, detail=detail)
+
+        yield progress
+
+
+@contextmanager
+def waiting(title: str) -> Iterator[None]:
+    """A spinner with the seconds so far, for what cannot say how far it is; a plain line where nobody would see it move.
+
+    It appears after `PATIENCE_SECONDS`: what is done by then needs no sign.
+    """
+    shown: list[Progress] = []
+
+    def show() -> None:
+        if not is_watched():
+            sys.stderr.write(f"{title} ...\n")
+            return
+        from rich.console import Console
+        from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+        bar = Progress(SpinnerColumn(), TextColumn(title), TimeElapsedColumn(), console=Console(stderr=True), transient=True)
+        bar.add_task(title, total=None)
+        shown.append(bar)
+        bar.start()
+
+    timer = threading.Timer(PATIENCE_SECONDS, show)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()
+        for bar in shown:
+            bar.stop()
