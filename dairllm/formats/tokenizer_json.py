@@ -76,7 +76,7 @@ def build_tokenizer_json(
     try:
         # Llama 3 takes words that are in the vocabulary whole, whatever the merges say.
         tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=list(merges), ignore_merges=kind == "llama3"))
-        if kind == "qwen2":
+        if pre == "qwen2":  # the models whose name it is; others took its expression alone
             tokenizer.normalizer = normalizers.NFC()
         tokenizer.pre_tokenizer = _pre_tokenizer(kind)
         tokenizer.decoder = decoders.ByteLevel()
