@@ -102,7 +102,8 @@ def _row_bytes(pipe: Pipe, n_batches: int, n_parts: int, where: str) -> int:
     try:
         nbytes = row_bytes(size.float_type, size.x // n_parts)
     except ValueError as error:
-        raise GraphError(f"{where} syncs pipe {pipe.name} in {n_parts} parts: {error}") from error
+        slices = "" if n_parts == 1 else f", slices of {n_parts} nodes"
+        raise GraphError(f"{where} syncs pipe {pipe.name}{slices}: {error}") from error
     if not nbytes:
         raise GraphError(f"{where} syncs pipe {pipe.name}, whose rows are empty")
     return nbytes

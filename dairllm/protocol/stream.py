@@ -123,10 +123,6 @@ class Intake:
         self._start += nbytes
         return data
 
-    def peek(self) -> bytes:
-        """What has been read ahead, left where it is."""
-        return bytes(self._ahead[self._start : self._end])
-
     def receive_into(self, targets: tuple[memoryview, ...]) -> None:
         """Let the next bytes of the stream fill `targets`, one after the other; what was read ahead is moved there now."""
         self._targets.extend(target for target in targets if len(target))
