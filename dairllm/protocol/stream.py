@@ -125,8 +125,10 @@ class Intake:
 
     def receive_into(self, targets: tuple[memoryview, ...]) -> None:
         """Let the next bytes of the stream fill `targets`, one after the other; what was read ahead is moved there now."""
-        self._targets.extend(target for target in targets if len(target))
-        while self._targets and self.available:
+        for target in targets:
+            if len(target):
+                self._targets.append(target)
+        while self._targets and self._start < self._end:
             nbytes = min(self.available, len(self._targets[0]))
             self._targets[0][:nbytes] = self._ahead[self._start : self._start + nbytes]
             self._start += nbytes

@@ -4,7 +4,7 @@ from dairllm.errors import LocalProtocolError
 from dairllm.graph.plan import Exchange, Run
 from dairllm.graph.types import NetworkConfig
 from dairllm.protocol.dllama.events import Filled
-from dairllm.protocol.dllama.link import IncomingRows, Link, incoming_rows
+from dairllm.protocol.dllama.link import Link, incoming_rows
 
 __all__ = ["PeerLink"]
 
@@ -25,8 +25,7 @@ class PeerLink(Link):
         super().__init__(f"node {peer}")
         self.node = peer
         self._per_token = incoming_rows(network, plan, peer)
-        self._due: list[IncomingRows] = []
-        self._rows = 0
+        self._rows, self._position = 0, len(self._per_token)  # rows of this token, and which of its exchanges is due
 
     def __repr__(self) -> str:
         return f"<PeerLink node {self.node}, {'dead' if self.dead else 'idle' if self.idle else 'expecting ' + self.expecting}>"
@@ -34,7 +33,7 @@ class PeerLink(Link):
     @property
     def idle(self) -> bool:
         """True while nothing is due before the next ``begin``."""
-        return not self._due
+        return self._position == len(self._per_token)
 
     @property
     def awaits_peer(self) -> bool:
@@ -45,10 +44,10 @@ class PeerLink(Link):
     def expecting(self) -> str:
         if self.idle:
             return "nothing before the next control packet"
-        return f"{self._payload_pending} more of {self._due[0].describe(self._rows)}"
+        return f"{self._payload_pending} more of {self._per_token[self._position].describe(self._rows)}"
 
     def begin(self, rows: int) -> None:
-        """A control packet of `rows` rows has come: from here on the peer's bytes belong to it.
+        """A control packet of `rows` rows, one at least, has come: from here on the peer's bytes belong to it.
 
         Raises:
             LocalProtocolError: rows of the last one are still due.
@@ -57,7 +56,7 @@ class PeerLink(Link):
         if not self.idle:
             raise LocalProtocolError(f"a control packet while expecting {self.expecting}")
         self._rows = rows
-        self._due = list(self._per_token) if rows else []
+        self._position = -1
         self._next_payload()
 
     def next_event(self) -> Filled | None:
@@ -66,7 +65,6 @@ class PeerLink(Link):
         if not self._take_filled():
             return None
         if not self._remaining:
-            del self._due[0]
             self._next_payload()
         return Filled()
 
@@ -81,4 +79,6 @@ class PeerLink(Link):
         raise self._fail(f"closed the connection; expecting {self.expecting}")
 
     def _next_payload(self) -> None:
-        self._remaining = self._due[0].row_bytes * self._rows if self._due else 0
+        self._position += 1
+        if not self.idle:
+            self._remaining = self._per_token[self._position].row_bytes * self._rows

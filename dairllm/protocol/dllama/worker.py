@@ -20,7 +20,7 @@ from enum import Enum
 
 from dairllm.errors import GraphError, LocalProtocolError, RemoteProtocolError
 from dairllm.graph.plan import ROOT, token_plan
-from dairllm.graph.types import NetworkConfig, NodeConfig
+from dairllm.graph.types import NetworkConfig
 from dairllm.protocol.dllama.codec import (
     Control,
     Greeting,
@@ -35,7 +35,7 @@ from dairllm.protocol.dllama.codec import (
 )
 from dairllm.protocol.dllama.events import Event, Filled, Go, NetworkReceived, NodeReceived, Stop, WeightReceived, WeightsEnd
 from dairllm.protocol.dllama.limits import DEFAULT_LIMITS, Limits
-from dairllm.protocol.dllama.link import Link, incoming_rows
+from dairllm.protocol.dllama.link import IncomingRows, Link, incoming_rows
 from dairllm.protocol.stream import Need
 
 __all__ = ["Stage", "WorkerSession"]
@@ -183,13 +183,14 @@ class WorkerSession(Link):
         self._stage = Stage.GO
         yield from read_ack('the root\'s "go"')
         yield Go()
-        network, node = yield from self._configuration(greeting)
+        network, incoming = yield from self._configuration(greeting)
         yield from self._weights()
-        yield from self._inference(network, node)
+        yield from self._inference(network, incoming)
         self._stage = Stage.STOPPED
         yield Stop()
 
-    def _configuration(self, greeting: Greeting) -> Generator[_Step, bytes, tuple[NetworkConfig, NodeConfig]]:
+    def _configuration(self, greeting: Greeting) -> Generator[_Step, bytes, tuple[NetworkConfig, tuple[IncomingRows, ...]]]:
+        """Returns the network, and what comes from the root after each control packet."""
         self._stage = Stage.NETWORK
         network, marker = yield from read_network(self._limits)
         if network.n_nodes != greeting.n_workers + 1:
@@ -204,10 +205,9 @@ class WorkerSession(Link):
             plan = token_plan(network, node)
         except GraphError as error:
             raise RemoteProtocolError(f"a graph that cannot be run: {error}") from error
-        self._from_root = incoming_rows(network, plan, ROOT)
         yield NodeReceived(network, node, plan)
         yield _Consent("the node configuration")
-        return network, node
+        return network, incoming_rows(network, plan, ROOT)
 
     def _weights(self) -> Generator[_Step, bytes, None]:
         self._stage = Stage.WEIGHTS
@@ -218,7 +218,8 @@ class WorkerSession(Link):
         yield WeightsEnd()
         yield _Consent("the weights")
 
-    def _inference(self, network: NetworkConfig, node: NodeConfig) -> Generator[_Step, bytes, None]:
+    def _inference(self, network: NetworkConfig, incoming: tuple[IncomingRows, ...]) -> Generator[_Step, bytes, None]:
+        rows, payloads = 0, list[_Payload]()  # one token after the other has the same
         while True:
             self._stage = Stage.CONTROL
             control: Control = yield from read_control(self._limits, network.n_batches)
@@ -226,8 +227,11 @@ class WorkerSession(Link):
                 return
             self._stage = Stage.ROWS
             yield control
-            for rows in self._from_root:
-                yield _Payload(rows.row_bytes * control.rows, rows.describe(control.rows), end_is_event=True)
+            if control.rows != rows:
+                rows = control.rows
+                payloads = [_Payload(each.row_bytes * rows, each.describe(rows), end_is_event=True) for each in incoming]
+            for payload in payloads:  # noqa: UP028  # a list cannot be sent what a script is sent
+                yield payload
 
 
 def _describe(header: WeightHeader) -> str:
