@@ -1,0 +1,76 @@
+"""The engine as the oracle is: all nodes of a network in one process, in lockstep, rows copied from pipe to pipe. No sockets."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from dairllm.engine.executor import Executor
+from dairllm.engine.program import compile_program
+from dairllm.engine.weights import WireWeights
+from dairllm.graph.plan import Exchange, Run, token_plan
+from dairllm.graph.types import NetworkConfig, NodeConfig
+from tests.engine.oracle import TOKEN_PIPE, Weights
+
+__all__ = ["EngineCluster"]
+
+
+class EngineCluster:
+    """Each node has a program of its own; one executor runs them in turn.
+
+    Args:
+        network: shared by all.
+        nodes: in order; node 0 is the root.
+        weights: as the oracle takes them; they reach the programs as bytes, as if over the wire.
+        executor: running.
+    """
+
+    def __init__(self, network: NetworkConfig, nodes: Sequence[NodeConfig], weights: Weights, executor: Executor) -> None:
+        self.network, self.executor = network, executor
+        self.programs = []
+        self.plans = []
+        for node in nodes:
+            memory = WireWeights(node)
+            memory.allocate()
+            for op in (op for segment in node.segments for op in segment.ops if op.weight_size.length):
+                raw = np.ascontiguousarray(weights(node.node, op)).reshape(-1).view(np.uint8)
+                memory.into(op.name, op.index, 0, raw.size)[:] = raw.data
+            assert not memory.missing()
+            self.programs.append(compile_program(network, node, memory, n_threads=executor.n_threads))
+            self.plans.append(token_plan(network, node))
+
+    def run(self, tokens: Sequence[int], position: int, logits_pipe: int = 3) -> npt.NDArray[np.float32]:
+        """One control packet; the root's rows of the logits pipe, float32 [rows, vocab]."""
+        rows = len(tokens)
+        self.programs[0].values(TOKEN_PIPE)[:rows, 0] = tokens
+        waiting = [list(plan) for plan in self.plans]
+        while any(waiting):
+            for plan, program in zip(waiting, self.programs, strict=True):
+                if plan and isinstance(plan[0], Run):
+                    step = plan.pop(0)
+                    self.executor.run(program, step.first, step.stop, position, rows)
+            exchanges = [plan.pop(0) if plan and isinstance(plan[0], Exchange) else None for plan in waiting]
+            for me, exchange in enumerate(exchanges):
+                for transfer in exchange.receives if exchange else ():
+                    source = self.programs[transfer.node].region(exchange.pipe, transfer.slice, rows)
+                    target = self.programs[me].region(exchange.pipe, transfer.slice, rows)
+                    self._copy(source, target)
+        return np.frombuffer(b"".join(self._logits(logits_pipe, rows)), np.float32).reshape(rows, -1)
+
+    def feed(self, tokens: Sequence[int], batch: int = 1) -> npt.NDArray[np.float32]:
+        """A whole text from position 0 on, `batch` rows at a time: the logits of every row."""
+        return np.concatenate([self.run(tokens[i : i + batch], i) for i in range(0, len(tokens), batch)])
+
+    @staticmethod
+    def _copy(source: Sequence[memoryview], target: Sequence[memoryview]) -> None:
+        raw = b"".join(source)
+        for piece in target:
+            piece[:] = raw[: len(piece)]
+            raw = raw[len(piece) :]
+
+    def _logits(self, pipe: int, rows: int) -> list[bytes]:
+        """Row by row, whichever way the pipe is laid out."""
+        n = self.network.n_nodes
+        slices = [b"".join(self.programs[0].region(pipe, node, rows)) for node in range(n)]
+        width = len(slices[0]) // rows
+        return [part[row * width : (row + 1) * width] for row in range(rows) for part in slices]
