@@ -18,14 +18,21 @@ from dataclasses import dataclass
 
 from dairllm.errors import GraphError
 from dairllm.graph.model import ModelSpec
+from dairllm.graph.slicing import Axis, Share, equal_shares, weight_part
 from dairllm.graph.types import FloatType, row_bytes
 
-__all__ = ["Slice", "Tensor", "column_slice", "layout_bytes", "node_slice", "row_slice", "tensor_layout", "walk_layout", "whole"]
-
-_BY_ROWS = frozenset(
-    {"block_matmul_q", "block_matmul_k", "block_matmul_v", "block_matmul_w1", "block_matmul_w3", "final_matmul_logits"}
-)
-_BY_COLUMNS = frozenset({"block_matmul_wo", "block_matmul_w2"})
+__all__ = [
+    "Slice",
+    "Tensor",
+    "column_slice",
+    "layout_bytes",
+    "node_slice",
+    "row_slice",
+    "share_slice",
+    "tensor_layout",
+    "walk_layout",
+    "whole",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,32 +158,29 @@ def column_slice(tensor: Tensor, first: int, count: int) -> Slice:
     return Slice(tensor.offset + start, tensor.row_bytes, tensor.n_rows, nbytes)
 
 
+def share_slice(tensor: Tensor, spec: ModelSpec, share: Share) -> Slice:
+    """What a node with `share` holds of a tensor (``graph.slicing`` says which part that is).
+
+    Raises:
+        GraphError: the share cuts a block, or goes beyond the tensor.
+    """
+    part = weight_part(spec, share, tensor.name)
+    if part.span is None:
+        return whole(tensor)
+    cut = row_slice if part.axis is Axis.ROWS else column_slice
+    return cut(tensor, part.span.start, part.span.size)
+
+
 def node_slice(tensor: Tensor, spec: ModelSpec, node: int, n_nodes: int) -> Slice:
     """What node `node` of `n_nodes` equal ones holds of a tensor.
-
-    Rows of q, k, v, w1, w3 and the classifier; columns of wo and w2; the whole of norms, the MoE gate and the embedding (which only the
-    root uses).
 
     Raises:
         GraphError: the model cannot be divided by `n_nodes`.
     """
+    shares = equal_shares(spec, n_nodes)
     if not 0 <= node < n_nodes:
         raise GraphError(f"there is no node {node} among {n_nodes}")
-    if n_nodes > 1 and tensor.name in ("block_matmul_q", "block_matmul_k", "block_matmul_v", "block_matmul_wo"):
-        heads = spec.n_heads if tensor.name in ("block_matmul_q", "block_matmul_wo") else spec.n_kv_heads
-        if heads % n_nodes:
-            raise GraphError(f"{n_nodes} equal nodes cannot share the {heads} heads of {tensor.label}")
-    if tensor.name in _BY_ROWS:
-        return row_slice(tensor, *_part(tensor, tensor.n_rows, "rows", node, n_nodes))
-    if tensor.name in _BY_COLUMNS:
-        return column_slice(tensor, *_part(tensor, tensor.n_columns, "columns", node, n_nodes))
-    return whole(tensor)
-
-
-def _part(tensor: Tensor, width: int, what: str, node: int, n_nodes: int) -> tuple[int, int]:
-    if width % n_nodes:
-        raise GraphError(f"{n_nodes} equal nodes cannot share the {width} {what} of {tensor.label}")
-    return node * (width // n_nodes), width // n_nodes
+    return share_slice(tensor, spec, shares[node])
 
 
 _Entry = tuple[str, int, FloatType, tuple[int, ...]]  # name, expert, type, shape
