@@ -9,12 +9,12 @@ Only this module's imports are paid for by `dairllm --help`, so a command import
 import os
 import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperGroup
 
 from dairllm import __version__
 from dairllm.errors import DairllmError
@@ -26,8 +26,38 @@ CUT_SHORT_BY_TERMINATION = 128 + signal.SIGTERM
 CUT_SHORT_BY_CLOSED_PIPE = 128 + signal.SIGPIPE
 
 
+class Commands(TyperGroup):
+    """The commands; whatever one of them raises on purpose becomes one line on stderr and an exit code. Anything else is a bug."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            try:
+                return super().invoke(ctx)
+            finally:
+                sys.stdout.flush()  # here a closed pipe can still be answered
+        except KeyboardInterrupt:
+            raise SystemExit(CUT_SHORT_BY_INTERRUPT) from None
+        except BrokenPipeError:
+            # What is left in the buffer would fail once more at the interpreter's end.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise SystemExit(CUT_SHORT_BY_CLOSED_PIPE) from None
+        except DairllmError as error:
+            raise _failure(str(error), error.exit_code) from None
+        except OSError as error:
+            subject = f"{error.filename}: " if error.filename is not None else ""
+            raise _failure(f"{subject}{error.strerror or error}") from None
+        except MemoryError:
+            raise _failure("out of memory") from None
+
+
+def _failure(message: str, code: int = 1) -> SystemExit:
+    sys.stderr.write(f"dairllm: error: {message}\n")
+    return SystemExit(code)
+
+
 # Plain help and errors: boxes cost 0.2 s of imports, and an error is to be one line.
 app = typer.Typer(
+    cls=Commands,
     help="Run a language model over ordinary computers: on one, or shared out to several.",
     no_args_is_help=True,
     rich_markup_mode=None,
@@ -215,40 +245,10 @@ def inspect(
     command.run(model, layer=layer, json=json)
 
 
-def main() -> NoReturn:
+def main() -> None:
     """Run the command line and end the process with the code that says how it went."""
     signal.signal(signal.SIGTERM, _terminated)
-    sys.exit(_exit_code(app))
-
-
-def _exit_code(command: Callable[[], object]) -> int:
-    """The exit code for what `command` did; its errors become one line on stderr. What is not expected here is a bug, and is raised."""
-    try:
-        try:
-            command()
-        finally:
-            sys.stdout.flush()  # here a closed pipe can still be answered
-    except SystemExit as end:
-        return end.code if isinstance(end.code, int) else 0 if end.code is None else 1
-    except KeyboardInterrupt:
-        return CUT_SHORT_BY_INTERRUPT
-    except BrokenPipeError:
-        # What is left in the buffer would fail once more at the interpreter's end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return CUT_SHORT_BY_CLOSED_PIPE
-    except DairllmError as error:
-        return _failed(str(error), error.exit_code)
-    except OSError as error:
-        subject = f"{error.filename}: " if error.filename is not None else ""
-        return _failed(f"{subject}{error.strerror or error}", 1)
-    except MemoryError:
-        return _failed("out of memory", 1)
-    return 0
-
-
-def _failed(message: str, code: int) -> int:
-    sys.stderr.write(f"dairllm: error: {message}\n")
-    return code
+    app(prog_name="dairllm")
 
 
 def _terminated(_signal: int, _frame: FrameType | None) -> NoReturn:

@@ -1,0 +1,209 @@
+"""The command line as its users meet it: real processes, their output, their exit codes, their messages."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import dairllm
+
+DATA = Path(__file__).parent / "data" / "dllama"
+TINY = DATA / "tiny.t"
+COMMANDS = ("demo", "worker", "health", "generate", "tokenize", "convert", "inspect")
+
+
+def command(*words: object) -> list[str]:
+    return [sys.executable, "-m", "dairllm", *map(str, words)]
+
+
+def call(*words: object, stdin: bytes | None = None, **environment: str) -> tuple[int, str, str]:
+    """Exit code, stdout, stderr."""
+    done = subprocess.run(command(*words), input=stdin or b"", capture_output=True, env=os.environ | environment, timeout=120)
+    return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+
+def one_line(text: str) -> str:
+    """The line that an error is to be."""
+    assert text.startswith("dairllm: error: "), text
+    assert text.endswith("\n"), text
+    assert text.count("\n") == 1, text
+    return text.removeprefix("dairllm: error: ").rstrip("\n")
+
+
+def test_help_names_every_command() -> None:
+    code, out, err = call("--help")
+    assert (code, err) == (0, "")
+    assert [line.split()[0] for line in out.partition("Commands:")[2].splitlines() if line.startswith("  ")] == list(COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_each_command_has_help(name: str) -> None:
+    code, out, err = call(name, "--help")
+    assert (code, err) == (0, "")
+    assert out.startswith("Usage: ")
+
+
+def test_help_is_quick() -> None:
+    """Processor time, so that a busy machine does not matter; the quickest of three."""
+    seconds = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        call("--help")
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime)
+    assert min(seconds) < 0.5
+
+
+def test_help_imports_nothing_heavy() -> None:
+    script = "import sys, dairllm.cli; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert not {"numpy", "numba", "uvloop", "asyncio", "pydantic", "structlog", "rich", "tokenizers"} & set(done.stdout.split())
+
+
+def test_version() -> None:
+    assert call("--version") == (0, f"dairllm {dairllm.__version__}\n", "")
+
+
+def test_the_installed_script_is_the_module() -> None:
+    script = Path(sys.executable).with_name("dairllm")
+    if script.exists():  # it is where the package was installed rather than put on the path
+        done = subprocess.run([script, "--version"], capture_output=True, text=True, check=True)
+        assert done.stdout == f"dairllm {dairllm.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((), "Usage: "),
+        (("nonesuch",), "No such command 'nonesuch'"),
+        (("generate", "--nonesuch"), "No such option: --nonesuch"),
+        (("generate", "--steps", "many"), "Invalid value for '--steps'"),
+        (("tokenize",), "Missing argument"),
+        (("inspect", "a.m", "--layer", "-1"), "Invalid value for '--layer'"),
+    ],
+)
+def test_wrong_usage_is_2(words: tuple[str, ...], message: str) -> None:
+    code, out, err = call(*words)
+    assert code == 2
+    assert message in (err or out)
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (("generate",), 2, "no model: name its file with --model"),
+        (("generate", "--model", "a.m"), 2, "nothing to generate from: give a --prompt, or --prompt-ids"),
+        (
+            ("generate", "--model", "a.m", "--prompt", "a", "--threads", "0"),
+            2,
+            "flag --threads: engine.threads: expected auto or a whole number",
+        ),
+        (
+            ("generate", "--model", "a.m", "--prompt", "a", "--kernels", "sse"),
+            2,
+            "flag --kernels: engine.kernels: expected 'auto', 'portable'",
+        ),
+        (("generate", "--model", "nonesuch/a.m", "--prompt", "a"), 1, "nonesuch/a"),
+        (("generate", "--config", "nonesuch.yaml"), 2, "nonesuch.yaml: cannot be read: No such file or directory"),
+        (("demo", "--threads", "0"), 2, "flag --threads: engine.threads: expected auto or a whole number"),
+        (("worker", "--port", "70000"), 2, "flag --port: worker.port: expected "),
+        (("worker", "--memory-limit", "2"), 2, "flag --memory-limit: limits.memory: expected a size such as 2GiB"),
+        (("health", "--config", "nonesuch.yaml"), 2, "nonesuch.yaml: cannot be read"),
+        (("tokenize", "nonesuch.t", "a"), 1, "nonesuch.t: expected a readable .t tokenizer file, found No such file or directory"),
+        (("tokenize", DATA / "golden.json", "a"), 1, "golden.json, byte 0: expected magic 0x567124"),
+        (("tokenize", DATA, "a"), 1, "expected a .t tokenizer file, found a folder"),
+        (("inspect", "nonesuch.m"), 1, "nonesuch.m: "),
+        (("convert", "nonesuch.gguf", "a.m"), 1, "nonesuch.gguf: "),
+        (("convert", "a.gguf", "a.m", "--weights", "q4"), 2, "--weights is one of f32, q40, q80, not 'q4'"),
+    ],
+    ids=lambda value: " ".join(map(str, value))[-40:] if isinstance(value, tuple) else "",
+)
+def test_a_mistake_is_one_line(words: tuple[object, ...], code: int, message: str) -> None:
+    found, out, err = call(*words)
+    assert message in one_line(err)
+    assert (found, out) == (code, "")
+
+
+def test_an_error_in_a_file_of_settings_names_file_line_and_key(tmp_path: Path) -> None:
+    file = tmp_path / "g.yaml"
+    file.write_text("engine:\n  threads: 2\nsampling:\n  temprature: 1\n")
+    code, _, err = call("generate", "--config", file, "--model", "a.m", "--prompt", "a")
+    assert code == 2
+    assert one_line(err) == f"{file}, line 4: sampling.temprature: unknown key; did you mean temperature?"
+
+
+def test_tokenize() -> None:
+    assert call("tokenize", TINY, "the on", "--json") == (0, '{"ids": [256, 101, 32, 262], "pieces": ["th", "e", " ", "on"]}\n', "")
+    assert call("tokenize", TINY, "the<|end|>") == (0, "256  'th'\n101  'e'\n318  '<|end|>'\n", "")
+    assert call("tokenize", TINY, "", "--json") == (0, '{"ids": [], "pieces": []}\n', "")
+    assert call("tokenize", TINY, "--json", "--", "-on") == (0, '{"ids": [45, 262], "pieces": ["-", "on"]}\n', "")
+
+
+@pytest.mark.parametrize("words", [("-",), ()])
+def test_tokenize_reads_stdin_as_it_is(words: tuple[str, ...]) -> None:
+    code, out, _ = call("tokenize", TINY, *words, "--json", stdin=b"\r\non\xff\n")
+    assert code == 0
+    assert json.loads(out) == {"ids": [13, 10, 262, 255, 10], "pieces": ["\r", "\n", "on", "�", "\n"]}
+
+
+def test_tokenize_takes_bytes_that_are_no_text() -> None:
+    done = subprocess.run([*map(os.fsencode, command("tokenize", TINY, "--json")), b"a\xffb"], capture_output=True, check=True)
+    assert json.loads(done.stdout)["ids"] == [97, 255, 98]
+
+
+def test_another_tokenizer_json_is_a_warning_on_stderr(tmp_path: Path) -> None:
+    (tmp_path / "tiny.t").write_bytes(TINY.read_bytes())
+    (tmp_path / "tokenizer.json").write_text("{}")
+    code, out, err = call("tokenize", tmp_path / "tiny.t", "on", "--json")
+    assert (code, json.loads(out)["ids"]) == (0, [262])
+    warning = json.loads(err)
+    assert (warning["level"], warning["event"]) == ("warning", "tokenizer.json is not used")
+
+
+def test_a_reader_that_has_gone_is_no_error() -> None:
+    with subprocess.Popen(command("tokenize", TINY, "-"), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdin.write(b"a" * 500_000)
+        process.stdin.close()
+        assert process.stdout.readline() == b" 97  'a'\n"
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait(timeout=60) == 128 + signal.SIGPIPE
+
+
+def test_help_to_a_reader_that_has_gone_is_no_error() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(command("--help"), stdout=write, stderr=subprocess.PIPE, timeout=60)
+    os.close(write)
+    assert done.stderr == b""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["Ctrl-C", "SIGTERM"])
+def test_work_that_is_cut_short(number: signal.Signals, code: int) -> None:
+    """While it waits for its input."""
+    with subprocess.Popen(command("tokenize", TINY, "-"), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stderr is not None
+        _wait_until_it_reads(process.pid)
+        process.send_signal(number)
+        assert process.wait(timeout=60) == code
+        assert process.stderr.read() == b""
+
+
+def _wait_until_it_reads(pid: int) -> None:
+    """The process has nothing left to do but to wait for its standard input."""
+    for _ in range(600):
+        waits_for = Path(f"/proc/{pid}/wchan").read_text()
+        if "pipe" in waits_for:
+            return
+        time.sleep(0.05)
+    pytest.fail(f"still not reading: {waits_for}")
