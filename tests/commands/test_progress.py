@@ -1,0 +1,55 @@
+"""Signs of life: late enough not to disturb, and none that moves where nobody sees it."""
+
+import time
+
+import pytest
+
+from dairllm.commands import progress
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "PATIENCE_SECONDS", 0.05)
+
+
+def test_what_is_quick_is_silent(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "PATIENCE_SECONDS", 60.0)
+    with progress.waiting("working"):
+        pass
+    assert capsys.readouterr() == ("", "")
+
+
+def test_what_takes_long_is_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress.waiting("working"):
+        time.sleep(0.3)
+    assert capsys.readouterr() == ("", "working ...\n")
+
+
+def test_a_bar_without_a_terminal_is_such_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress.byte_bar("converting") as report:
+        assert report is None
+        time.sleep(0.3)
+    assert capsys.readouterr() == ("", "converting ...\n")
+
+
+def test_at_a_terminal_it_moves_and_goes_away(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "is_watched", lambda: True)
+    with progress.waiting("working"):
+        time.sleep(0.5)
+    with progress.byte_bar("converting") as report:
+        assert report is not None
+        report("layer 0", 5, 10)
+    assert capsys.readouterr().out == ""
+
+
+def test_an_error_passes_through(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(KeyError), progress.waiting("working"):
+        raise KeyError
+
+
+def test_no_color_means_no_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert progress.is_watched()
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert not progress.is_watched()
