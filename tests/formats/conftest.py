@@ -72,8 +72,12 @@ def write_gguf(
     weight: str = "F32",
     metadata: Mapping[str, Any] | None = None,
     tensors: Mapping[str, np.ndarray | None] | None = None,
+    blocks: Mapping[str, np.ndarray] | None = None,
 ) -> Path:
-    """Write the file; matrices as `weight` says. What `metadata` and `tensors` name is changed, or left out where it is None."""
+    """Write the file; matrices as `weight` says. What `metadata` and `tensors` name is changed, or left out where it is None.
+
+    `blocks` are tensors of the type `weight` as they are to be stored: uint8 [rows, row_bytes].
+    """
     writer = gguf.GGUFWriter(path, arch)
     for key, value in (METADATA | dict(metadata or {})).items():
         if value is None:
@@ -90,7 +94,9 @@ def write_gguf(
     for name, values in (tensor_values() | dict(tensors or {})).items():
         if values is None:
             continue
-        if values.ndim == 1 or kind == gguf.GGMLQuantizationType.F32:
+        if blocks and name in blocks:
+            writer.add_tensor(name, blocks[name], raw_dtype=kind)
+        elif values.ndim == 1 or kind == gguf.GGMLQuantizationType.F32:
             writer.add_tensor(name, values)
         else:
             writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)

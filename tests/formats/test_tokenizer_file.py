@@ -1,6 +1,7 @@
 import os
 import struct
 import tracemalloc
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -122,7 +123,7 @@ def test_an_overlong_file(tmp_path: Path) -> None:
         (pack([(0, 1), (1, 5)]), 24, "header key 2 (max_token_length), found the end of the header"),
         (pack([(0, 1), (1, 5), (2, 9), (3, 5)]), 36, "bos_id below the vocabulary's size 5, found 5"),
         (pack([(0, 1), (1, 5), (2, 9), (4, -2)]), 36, "eos_id below the vocabulary's size 5, found -2"),
-        (pack([(0, 1), (1, 2), (2, 9), (9, 1)], struct.pack("<i", 2) + tokens(b"a", b"b")), 40, "an id below the vocabulary's size 2, found 2"),
+        (pack([(0, 1), (1, 2), (2, 9), (9, 1)], b"\2\0\0\0" + tokens(b"a", b"b")), 40, "an id below the vocabulary's size 2, found 2"),
         (pack([(0, 1), (1, 2), (2, 9), (7, 2)], b"\xff\xff" + tokens(b"a", b"b")), 40, "a chat template in UTF-8, found byte 0xff"),
         (pack([(0, 1), (1, 2**24), (2, 9)], tokens(b"a")), 32, "at least 134217728 bytes of 16777216 tokens"),
         (pack([(0, 1), (1, 2), (2, 1)], tokens(b"a", b"bb")), 45, "a length of token 1 up to max_token_length 1, found 2"),
@@ -166,17 +167,15 @@ def test_what_would_be_refused_is_not_written(tmp_path: Path, changes: dict[str,
 
 
 @given(st.binary(max_size=200), st.lists(st.tuples(st.integers(-1, 12), st.one_of(st.integers(-2, 9), st.integers(-(2**31), 2**31 - 1)))))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_any_bytes_are_a_vocabulary_or_a_format_error(rest: bytes, pairs: list[tuple[int, int]]) -> None:
     path = Path(f"/proc/self/fd/{os.memfd_create('t')}")
     tracemalloc.start()
     try:
         for data in (rest, pack(pairs, rest), pack([(0, 1), (1, 3), (2, 9), *pairs], rest)):
             path.write_bytes(data)
-            try:
+            with suppress(FormatError):
                 TokenizerFile.read(path)
-            except FormatError:
-                pass
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
