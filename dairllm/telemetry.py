@@ -51,7 +51,7 @@ def configure_logging(
             colors=terminal and not os.environ.get("NO_COLOR"), exception_formatter=structlog.dev.plain_traceback
         )
     else:
-        shared.append(structlog.processors.dict_tracebacks)
+        shared += [structlog.processors.dict_tracebacks, _what_first]
         renderer = structlog.processors.JSONRenderer()
     structlog.configure(
         processors=[*shared, renderer],
@@ -68,6 +68,11 @@ def configure_logging(
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(max(minimum, logging.WARNING))  # libraries say at most what an operator must know
+
+
+def _what_first(_logger: object, _method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+    """When, how bad and what, before the details: people read JSON lines too."""
+    return {key: event[key] for key in ("timestamp", "level", "event") if key in event} | event
 
 
 @dataclass(slots=True)

@@ -25,6 +25,9 @@ from dairllm.units import format_duration
 __all__ = ["Steps", "in_thread", "run"]
 
 log = structlog.get_logger()
+ONE_TELLING = 0.5
+"""Seconds in which further signals count as the first: a terminal and `timeout` tell the process and its whole group."""
+
 T = TypeVar("T")
 
 
@@ -46,16 +49,18 @@ def run(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
 async def _until_told(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
     loop = asyncio.get_running_loop()
     task = asyncio.ensure_future(main())
-    told: list[signal.Signals] = []
+    told_at: float | None = None
 
     def tell(signum: signal.Signals) -> None:
-        if told:
+        nonlocal told_at
+        if told_at is None:
+            told_at = loop.time()
+            log.info("shutting down", signal=signum.name)
+            task.cancel()
+        elif loop.time() - told_at > ONE_TELLING:
             log.warning("second signal, ending at once", signal=signum.name)
             signal.signal(signum, signal.SIG_DFL)
             signal.raise_signal(signum)
-        told.append(signum)
-        log.info("shutting down", signal=signum.name)
-        task.cancel()
 
     signals = (signal.SIGTERM, signal.SIGINT)
     for signum in signals:
@@ -63,7 +68,7 @@ async def _until_told(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
     try:
         await task
     except asyncio.CancelledError:
-        if not told:
+        if told_at is None:
             raise
     finally:
         for signum in signals:

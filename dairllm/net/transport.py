@@ -124,7 +124,7 @@ class Connection(asyncio.BufferedProtocol):
             NetworkError: the connection has ended.
         """
         if self._error is not None or self._transport is None:
-            raise self._error or NetworkError(f"{self.peer}: not connected")
+            raise self._end_of(self._incoming)
         if len(pieces) == 1:
             self._transport.write(pieces[0])
         else:
@@ -138,7 +138,7 @@ class Connection(asyncio.BufferedProtocol):
             NetworkError: the connection ended first, or the other end took nothing for `silence` seconds.
         """
         if self._error is not None:
-            raise self._error
+            raise self._end_of(self._incoming)
         if not self._full or self._transport is None:
             return
         self._unsent = self._transport.get_write_buffer_size()
@@ -227,15 +227,16 @@ class Connection(asyncio.BufferedProtocol):
         if self._incoming is None and self.on_early is not None:
             self.on_early(self)
 
-    def _end_of(self, incoming: Incoming[object]) -> NetworkError | RemoteProtocolError:
+    def _end_of(self, incoming: Incoming[object] | None) -> NetworkError | RemoteProtocolError:
         """What to raise for the end of the connection at this point of the conversation."""
-        if self._error is not None:
-            return NetworkError(f"{self._error}; expecting {incoming.expecting}")
-        try:
-            incoming.eof()
-        except RemoteProtocolError as error:
-            return error
-        return NetworkError(f"{self.peer} closed the connection")
+        if self._error is None and incoming is not None:
+            try:
+                incoming.eof()
+            except RemoteProtocolError as error:
+                return error
+            return NetworkError(f"{self.peer} closed the connection")
+        problem = self._error or f"{self.peer}: not connected"
+        return NetworkError(f"{problem}; expecting {incoming.expecting}" if incoming is not None else str(problem))
 
     def _settle_reader(self) -> None:
         if self._reader is not None and not self._reader.done() and self._incoming is not None:
@@ -271,7 +272,7 @@ class Connection(asyncio.BufferedProtocol):
         self._error = self._error or error
         self._settle_reader()
         if self._writer is not None and not self._writer.done():
-            self._writer.set_exception(self._error)
+            self._writer.set_exception(self._end_of(self._incoming))
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

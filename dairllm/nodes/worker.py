@@ -46,6 +46,7 @@ class Worker:
         self._limits = Limits(max_workers=settings.limits.nodes - 1)
         self._server: asyncio.Server | None = None
         self._strangers: set[asyncio.Task[None]] = set()
+        self._root: Connection | None = None
         self._serving: asyncio.Task[None] | None = None
         self._mesh: Mesh | None = None
         self._session: TensorSession | None = None
@@ -84,26 +85,30 @@ class Worker:
 
     def _opened(self, connection: Connection) -> None:
         """Somebody is at the door."""
-        if self._serving is not None:
+        if self._is_busy():
             reason = self._mesh.offer(connection) if self._mesh is not None else "another root is being served"
             if reason is not None:
                 self._refuse(connection, "busy", reason)
         elif len(self._strangers) >= self._settings.limits.strangers:
             self._refuse(connection, "crowd", f"{len(self._strangers)} others have not said yet what they want (limits.strangers)")
         else:
-            task = asyncio.create_task(self._welcome(connection), name=f"stranger {connection.peer}")
+            wire = WorkerSession(self._limits)
+            connection.attach(wire)  # now, since its first bytes may come before the task runs
+            task = asyncio.create_task(self._welcome(connection, wire), name=f"stranger {connection.peer}")
             self._strangers.add(task)
             task.add_done_callback(self._strangers.discard)
+
+    def _is_busy(self) -> bool:
+        """Whether a root is being served. One that has left is only being seen off: whoever restarts a root need not come twice."""
+        return self._root is not None and not self._root.has_ended
 
     def _refuse(self, connection: Connection, kind: str, reason: str) -> None:
         connection.abort()
         self._meters.refused[kind] += 1
         log.info("connection refused", peer=connection.peer, kind=kind, reason=reason)
 
-    async def _welcome(self, connection: Connection) -> None:
+    async def _welcome(self, connection: Connection, wire: WorkerSession) -> None:
         """Hear what a stranger wants; serve a root."""
-        wire = WorkerSession(self._limits)
-        connection.attach(wire)
         patience = self._settings.deadlines.handshake
         try:
             async with asyncio.timeout(patience):
@@ -116,6 +121,8 @@ class Worker:
             connection.abort()
             raise
         else:
+            while self._serving is not None and not self._is_busy():
+                await asyncio.wait({self._serving})
             if self._serving is not None:
                 self._refuse(connection, "busy", "another root is being served")
             elif isinstance(greeting, Greeting):
@@ -123,7 +130,7 @@ class Worker:
 
     async def _serve(self, root: Connection, wire: WorkerSession, greeting: Greeting) -> None:
         """One session, however it ends."""
-        self._serving = task = asyncio.current_task()
+        self._root, self._serving = root, (task := asyncio.current_task())
         assert task is not None  # noqa: S101 - for the type checker: we are in one
         self._strangers.discard(task)
         self._meters.sessions_running = 1
@@ -159,5 +166,5 @@ class Worker:
             async with asyncio.timeout(CLOSING_SECONDS):
                 await root.closed()
         root.abort()
-        self._mesh = self._session = self._serving = None
+        self._mesh = self._session = self._root = self._serving = None
         self._meters.sessions_running = 0
