@@ -1,5 +1,6 @@
 """What both kinds of link have in common: an ``Intake``, the rule that an error is final, and the order of pipe rows within a token."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -37,7 +38,7 @@ def incoming_rows(network: NetworkConfig, plan: Iterable[Run | Exchange], peer: 
     )
 
 
-class Link:
+class Link(ABC):
     """The receiving end of one connection; subclasses know what its bytes mean.
 
     The transport reads into ``get_buffer()`` and at once calls ``buffer_updated(n)``; when ``wants_data`` is False afterwards it stops
@@ -54,9 +55,9 @@ class Link:
         self._filling = False
 
     @property
+    @abstractmethod
     def expecting(self) -> str:
         """What must come next, for people."""
-        raise NotImplementedError
 
     @property
     def dead(self) -> bool:

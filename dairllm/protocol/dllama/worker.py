@@ -112,10 +112,8 @@ class WorkerSession(Link):
                 return f"{self._payload_pending} more of {what}"
             case _Consent(to):
                 return f"our own ACK to {to}"
-            case None:
+            case _:  # an event is taken by the call that finds it
                 return "the end of the connection"
-            case event:
-                return f"our own attention to {type(event).__name__}"
 
     def acknowledge(self) -> bytes:
         """The bytes that consent to the last event.

@@ -31,6 +31,15 @@ def receive(link: PeerLink, *sizes: int) -> list[bytearray]:
     return targets
 
 
+def receive_more(link: PeerLink, size: int) -> list[bytearray]:
+    """The rest of a payload of which some memory was given."""
+    assert link.next_event() == Filled()
+    assert link.memory_due == size
+    targets = receive(link, size)
+    assert link.next_event() == Filled()
+    return targets
+
+
 def test_rows_of_a_token_in_plan_order(link: PeerLink) -> None:
     assert link.idle
     link.begin(2)
@@ -77,6 +86,9 @@ def test_a_peer_far_ahead_has_to_wait(link: PeerLink) -> None:
     receive(link, 4 * A_SLICE)
     assert link.next_event() == Filled()
     assert link.wants_data
+    first, second = receive(link, B_SLICE), receive_more(link, 3 * B_SLICE)
+    assert link.idle
+    assert {len(view) for view in (*first, *second)} == {B_SLICE, 3 * B_SLICE}
 
 
 def test_our_own_mistakes(link: PeerLink) -> None:

@@ -229,6 +229,8 @@ def test_a_root_that_is_ahead_waits(small_recording: Any) -> None:
     assert session.next_event() == Greeting(1, 0, ())
     assert session.next_event() is None
     assert session.ack_due
+    assert not session.awaits_root
+    assert session.expecting == "our own ACK to the greeting"
     assert session.acknowledge() == ACK
     assert session.next_event() == Go()
     assert session.wants_data
