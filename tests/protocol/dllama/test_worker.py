@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dairllm.errors import LocalProtocolError, RemoteProtocolError
-from dairllm.graph.plan import ROOT, Exchange, Run
+from dairllm.graph.plan import ROOT, Exchange, token_plan
 from dairllm.protocol.dllama import codec
 from dairllm.protocol.dllama.codec import ACK, Control, Greeting, Peer, WeightHeader
 from dairllm.protocol.dllama.events import Filled, Go, NetworkReceived, NodeReceived, Stop, WeightReceived, WeightsEnd
@@ -57,7 +57,7 @@ def test_the_recorded_session_as_the_root_told_it(recording: Any, new_owner: New
     assert network.marker == b""
     assert [pipe.name for pipe in network.network.pipes] == ["POS", "TOK", "X", "LG", "ZQ"]
     assert isinstance(node, NodeReceived)
-    assert (node.network, node.node.node) == (network.network, 1)
+    assert (node.network, node.node.node, node.plan) == (network.network, 1, token_plan(network.network, node.node))
     assert rest[-1] == Stop()
     end = rest.index(WeightsEnd())
     headers, received = rest[0:end:2], rest[1:end:2]
@@ -278,12 +278,6 @@ def test_the_marker_of_our_own_root_is_seen(whole: Any, owner: Any) -> None:
     assert owner.events[-1] == NetworkReceived(network, b"dairllm/1")
 
 
-def test_the_plan_comes_with_the_node(whole: Any) -> None:
-    plan = next(event.plan for event in whole.events if isinstance(event, NodeReceived))
-    assert isinstance(plan[0], Exchange)
-    assert isinstance(plan[1], Run)
-
-
 # What no root should say
 
 
@@ -404,6 +398,5 @@ def test_a_changed_bit_anywhere_in_the_configuration_raises_nothing_else(small_r
 
 
 def test_limits_are_the_owners(new_owner: NewOwner) -> None:
-    owner = new_owner(session=WorkerSession(Limits(max_workers=2)))
     with pytest.raises(RemoteProtocolError, match=r"1\.\.2, found 3"):
-        owner.hear_all([words(3)])
+        new_owner(session=WorkerSession(Limits(max_workers=2))).hear_all([words(3)])
