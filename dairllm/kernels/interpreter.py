@@ -15,7 +15,7 @@ from dairllm.kernels.ir import load_i, store_i
 from dairllm.kernels.records import RECORD_WORDS, Kind, State
 from dairllm.kernels.threads import atomic_add, atomic_load, atomic_store, barrier, clock_cycles, pause, signal_eventfd, sleep_while, wake
 
-__all__ = ["MAILBOX_BYTES", "MAILBOX_CALL", "MAILBOX_EVENTFD", "MAILBOX_STOP", "ring", "run_program", "run_resident"]
+__all__ = ["MAILBOX_BYTES", "MAILBOX_CALL", "MAILBOX_EVENTFD", "MAILBOX_STOP", "ring", "run_resident"]
 
 MAILBOX_BYTES = 320
 # Byte offsets: the generation, rung by the host; threads done so far; sleepers; whether to stop; the eventfd; the call:
@@ -66,61 +66,12 @@ _FIRST_ROW, _END_ROW, _PROFILE = (8 * int(word) for word in State)
 _SPINS = 2000
 
 
-@njit(["void(int64, int64, int64, int64, int64, int64, int64, int64)"], nogil=True, cache=_CACHE)
-def run_program(program, first, end, state, counter, thread, n_threads, scratch):
-    """Interpret records first..end as thread `thread` of n_threads. scratch: bytes of this thread's own. All addresses."""
-    row0, row1 = load_i(state + _FIRST_ROW), load_i(state + _END_ROW)
-    profile = load_i(state + _PROFILE)
-    begin = clock_cycles()
-    for i in range(first, end):
-        r = program + i * _RECORD_BYTES
-        kind = load_i(r)
-        if kind == BARRIER:
-            barrier(counter, n_threads)
-        elif kind in (MATMUL_Q40, MATMUL_Q80):
-            matmul_steps.matmul(kind, r, row0, row1, thread, n_threads, scratch)
-        elif kind == MATMUL_F32:
-            matmul_steps.matmul_float(r, row0, row1, thread, n_threads)
-        elif kind in (PACK, PACK_BLOCKS):
-            matmul_steps.pack(kind, r, row0, row1, thread, n_threads)
-        elif kind in (MERGE_ADD_F32, MERGE_ADD_BLOCKS):
-            steps.merge_add(kind, r, row0, row1, thread, n_threads)
-        elif kind == INV_RMS:
-            steps.inv_rms(r, row0, row1, thread, n_threads)
-        elif kind == RMS_NORM:
-            steps.rms_norm(r, row0, row1, thread, n_threads)
-        elif kind in (ROPE_NEIGHBOURS, ROPE_HALVES):
-            steps.rope(kind, r, row0, row1, thread, n_threads)
-        elif kind == SHIFT:
-            steps.shift(r, row0, row1, thread, n_threads)
-        elif kind == ATTEND:
-            attention_steps.attend(r, row0, row1, thread, n_threads, scratch)
-        elif kind == FOLD:
-            attention_steps.fold(r, row0, row1, thread, n_threads, scratch)
-        elif kind == EMBED:
-            steps.embed(r, row0, row1, thread, n_threads)
-        elif kind in (EXPERTS_Q40, EXPERTS_Q80):
-            matmul_steps.experts(kind, r, row0, row1, thread, n_threads)
-        elif kind == EXPERTS_F32:
-            matmul_steps.experts_f32(r, row0, row1, thread, n_threads)
-        elif kind == SOFTMAX:
-            steps.soft_max(r, row0, row1, thread, n_threads)
-        elif kind == GATE:
-            steps.gate(r, row0, row1, thread, n_threads)
-        elif kind == MERGE_SUM:
-            steps.merge_sum(r, row0, row1, thread, n_threads)
-        else:
-            steps.map_columns(kind, r, row0, row1, thread, n_threads)
-        if profile != 0:
-            end_cycles = clock_cycles()
-            p = profile + 8 * (thread * _KINDS + kind)
-            store_i(p, load_i(p) + end_cycles - begin)
-            begin = end_cycles
-
-
 @njit(["void(int64, int64, int64)"], nogil=True, cache=_CACHE)
 def run_resident(mailbox, thread, n_threads):
-    """Thread `thread` of n_threads; returns when it is rung with MAILBOX_STOP set."""
+    """Thread `thread` of n_threads; returns when it is rung with MAILBOX_STOP set.
+
+    One function, since numba optimises what it inlines once more for each function around it.
+    """
     seen = 0
     while True:
         spins = 0
@@ -135,7 +86,54 @@ def run_resident(mailbox, thread, n_threads):
             return
         c = mailbox + MAILBOX_CALL
         scratch = load_i(c + 40) + thread * load_i(c + 48)
-        run_program(load_i(c), load_i(c + 8), load_i(c + 16), load_i(c + 24), load_i(c + 32), thread, n_threads, scratch)
+        program, first, end, state, counter = load_i(c), load_i(c + 8), load_i(c + 16), load_i(c + 24), load_i(c + 32)
+        row0, row1 = load_i(state + _FIRST_ROW), load_i(state + _END_ROW)
+        profile = load_i(state + _PROFILE)
+        begin = clock_cycles()
+        for i in range(first, end):
+            r = program + i * _RECORD_BYTES
+            kind = load_i(r)
+            if kind == BARRIER:
+                barrier(counter, n_threads)
+            elif kind in (MATMUL_Q40, MATMUL_Q80):
+                matmul_steps.matmul(kind, r, row0, row1, thread, n_threads, scratch)
+            elif kind == MATMUL_F32:
+                matmul_steps.matmul_float(r, row0, row1, thread, n_threads)
+            elif kind in (PACK, PACK_BLOCKS):
+                matmul_steps.pack(kind, r, row0, row1, thread, n_threads)
+            elif kind in (MERGE_ADD_F32, MERGE_ADD_BLOCKS):
+                steps.merge_add(kind, r, row0, row1, thread, n_threads)
+            elif kind == INV_RMS:
+                steps.inv_rms(r, row0, row1, thread, n_threads)
+            elif kind == RMS_NORM:
+                steps.rms_norm(r, row0, row1, thread, n_threads)
+            elif kind in (ROPE_NEIGHBOURS, ROPE_HALVES):
+                steps.rope(kind, r, row0, row1, thread, n_threads)
+            elif kind == SHIFT:
+                steps.shift(r, row0, row1, thread, n_threads)
+            elif kind == ATTEND:
+                attention_steps.attend(r, row0, row1, thread, n_threads, scratch)
+            elif kind == FOLD:
+                attention_steps.fold(r, row0, row1, thread, n_threads, scratch)
+            elif kind == EMBED:
+                steps.embed(r, row0, row1, thread, n_threads)
+            elif kind in (EXPERTS_Q40, EXPERTS_Q80):
+                matmul_steps.experts(kind, r, row0, row1, thread, n_threads)
+            elif kind == EXPERTS_F32:
+                matmul_steps.experts_f32(r, row0, row1, thread, n_threads)
+            elif kind == SOFTMAX:
+                steps.soft_max(r, row0, row1, thread, n_threads)
+            elif kind == GATE:
+                steps.gate(r, row0, row1, thread, n_threads)
+            elif kind == MERGE_SUM:
+                steps.merge_sum(r, row0, row1, thread, n_threads)
+            else:
+                steps.map_columns(kind, r, row0, row1, thread, n_threads)
+            if profile != 0:
+                end_cycles = clock_cycles()
+                p = profile + 8 * (thread * _KINDS + kind)
+                store_i(p, load_i(p) + end_cycles - begin)
+                begin = end_cycles
         if atomic_add(mailbox + MAILBOX_DONE, 1) + 1 == seen * n_threads:
             signal_eventfd(load_i(mailbox + MAILBOX_EVENTFD))
 

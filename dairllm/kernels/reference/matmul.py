@@ -27,7 +27,8 @@ def matmul(weights: Row, weight_type: FloatType, x: Row, x_type: FloatType) -> F
 
 def _exact(q: npt.NDArray[np.int32], d: Floats) -> npt.NDArray[np.float64]:
     """q * d without rounding, [..., blocks, 32] -> [..., n]."""
-    values = q.astype(np.float64) * d[..., None].astype(np.float64)
+    with np.errstate(all="ignore"):
+        values = q.astype(np.float64) * d[..., None].astype(np.float64)
     return values.reshape(*values.shape[:-2], -1)
 
 
