@@ -46,20 +46,29 @@ class EngineCluster:
         waiting = [list(plan) for plan in self.plans]
         while any(waiting):
             for plan, program in zip(waiting, self.programs, strict=True):
-                if plan and isinstance(plan[0], Run):
-                    step = plan.pop(0)
+                step = plan[0] if plan else None
+                if isinstance(step, Run):
+                    plan.pop(0)
                     self.executor.run(program, step.first, step.stop, position, rows)
-            exchanges = [plan.pop(0) if plan and isinstance(plan[0], Exchange) else None for plan in waiting]
+            exchanges = [self._next_exchange(plan) for plan in waiting]
             for me, exchange in enumerate(exchanges):
                 for transfer in exchange.receives if exchange else ():
+                    assert exchange is not None
                     source = self.programs[transfer.node].region(exchange.pipe, transfer.slice, rows)
-                    target = self.programs[me].region(exchange.pipe, transfer.slice, rows)
-                    self._copy(source, target)
+                    self._copy(source, self.programs[me].region(exchange.pipe, transfer.slice, rows))
         return np.frombuffer(b"".join(self._logits(logits_pipe, rows)), np.float32).reshape(rows, -1)
 
     def feed(self, tokens: Sequence[int], batch: int = 1) -> npt.NDArray[np.float32]:
         """A whole text from position 0 on, `batch` rows at a time: the logits of every row."""
         return np.concatenate([self.run(tokens[i : i + batch], i) for i in range(0, len(tokens), batch)])
+
+    @staticmethod
+    def _next_exchange(plan: list[Run | Exchange]) -> Exchange | None:
+        if not plan:
+            return None
+        step = plan.pop(0)
+        assert isinstance(step, Exchange)
+        return step
 
     @staticmethod
     def _copy(source: Sequence[memoryview], target: Sequence[memoryview]) -> None:
