@@ -116,6 +116,14 @@ class Owner:
         for piece in pieces:
             self.hear(piece)
 
+    def hear_until(self, recording: Recording, kind: type[Event]) -> None:
+        """What the root said up to the first event of `kind`, byte by byte."""
+        self.act()
+        for byte in recording.from_root:
+            self.hear(bytes([byte]))
+            if isinstance(self.events[-1] if self.events else None, kind):
+                return
+
     def messages(self) -> list[Event]:
         """The events without the pieces of payloads, whose number depends on how memory was given."""
         return [event for event in self.events if type(event).__name__ != "Filled"]
