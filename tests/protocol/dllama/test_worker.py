@@ -1,4 +1,4 @@
-"""The worker's session against everything that the C++ root said in five recorded sessions, and against what no root should say."""
+"""The worker's session against everything that the C++ root said in five recorded sessions, however it is cut, and how its owner uses it."""
 
 import random
 import struct
