@@ -5,7 +5,6 @@ follows from the graph: run segments, exchange slices of a pipe, run the next. W
 the transport's, computing the engine's; here is the order of things, and which memory they share.
 """
 
-import asyncio
 import math
 import time
 from functools import cache
@@ -22,6 +21,7 @@ from dairllm.graph.plan import ROOT, Exchange, Run
 from dairllm.graph.types import NetworkConfig, NodeConfig
 from dairllm.net.compute import Compute
 from dairllm.net.mesh import Mesh
+from dairllm.net.runner import in_thread
 from dairllm.net.transport import Connection
 from dairllm.protocol.dllama.codec import Control, WeightHeader
 from dairllm.protocol.dllama.events import Event, Go, NetworkReceived, NodeReceived, WeightReceived, WeightsEnd
@@ -71,7 +71,7 @@ class TensorSession:
         """
         await self._join()
         received = await self._configure()
-        program, weights = await asyncio.to_thread(self._prepare, received.network, received.node)
+        program, weights = await in_thread("prepare", lambda: self._prepare(received.network, received.node))
         self._acknowledge()
         await self._load(weights)
         await self._meet(received)

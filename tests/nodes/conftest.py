@@ -26,9 +26,19 @@ from dairllm.graph.plan import Run, token_plan
 from dairllm.graph.types import FloatType
 from dairllm.nodes.worker import Worker
 from dairllm.protocol.dllama.codec import (
-    Control, Greeting, Peer, WeightHeader, encode_ack, encode_control, encode_greeting, encode_network, encode_node, encode_stop,
-    encode_weight_header, encode_weights_end,
-)  # fmt: skip
+    Control,
+    Greeting,
+    Peer,
+    WeightHeader,
+    encode_ack,
+    encode_control,
+    encode_greeting,
+    encode_network,
+    encode_node,
+    encode_stop,
+    encode_weight_header,
+    encode_weights_end,
+)
 from dairllm.protocol.dllama.events import Event
 from dairllm.protocol.dllama.worker import Stage, WorkerSession
 from dairllm.telemetry import Meters

@@ -41,7 +41,7 @@ def events(logged: list[dict[str, Any]], event: str) -> list[dict[str, Any]]:
 async def serves(worker: Any, recording: Any, play: Any) -> None:
     """The worker answers a recorded root as it should, once the one before is over."""
     async with asyncio.timeout(10):
-        while worker.meters.sessions_running:
+        while worker.meters.sessions_running:  # noqa: ASYNC110 - a meter, which nobody can wait for
             await asyncio.sleep(0.01)
         answered = await play(worker.address, recording.said)
     assert len(answered) == len(recording.answered)
@@ -173,7 +173,7 @@ async def test_a_root_that_falls_silent_costs_a_deadline(
 
 async def test_a_root_that_restarts_need_not_come_twice(worker: Any, recording: Any, play: Any) -> None:
     """The old connection has ended, but its session is still being seen off when the new one introduces itself."""
-    reader, writer = await asyncio.open_connection(*worker.address)
+    _, writer = await asyncio.open_connection(*worker.address)
     writer.write(recording.said[: recording.offset_of(Stage.WEIGHTS, 60)])
     writer.write_eof()
     await asyncio.sleep(0.003)
