@@ -11,7 +11,7 @@ from dairllm.graph.types import FloatType, row_bytes
 from dairllm.kernels import reference
 from tests.kernels import compiled, exact
 
-__all__ = ["THREADS", "assert_close", "assert_same_bits", "bytes_of", "check", "floats", "rows_of_blocks", "seeds"]
+__all__ = ["THREADS", "arrays", "assert_close", "assert_same_bits", "bytes_of", "check", "floats", "rows_of_blocks", "seeds"]
 
 THREADS = (1, 2, 3)
 
@@ -76,4 +76,5 @@ def rows_of_blocks(seed: int, float_type: FloatType, rows: int, blocks: int) -> 
 
 def arrays(*shape: int, limit: float = 1e18) -> st.SearchStrategy[npt.NDArray[np.float32]]:
     """float32 of any kind that is a number, up to `limit`."""
+    limit = float(np.float32(limit))
     return hnp.arrays(np.float32, shape, elements=st.floats(-limit, limit, width=32, allow_subnormal=True))

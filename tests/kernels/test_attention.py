@@ -1,0 +1,118 @@
+"""Rotary embedding, the KV cache, attention: one row dealt by chunks, a batch dealt by rows."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dairllm.graph.types import RopeType
+from dairllm.kernels import reference
+from tests.kernels import compiled, exact
+from tests.kernels.agreement import THREADS, assert_close, assert_same_bits, check, floats, seeds
+
+
+def angles(positions, head_dim):
+    return reference.rope_table(reference.rope_frequencies(head_dim, 10000.0), np.arange(positions))
+
+
+@pytest.mark.parametrize("rope_type", list(RopeType))
+@pytest.mark.parametrize(("heads", "head_dim"), [(1, 2), (3, 6), (4, 8), (3, 16), (2, 24), (5, 64), (2, 128), (9, 80)])
+@pytest.mark.parametrize("rows", [1, 5])
+def test_turning_heads(rope_type, heads, head_dim, rows):
+    x = floats(head_dim, rows, heads * head_dim)
+    got, twin = check("rope", x, angles(rows, head_dim), rope_type)
+    first, second, _ = reference.rope_pairs(heads * head_dim, head_dim, rope_type)
+    size = np.empty_like(x)
+    size[:, first] = size[:, second] = np.abs(x[:, first]) + np.abs(x[:, second])
+    assert_close(got, twin, size)
+
+
+def test_turning_keeps_lengths():
+    x = floats(1, 4, 128, special=0)
+    for rope_type in RopeType:
+        turned = compiled.rope(x, angles(4, 32), rope_type)
+        np.testing.assert_allclose(np.linalg.norm(turned, axis=1), np.linalg.norm(x, axis=1), rtol=1e-5)
+        assert_same_bits(turned[0], x[0])  # position 0
+
+
+@pytest.mark.parametrize(("kv_dim", "head_dim"), [(8, 8), (24, 8), (48, 16), (128, 64), (72, 24)])
+@pytest.mark.parametrize("positions", [[0], [63], [64], [69], [3, 4, 5, 6, 7], list(range(30, 70))])
+def test_rows_go_to_their_place_in_the_cache(kv_dim, head_dim, positions):
+    x = floats(1, len(positions), kv_dim)
+    for threads in THREADS:
+        cache = floats(2, 70, kv_dim)
+        want = cache.copy()
+        reference.shift(want, x, np.array(positions))
+        compiled.shift(cache, x, np.array(positions), threads=threads, head_dim=head_dim)
+        assert_same_bits(cache, want)
+
+
+def check_attention(seed, rows, last, heads, group, head_dim, spread=1.0):
+    """`rows` rows, the last of which stands at position `last`."""
+    n_kv, length = -(-heads // group), last + 1
+    q = floats(seed, rows, heads * head_dim, spread=spread, special=0.02)
+    keys, values = (floats(seed + i, length, n_kv * head_dim, special=0.02) for i in (1, 2))
+    q, keys, values = (np.clip(v, -1e4, 1e4) for v in (q, keys, values))
+    args = q, keys, values, np.arange(last - rows + 1, length), head_dim, group
+    got, twin = check("attention", *args)
+    # the scores' rounding shifts the weights: by their size, at most
+    largest = np.abs(q).max() * np.abs(keys).max() * np.sqrt(head_dim)
+    assert_close(got, twin, np.abs(values).max() * (1 + min(largest, 1e3)))
+
+
+@pytest.mark.parametrize("last", [0, 1, 2, 3, 4, 7, 8, 62, 63, 64, 65, 127, 128, 200, 321])
+@pytest.mark.parametrize(("heads", "group"), [(4, 2), (3, 3)])
+def test_one_row_at_any_position(last, heads, group):
+    check_attention(last, 1, last, heads, group, 16)
+
+
+@pytest.mark.parametrize(("rows", "last"), [(2, 1), (5, 70), (17, 130), (33, 96), (40, 39)])
+def test_batches(rows, last):
+    check_attention(rows, rows, last, 4, 2, 16)
+
+
+@pytest.mark.parametrize("head_dim", [8, 16, 24, 32, 40, 64, 80, 96, 128, 192])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_heads_of_any_width(head_dim, rows):
+    check_attention(head_dim, rows, 70, 2, 1, head_dim)
+
+
+@pytest.mark.parametrize("group", range(1, 10))
+@pytest.mark.parametrize("rows", [1, 2])
+def test_any_number_of_heads_on_one_key(group, rows):
+    check_attention(group, rows, 66, 2 * group, group, 32)
+
+
+@pytest.mark.parametrize(("heads", "group"), [(1, 1), (2, 3), (5, 3), (7, 4), (1, 4)])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_node_may_hold_part_of_a_group(heads, group, rows):
+    check_attention(heads, rows, 66, heads, min(group, heads), 16)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=seeds,
+    last=st.integers(0, 150),
+    rows=st.integers(1, 9),
+    head_dim=st.sampled_from([8, 16, 64]),
+    spread=st.sampled_from([0.01, 1.0, 30.0]),
+)
+def test_any_attention(seed, last, rows, head_dim, spread):
+    check_attention(seed, min(rows, last + 1), last, 4, 2, head_dim, spread)
+
+
+def test_scores_far_apart_leave_one_value():
+    """The weights of all others are exactly zero, in other chunks too."""
+    q, keys, values = np.full((1, 16), 100, np.float32), np.zeros((150, 16), np.float32), floats(1, 150, 16, special=0)
+    keys[77] = 1
+    for module in (compiled, exact):
+        assert_same_bits(module.attention(q, keys, values, np.array([149]), 16, 1), values[77:78])
+
+
+def test_a_row_has_the_same_bits_alone_and_in_any_batch():
+    q, keys, values = floats(1, 40, 64, special=0), floats(2, 90, 32, special=0), floats(3, 90, 32, special=0)
+    positions = np.arange(50, 90)
+    alone = np.concatenate([compiled.attention(q[i : i + 1], keys, values, positions[i : i + 1], 16, 2) for i in range(40)])
+    assert_same_bits(compiled.attention(q, keys, values, positions, 16, 2), alone)
+    parts = [compiled.attention(q[part], keys, values, positions[part], 16, 2, threads=3) for part in (slice(7), slice(7, 40))]
+    assert_same_bits(np.concatenate(parts), alone)
