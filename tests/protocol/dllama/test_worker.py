@@ -1,4 +1,4 @@
-"""The worker's session against everything that the C++ root said in five recorded sessions, however it is cut, and how its owner uses it."""
+"""The worker's session against all that the C++ root said in five recorded sessions, however it is cut; and how its owner uses it."""
 
 import random
 import struct
