@@ -48,7 +48,7 @@ $(VENV)/.run: pyproject.toml | $(BIN)/python
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml | $(BIN)/python
-	@echo "installing dairllm and the tools of its tests into $(VENV) (800 MB, some minutes the first time)" >&2
+	@echo "installing dairllm and the tools of its tests into $(VENV) (500 MB, some minutes the first time)" >&2
 	@$(PIP) --editable '.[dev]'
 	@touch $@
 
