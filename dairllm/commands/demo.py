@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dairllm import machine
 from dairllm.commands.demo_model import demo_model
-from dairllm.commands.progress import waiting
+from dairllm.commands.progress import COMPILING, waiting
 from dairllm.engine.sampler import Sampler
 from dairllm.formats.model_file import ModelFile
 from dairllm.nodes.generation import Generation
@@ -43,11 +43,10 @@ def _answer(path: Path, threads: int, kernels: str) -> list[tuple[str, str]]:
     prompt = tokenizer.encode(render_chat(tokenizer.chat_template, messages, bos=tokenizer.bos_text, eos=tokenizer.eos_text))
     with ModelFile.open(path, max_seq_len=_MAX_SEQ_LEN) as file:
         before = time.perf_counter()
-        with waiting("compiling the kernels (half a minute, once on a machine)"):
+        with waiting(COMPILING):
             node = LocalNode(file, n_threads=threads, kernels=kernels)
         with node:
             ready = time.perf_counter() - before
-            node.feed(prompt, 0)  # the file's pages come from the disk: not what the figures are about
             generation = Generation(node, Sampler(0.0, 1.0, 0), prompt, _STEPS, tokenizer.eos_ids)
             decoder = tokenizer.decoder()
             for token in generation.run():

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from dairllm import machine
 from dairllm.commands.generate_options import GenerateOptions
+from dairllm.commands.progress import COMPILING, waiting
 from dairllm.engine.sampler import Sampler
 from dairllm.errors import ConfigError
 from dairllm.formats.model_file import ModelFile
@@ -38,7 +39,9 @@ def run(options: GenerateOptions) -> None:
             )
         prompt_ids = _prompt_ids(options, tokenizer)
         sync = None if options.sync is None else FloatType[options.sync.upper()]
-        with LocalNode(model, n_threads=options.threads, kernels=options.kernels, sync=sync) as node:
+        with waiting(COMPILING):
+            started = LocalNode(model, n_threads=options.threads, kernels=options.kernels, sync=sync)
+        with started as node:
             logits = _Logits(options.logits, options.steps, node.vocab_size) if options.logits else None
             seed = secrets.randbits(64) if options.seed is None else options.seed
             generation = Generation(

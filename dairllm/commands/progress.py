@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-__all__ = ["PATIENCE_SECONDS", "byte_bar", "is_watched", "waiting"]
+__all__ = ["COMPILING", "PATIENCE_SECONDS", "byte_bar", "is_watched", "waiting"]
 
 PATIENCE_SECONDS = 2.0
 """How long a command may be silent."""
+
+COMPILING = "compiling the kernels (half a minute, once on a machine)"
+"""What the start of a node waits for where nothing has been compiled yet."""
 
 
 def is_watched() -> bool:
