@@ -19,6 +19,7 @@ from dairllm.graph.types import (
     FloatType,
     MatmulConfig,
     MoeGateConfig,
+    MulConfig,
     NetworkConfig,
     NodeConfig,
     Op,
@@ -26,12 +27,14 @@ from dairllm.graph.types import (
     Pointer,
     PointerSource,
     PointerType,
+    RmsNormConfig,
+    ScaleConfig,
     Size,
     SyncType,
     row_bytes,
 )
 
-__all__ = ["Area", "Layout", "Packed", "Role", "aligned", "buffer_roles"]
+__all__ = ["CHUNK", "Area", "Layout", "Packed", "Role", "aligned", "buffer_roles"]
 
 CHUNK = 64
 """Caches hold a whole number of attention chunks (dairllm.kernels.attention)."""
@@ -99,12 +102,12 @@ def _uses(op: Op) -> Iterator[tuple[int, Role]]:
         yield c.indexes_buffer, Role.INDEXES
     elif isinstance(c, MatmulConfig) and c.n_experts:
         yield c.expert_indexes_buffer, Role.INDEXES
-    elif op.code == OpCode.RMS_NORM:
-        yield c.inv_rms_buffer, Role.VALUES  # type: ignore[union-attr]  # the codec and the builder pair codes with configurations; compile checks it first
-    elif op.code == OpCode.MUL:
-        yield c.multiplier_buffer, Role.VALUES  # type: ignore[union-attr]
-    elif op.code == OpCode.SCALE:
-        yield c.scale_buffer, Role.VALUES  # type: ignore[union-attr]
+    elif isinstance(c, RmsNormConfig):
+        yield c.inv_rms_buffer, Role.VALUES
+    elif isinstance(c, MulConfig):
+        yield c.multiplier_buffer, Role.VALUES
+    elif isinstance(c, ScaleConfig):
+        yield c.scale_buffer, Role.VALUES
 
 
 def buffer_roles(node: NodeConfig) -> tuple[Role, ...]:
@@ -166,6 +169,8 @@ class Layout:
     """
 
     def __init__(self, network: NetworkConfig, node: NodeConfig) -> None:
+        if not 0 <= node.node < network.n_nodes:
+            raise GraphError(f"node {node.node} of a network of {network.n_nodes} nodes")
         self.network, self.node = network, node
         self.rows = -(-network.n_batches // TILE_COLUMNS) * TILE_COLUMNS
         self.roles = buffer_roles(node)

@@ -1,0 +1,73 @@
+"""Logits of the fixtures and of awkward random models as digests, with one form of the kernels: python -m tests.engine.forms_digest FORM FOLDER
+
+FORM is a form that this processor can run, or `FORM-emulated`: the same code with its dot product replaced by plain operations, so that
+everything of it but one instruction is tested on processors that lack it. FOLDER holds the random models. Prints {model: [digests]}: one
+digest wherever threads and batches made no difference, which is how it must be.
+"""
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from dairllm.kernels import forms
+
+DATA = Path(__file__).parent.parent / "data" / "dllama"
+THREADS = (1, 2, 3)
+LENGTH = 40
+
+
+def emulate_dot_product() -> None:
+    """Put plain multiplications in the place of vpdpbusd, before any kernel is made of it."""
+    from dairllm.kernels import byte_dot
+    from dairllm.kernels.ir import I8, I32, shuffle, vec
+
+    def quads(b: Any, acc: Any, u: Any, s: Any) -> Any:
+        n = acc.type.count
+        product = b.mul(*(extend(b.bitcast(x, vec(I8, 4 * n)), vec(I32, 4 * n)) for x, extend in ((u, b.zext), (s, b.sext))))
+        for k in range(4):
+            acc = b.add(acc, shuffle(b, product, product, range(k, 4 * n, 4)))
+        return acc
+
+    byte_dot._quads_vnni = quads  # type: ignore[assignment]  # the purpose of this function
+
+
+def digests(path: Path, tokens: list[int]) -> list[str]:
+    from dairllm.formats.model_file import ModelFile
+    from dairllm.nodes.local import LocalNode
+
+    found = set()
+
+    def note(logits: Any) -> None:
+        found.add(hashlib.sha256(logits.tobytes()).hexdigest()[:16])
+
+    for n_threads in THREADS:
+        with ModelFile.open(path) as model, LocalNode(model, n_threads=n_threads) as node:
+            for sizes in ([LENGTH], [7, 33], [38, 2], [1] * LENGTH):
+                at = 0
+                for size in sizes:
+                    logits = node.feed(tokens[at : at + size], at)
+                    at += size
+                note(logits)
+    return sorted(found)
+
+
+def main(form: str, folder: str) -> None:
+    name, _, emulated = form.partition("-")
+    if emulated:
+        forms.available = lambda: forms.FORMS
+    forms.select(name)
+    if emulated:
+        emulate_dot_product()
+    golden = json.loads((DATA / "golden.json").read_text())["models"]
+    result = {}
+    for model, ids in golden.items():
+        result[model] = digests(DATA / f"{model}.m", (ids["prompt_ids"] + ids["generated_ids_1_node"])[:LENGTH])
+    for path in sorted(Path(folder).glob("*.m")):
+        result[path.stem] = digests(path, [(7 * i * i + 3 * i) % 97 for i in range(LENGTH)])
+    print(json.dumps(result))  # noqa: T201 - what the test reads
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

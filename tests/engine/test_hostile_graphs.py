@@ -1,0 +1,136 @@
+"""Whatever a root sends as a graph: it is refused, or its records stay within the memory of its program."""
+
+import dataclasses
+import random
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dairllm.engine.executor import Executor
+from dairllm.engine.program import Program, compile_program, required_bytes
+from dairllm.engine.weights import WireWeights
+from dairllm.errors import GraphError
+from dairllm.formats.random_model import small_spec
+from dairllm.graph.build import build_graph
+from dairllm.graph.model import Architecture
+from dairllm.graph.types import FloatType, NetworkConfig, NodeConfig
+from tests.engine.extents import extents
+
+ENOUGH = 64 << 20
+"""Bytes that a worker of these tests may hold."""
+
+GRAPHS = [
+    build_graph(small_spec(arch, weights), n_nodes, sync, 8)
+    for arch in Architecture
+    for weights, sync in ((FloatType.F32, FloatType.F32), (FloatType.Q40, FloatType.Q80), (FloatType.Q80, FloatType.F32))
+    for n_nodes in (1, 2)
+]
+
+
+def compiled(network: NetworkConfig, node: NodeConfig) -> Program | None:
+    """As a worker does it: None where the graph asks for more than it may hold."""
+    weights = WireWeights(node)
+    if required_bytes(network, node) > ENOUGH:
+        return None
+    weights.allocate()
+    return compile_program(network, node, weights, n_threads=2)
+
+
+def memory_of(program: Program) -> list[tuple[int, int]]:
+    """(first address, end address) of everything that a program may touch."""
+    weights, tables = program._kept
+    pieces = [program._layout._memory, weights._memory, *tables._tables.values()]
+    return [(p.ctypes.data, p.ctypes.data + p.nbytes) for p in pieces if p is not None]
+
+
+def assert_within_its_memory(program: Program) -> None:
+    allowed = memory_of(program)
+    for what, first, end in extents(program):
+        assert any(low <= first and end <= high for low, high in allowed), what
+
+
+@pytest.mark.parametrize("number", range(len(GRAPHS)))
+def test_a_good_graph_stays_within_its_memory(number: int) -> None:
+    network, nodes = GRAPHS[number]
+    for node in nodes:
+        program = compiled(network, node)
+        assert program is not None
+        assert_within_its_memory(program)
+
+
+def mutated(value: Any, rng: random.Random) -> Any:
+    """The same value with one number somewhere in it changed."""
+    if isinstance(value, IntEnum):
+        return rng.choice(list(type(value)))
+    if isinstance(value, bool | str):
+        return value
+    if isinstance(value, int):
+        near = [value + 1, value - 1, value * 2, value // 2, value + 32, value - 32, value * 8]
+        return max(0, rng.choice([*near, 0, 1, 2, 3, 8, 31, 64, 1 << 16, 2**31 - 1, 2**32 - 1]))
+    if isinstance(value, float):
+        return rng.choice([0.0, 1.0, -1.0, 1e-30, 1e30, value * 2])
+    if isinstance(value, tuple):
+        if not value:
+            return value
+        at = rng.randrange(len(value))
+        change = rng.random()
+        if change < 0.05:
+            return value[:at] + value[at + 1 :]
+        if change < 0.1:
+            return value[:at] + (rng.choice(value),) + value[at:]
+        return value[:at] + (mutated(value[at], rng),) + value[at + 1 :]
+    if not dataclasses.fields(value):
+        return value
+    field = rng.choice(dataclasses.fields(value))
+    return dataclasses.replace(value, **{field.name: mutated(getattr(value, field.name), rng)})
+
+
+@settings(max_examples=1500, deadline=None)
+@given(st.integers(0, 2**32), st.integers(0, len(GRAPHS) - 1), st.integers(1, 3))
+def test_a_changed_graph_is_refused_or_stays_within_its_memory(seed: int, number: int, changes: int) -> None:
+    rng = random.Random(seed)
+    network, nodes = GRAPHS[number]
+    node = rng.choice(nodes)
+    for _ in range(changes):
+        if rng.random() < 0.2:
+            network = mutated(network, rng)
+        else:
+            node = mutated(node, rng)
+    try:
+        program = compiled(network, node)
+    except GraphError as error:
+        assert str(error)
+        return
+    if program is not None:
+        assert_within_its_memory(program)
+
+
+def test_changed_graphs_that_compile_run(executor: Executor) -> None:
+    """With garbage in the pipes and in the weights: no crash, and the threads come back."""
+    ran = 0
+    for seed in range(400):
+        rng = random.Random(seed)
+        network, nodes = rng.choice(GRAPHS)
+        node = mutated(rng.choice(nodes), rng)
+        try:
+            program = compiled(network, node)
+        except GraphError:
+            continue
+        if program is None or not program.segments or not program.seq_len:
+            continue
+        weights, _ = program._kept
+        weights._memory[:] = np.random.default_rng(seed).integers(0, 256, len(weights._memory), np.uint8)
+        for rows in {1, min(network.n_batches, program.seq_len)}:
+            executor.run(program, 0, program.n_segments, program.seq_len - rows, rows)
+        ran += 1
+    assert ran > 50
+
+
+@pytest.fixture(scope="module")
+def executor() -> Any:
+    with Executor(2) as running:
+        yield running
