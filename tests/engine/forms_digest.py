@@ -1,4 +1,6 @@
-"""Logits of the fixtures and of awkward random models as digests, with one form of the kernels: python -m tests.engine.forms_digest FORM FOLDER
+"""Logits of the fixtures and of awkward random models as digests, with one form of the kernels.
+
+    python -m tests.engine.forms_digest FORM FOLDER
 
 FORM is a form that this processor can run, or `FORM-emulated`: the same code with its dot product replaced by plain operations, so that
 everything of it but one instruction is tested on processors that lack it. FOLDER holds the random models. Prints {model: [digests]}: one

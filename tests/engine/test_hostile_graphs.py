@@ -1,8 +1,8 @@
 """Whatever a root sends as a graph: it is refused, or its records stay within the memory of its program."""
 
 import dataclasses
-import random
 from enum import IntEnum
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -62,7 +62,7 @@ def test_a_good_graph_stays_within_its_memory(number: int) -> None:
         assert_within_its_memory(program)
 
 
-def mutated(value: Any, rng: random.Random) -> Any:
+def mutated(value: Any, rng: Random) -> Any:
     """The same value with one number somewhere in it changed."""
     if isinstance(value, IntEnum):
         return rng.choice(list(type(value)))
@@ -81,8 +81,8 @@ def mutated(value: Any, rng: random.Random) -> Any:
         if change < 0.05:
             return value[:at] + value[at + 1 :]
         if change < 0.1:
-            return value[:at] + (rng.choice(value),) + value[at:]
-        return value[:at] + (mutated(value[at], rng),) + value[at + 1 :]
+            return (*value[:at], rng.choice(value), *value[at:])
+        return (*value[:at], mutated(value[at], rng), *value[at + 1 :])
     if not dataclasses.fields(value):
         return value
     field = rng.choice(dataclasses.fields(value))
@@ -92,7 +92,7 @@ def mutated(value: Any, rng: random.Random) -> Any:
 @settings(max_examples=1500, deadline=None)
 @given(st.integers(0, 2**32), st.integers(0, len(GRAPHS) - 1), st.integers(1, 3))
 def test_a_changed_graph_is_refused_or_stays_within_its_memory(seed: int, number: int, changes: int) -> None:
-    rng = random.Random(seed)
+    rng = Random(seed)  # noqa: S311 - not for secrets
     network, nodes = GRAPHS[number]
     node = rng.choice(nodes)
     for _ in range(changes):
@@ -102,8 +102,7 @@ def test_a_changed_graph_is_refused_or_stays_within_its_memory(seed: int, number
             node = mutated(node, rng)
     try:
         program = compiled(network, node)
-    except GraphError as error:
-        assert str(error)
+    except GraphError:
         return
     if program is not None:
         assert_within_its_memory(program)
@@ -113,7 +112,7 @@ def test_changed_graphs_that_compile_run(executor: Executor) -> None:
     """With garbage in the pipes and in the weights: no crash, and the threads come back."""
     ran = 0
     for seed in range(400):
-        rng = random.Random(seed)
+        rng = Random(seed)  # noqa: S311 - not for secrets
         network, nodes = rng.choice(GRAPHS)
         node = mutated(rng.choice(nodes), rng)
         try:
