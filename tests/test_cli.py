@@ -110,7 +110,7 @@ def test_wrong_usage_is_2(words: tuple[str, ...], message: str) -> None:
             2,
             "flag --kernels: engine.kernels: expected 'auto', 'portable'",
         ),
-        (("generate", "--model", "nonesuch/a.m", "--prompt", "a"), 1, "nonesuch/a"),
+        (("generate", "--model", "nonesuch/a.m", "--prompt", "a"), 1, "nonesuch/a.m: "),
         (("generate", "--config", "nonesuch.yaml"), 2, "nonesuch.yaml: cannot be read: No such file or directory"),
         (("demo", "--threads", "0"), 2, "flag --threads: engine.threads: expected auto or a whole number"),
         (("worker", "--port", "70000"), 2, "flag --port: worker.port: expected "),

@@ -59,7 +59,7 @@ def _answer(path: Path, threads: int, kernels: str) -> list[tuple[str, str]]:
                 ("start", f"{ready:.1f} s"),
                 (f"prompt, {len(prompt)} tokens", f"{generation.prefill_tokens_per_second:.0f} tokens/s"),
                 (f"generation, {len(generation.ids)} tokens", f"{generation.decode_tokens_per_second:.0f} tokens/s"),
-                ("kernels", f"{node.kernel_form}, {node.n_threads} threads"),
+                ("kernels", f"{node.kernel_form}, {node.n_threads} {'threads' if node.n_threads > 1 else 'thread'}"),
             ]
 
 

@@ -31,8 +31,8 @@ def run(options: GenerateOptions) -> None:
     Raises:
         DairllmError: files, settings or the computation; one clear line.
     """
-    tokenizer = _tokenizer(options)
     with ModelFile.open(options.model, max_seq_len=options.max_seq_len) as model:
+        tokenizer = _tokenizer(options)
         if tokenizer is not None and tokenizer.vocab_size > model.spec.vocab_size:
             raise ConfigError(
                 f"the tokenizer knows {tokenizer.vocab_size} tokens, the model {model.spec.vocab_size}: they do not belong together"

@@ -1,0 +1,169 @@
+"""`dairllm generate` as its users meet it: real processes over small random models, the ids those that the C++ program generated."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dairllm.formats.tokenizer_file import TokenizerFile
+from dairllm.text.tokenizer import Tokenizer
+
+DATA = Path(__file__).parent.parent / "data" / "dllama"
+MODEL, TINY = DATA / "llama_f32.m", DATA / "tiny.t"
+GOLDEN = json.loads((DATA / "golden.json").read_text(encoding="utf-8"))
+PROMPT = GOLDEN["prompt"]
+PROMPT_IDS = GOLDEN["models"]["llama_f32"]["prompt_ids"]
+IDS = GOLDEN["models"]["llama_f32"]["generated_ids_1_node"]
+
+
+def command(*words: object, model: Path = MODEL, tokenizer: Path | None = TINY) -> list[str]:
+    named = () if tokenizer is None else ("--tokenizer", tokenizer)
+    return [sys.executable, "-m", "dairllm", "generate", *map(str, ("--model", model, *named, *words))]
+
+
+def generate(*words: object, model: Path = MODEL, tokenizer: Path | None = TINY) -> tuple[int, str, str]:
+    """Exit code, stdout, and stderr without the line about compiling, which the first test to need kernels gets."""
+    done = subprocess.run(command(*words, model=model, tokenizer=tokenizer), capture_output=True, timeout=300)
+    lines = [line for line in done.stderr.decode().splitlines() if not line.startswith("compiling the kernels")]
+    return done.returncode, done.stdout.decode(), "\n".join(lines)
+
+
+def report(*words: object) -> dict[str, Any]:
+    code, out, err = generate("--json", *words)
+    assert (code, err) == (0, "")
+    assert out.count("\n") == 1
+    found = json.loads(out)
+    assert isinstance(found, dict)
+    return found
+
+
+def test_the_ids_of_the_cpp_program() -> None:
+    found = report("--prompt", PROMPT, "--steps", len(IDS), "--ignore-eos")
+    assert (found["prompt_ids"], found["ids"]) == (PROMPT_IDS, IDS)
+    assert found["text"] == Tokenizer.load(TINY).decode(IDS)
+    assert found["prefill_tokens_per_second"] > 0
+    assert found["decode_tokens_per_second"] > 0
+    assert found["peak_rss_bytes"] > 1 << 20
+    assert len(found["nodes"]) == 1
+
+
+def test_text_streams_to_stdout_and_nothing_else_does() -> None:
+    code, out, err = generate("--prompt", PROMPT, "--steps", 8, "--ignore-eos")
+    assert (code, out, err) == (0, Tokenizer.load(TINY).decode(IDS[:8]) + "\n", "")
+
+
+def test_prompt_ids_take_the_place_of_a_prompt() -> None:
+    assert report("--prompt-ids", ",".join(map(str, PROMPT_IDS)), "--steps", 5)["ids"] == IDS[:5]
+
+
+def test_ids_alone_where_there_is_no_tokenizer() -> None:
+    code, out, _ = generate("--prompt-ids", ",".join(map(str, PROMPT_IDS)), "--steps", 3, tokenizer=None)
+    assert (code, out.split()) == (0, [str(token) for token in IDS[:3]])
+
+
+def test_an_eos_id_ends_the_answer_unless_ignored(tmp_path: Path) -> None:
+    file = TokenizerFile.read(TINY)
+    ends = TokenizerFile(file.pieces, file.scores, file.bos_id, (IDS[3],), file.add_bos, None, file.max_token_length)
+    ends.write(tmp_path / "ends.t")
+    words = ("--json", "--prompt", PROMPT, "--steps", 8)
+    stopped = json.loads(generate(*words, tokenizer=tmp_path / "ends.t")[1])
+    assert (stopped["ids"], stopped["finish_reason"]) == (IDS[:4], "stop")
+    assert stopped["text"] == Tokenizer.load(TINY).decode(IDS[:3]), "the end is no text"
+    ignored = json.loads(generate(*words, "--ignore-eos", tokenizer=tmp_path / "ends.t")[1])
+    assert (ignored["ids"], ignored["finish_reason"]) == (IDS[:8], "length")
+
+
+def test_chat_puts_the_prompt_through_the_template(tmp_path: Path) -> None:
+    file = TokenizerFile.read(TINY)
+    template = "{{ bos_token }}{% for m in messages %}<|turn|>{{ m.role }}: {{ m.content }}{% endfor %}<|turn|>"
+    TokenizerFile(file.pieces, file.scores, file.bos_id, (), file.add_bos, template, file.max_token_length).write(tmp_path / "chat.t")
+    code, out, _ = generate("--json", "--chat", "--prompt", "on", "--steps", 1, tokenizer=tmp_path / "chat.t")
+    assert code == 0
+    assert json.loads(out)["prompt_ids"] == Tokenizer.load(TINY).encode("<|begin|><|turn|>user: on<|turn|>")
+
+
+def test_a_seed_repeats_an_answer() -> None:
+    words = ("--prompt", PROMPT, "--steps", 12, "--temperature", 1.5, "--ignore-eos")
+    first, again, other = (report(*words, "--seed", seed)["ids"] for seed in (1, 1, 2))
+    assert first == again
+    assert first != other
+
+
+def test_a_seed_that_was_not_given_is_told() -> None:
+    words = ("--prompt", PROMPT, "--steps", 12, "--temperature", 1.5, "--ignore-eos")
+    found = report(*words)
+    assert report(*words, "--seed", found["seed"])["ids"] == found["ids"]
+
+
+def test_logits_are_what_led_to_each_id(tmp_path: Path) -> None:
+    report("--prompt", PROMPT, "--steps", 6, "--ignore-eos", "--logits", tmp_path / "l.npy")
+    logits = np.load(tmp_path / "l.npy")
+    assert (logits.dtype, logits.shape) == (np.float32, (6, 320))
+    assert logits.argmax(axis=1).tolist() == IDS[:6]
+    expected = np.load(DATA / "llama_f32.logits-1-node.npy")[:6]
+    assert np.linalg.norm(logits - expected) < 1e-4 * np.linalg.norm(expected)
+
+
+def test_the_context_ends() -> None:
+    found = report("--prompt-ids", "1,2", "--max-seq-len", 5, "--steps", 100)
+    assert (len(found["ids"]), found["finish_reason"]) == (4, "length")
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (("--prompt", "on", "--chat"), 2, "has no chat template"),
+        (("--prompt-ids", "1,320"), 2, "token 1 of the prompt is 320; the model knows ids 0 to 319"),
+        (("--prompt", PROMPT, "--max-seq-len", 5), 2, "the prompt has 39 tokens; the context has room for 5"),
+        (("--prompt-ids", "1", "--logits", "/nonesuch/l.npy"), 2, "--logits /nonesuch/l.npy: No such file or directory"),
+    ],
+)
+def test_mistakes_that_only_the_model_shows(words: tuple[object, ...], code: int, message: str) -> None:
+    found, out, err = generate(*words)
+    assert (found, out) == (code, "")
+    assert err.startswith("dairllm: error: ")
+    assert message in err
+    assert "\n" not in err
+
+
+def test_no_model() -> None:
+    code, _, err = generate("--prompt", "a", model=DATA / "nonesuch.m")
+    assert code == 1
+    assert err.startswith(f"dairllm: error: {DATA / 'nonesuch.m'}: ")
+
+
+def test_a_model_that_is_none() -> None:
+    code, _, err = generate("--prompt", "a", model=DATA / "golden.json")
+    assert code == 1
+    assert "golden.json, byte 0: expected magic 0x0a00abcd of a .m model file" in err
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["Ctrl-C", "SIGTERM"])
+def test_an_answer_that_is_cut_short(number: signal.Signals, code: int) -> None:
+    """What has been said so far has been said; nothing else is."""
+    words = command("--prompt-ids", "1,2", "--steps", 10_000_000, "--max-seq-len", 256)
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert os.read(process.stdout.fileno(), 1)
+        process.send_signal(number)
+        process.stdout.read()
+        end = process.wait(timeout=60)
+        assert end in (code, 0), "0 where it was quicker than the signal"
+        assert b"Traceback" not in process.stderr.read()
+
+
+def test_a_reader_that_has_gone_is_no_error() -> None:
+    with subprocess.Popen(command("--prompt-ids", "1,2", "--steps", 200), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        err = process.stderr.read().decode()
+        assert [line for line in err.splitlines() if not line.startswith("compiling")] == []
+        assert process.wait(timeout=300) == 128 + signal.SIGPIPE
