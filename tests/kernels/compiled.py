@@ -30,6 +30,7 @@ from dairllm.kernels.reference import Floats, Row
 from dairllm.kernels.threads import BARRIER_BYTES
 
 __all__ = [
+    "Call",
     "attention",
     "cast",
     "embedding",
@@ -46,6 +47,7 @@ __all__ = [
     "repeat_z",
     "rms_norm",
     "rope",
+    "run_all",
     "scale",
     "shift",
     "silu",
@@ -100,7 +102,7 @@ class _Area:
         return fields | {f"{name}_plane": self.plane} if planes else fields
 
 
-class _Call:
+class Call:
     """As much of a program as an executor asks for: one segment of these records."""
 
     def __init__(self, records: list[list[int]], threads: int, scratch: int) -> None:
@@ -129,13 +131,13 @@ def _record(kind: Kind, fields: Mapping[str, int]) -> list[int]:
     return [kind, *(fields[name] for name in FIELDS[kind])]
 
 
-def _run_all(records: list[list[int]], rows: int, threads: int, scratch: int = 0) -> None:
-    call = _Call(records, threads, scratch)
+def run_all(records: list[list[int]], rows: int, threads: int, scratch: int = 0) -> None:
+    call = Call(records, threads, scratch)
     _executor(threads).run(cast_type(Program, call), 0, 1, 0, rows)
 
 
 def _run(kind: Kind, rows: int, threads: int, scratch: int = 0, **fields: int) -> None:
-    _run_all([_record(kind, fields)], rows, threads, scratch)
+    run_all([_record(kind, fields)], rows, threads, scratch)
 
 
 def _planes(x: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -261,10 +263,12 @@ class _Panels:
         _run(kind, rows, threads, **fields, n=n, flags=ALWAYS_ROWS if always_rows else 0, planes=planes)
 
 
-def matmul(weights: Row, weight_type: FloatType, x: Row, x_type: FloatType, threads: int = 1) -> Floats:
+def matmul(weights: Row, weight_type: FloatType, x: Row, x_type: FloatType, threads: int = 1, in_place: bool = False) -> Floats:
+    """With `in_place` the weights are read where they lie, not from a copy."""
     rows, d = len(x), len(weights)
     w, out = _Area(weights[None], offset=1, gap=5), _Area.empty(1, rows, d)
-    fields = {"weights": w.address, "weights_row": w.row, "d": d} | out.fields("y")
+    address, row = (weights.ctypes.data, weights.strides[0]) if in_place else (w.address, w.row)
+    fields = {"weights": address, "weights_row": row, "d": d} | out.fields("y")
     if weight_type == FloatType.F32:
         source = _Area(x[None])
         _run(_MATMUL[weight_type], rows, threads, **source.fields("x"), n=x.shape[1], **fields)
@@ -334,7 +338,7 @@ def attention(
     fields |= {"keys": k.ctypes.data, "values": v.ctypes.data, "head_stride": k.strides[0], "positions": places.ctypes.data}
     fields |= {"parts": parts.ctypes.data, "stats": stats.ctypes.data, "max_chunks": chunks}
     records = [_record(Kind.ATTEND, fields), _record(Kind.BARRIER, {}), _record(Kind.FOLD, fields)]
-    _run_all(records, rows, threads, attention_scratch_bytes(group, head_dim, chunks))
+    run_all(records, rows, threads, attention_scratch_bytes(group, head_dim, chunks))
     return out.rows()
 
 

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from dairllm.graph.types import RopeType
 from dairllm.kernels import reference
 from tests.kernels import compiled, exact
-from tests.kernels.agreement import THREADS, assert_close, assert_same_bits, check, floats, seeds
+from tests.kernels.agreement import THREADS, assert_close, assert_same_bits, check
+from tests.kernels.samples import floats, seeds
 
 
 def angles(positions, head_dim):

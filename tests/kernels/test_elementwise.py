@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from dairllm.kernels import reference
 from tests.kernels import compiled, exact
-from tests.kernels.agreement import arrays, assert_close, assert_same_bits, check, floats, seeds
+from tests.kernels.agreement import assert_close, assert_same_bits, check
+from tests.kernels.samples import arrays, floats, seeds
 
 WIDTHS = [1, 7, 8, 9, 31, 32, 33, 40, 64, 100]
 

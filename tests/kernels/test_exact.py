@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from dairllm.graph.types import FloatType
 from dairllm.kernels import reference
 from tests.kernels import exact
-from tests.kernels.agreement import assert_same_bits, floats
+from tests.kernels.agreement import assert_same_bits
+from tests.kernels.samples import floats
 
 numbers = st.floats(width=32, allow_nan=False, allow_infinity=False)
 

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from dairllm.graph.types import FloatType
 from dairllm.kernels import reference
 from tests.kernels import compiled, exact
-from tests.kernels.agreement import assert_close, assert_same_bits, check, floats, rows_of_blocks, seeds
+from tests.kernels.agreement import assert_close, assert_same_bits, check
+from tests.kernels.samples import floats, rows_of_blocks, seeds
 
 F32, Q40, Q80 = FloatType.F32, FloatType.Q40, FloatType.Q80
 QUANTIZED = [Q40, Q80]

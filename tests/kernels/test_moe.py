@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.kernels import compiled, exact
-from tests.kernels.agreement import arrays, assert_close, assert_same_bits, check, floats, seeds
+from tests.kernels.agreement import assert_close, assert_same_bits, check
+from tests.kernels.samples import arrays, floats, seeds
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 8, 60, 128, 257])

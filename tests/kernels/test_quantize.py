@@ -9,7 +9,8 @@ from dairllm.formats import quants
 from dairllm.graph.types import FloatType
 from dairllm.kernels import reference
 from tests.kernels import compiled
-from tests.kernels.agreement import THREADS, arrays, assert_same_bits, check, floats, rows_of_blocks, seeds
+from tests.kernels.agreement import THREADS, assert_same_bits, check
+from tests.kernels.samples import arrays, floats, rows_of_blocks, seeds
 
 F32, Q80 = FloatType.F32, FloatType.Q80
 
