@@ -129,6 +129,7 @@ def main() -> None:
         ours, theirs = bench.dairllm, lambda: bench.dllama([])
     else:
         ours, theirs = bench.our_worker, bench.their_worker
+    print("dairllm / dllama")
     pairs = []
     for number in range(bench.o.rounds):
         pairs.append((ours(), theirs()))
@@ -137,9 +138,8 @@ def main() -> None:
     for at, name in enumerate(("prompt", "generation")):
         a, b = (statistics.median(pair[side][at] for pair in pairs) for side in (0, 1))
         ratios = sorted(pair[0][at] / pair[1][at] for pair in pairs)
-        print(
-            f"{name:10} dairllm {a:.2f}, dllama {b:.2f} tokens/s; ratio {statistics.median(ratios):.2f} ({ratios[0]:.2f} .. {ratios[-1]:.2f})"
-        )
+        spread = f"{ratios[0]:.2f} .. {ratios[-1]:.2f}"
+        print(f"{name:10} {a:.2f} / {b:.2f} tokens/s; ratio {statistics.median(ratios):.2f} ({spread})")
 
 
 if __name__ == "__main__":
