@@ -2,9 +2,8 @@
 
     python -m tests.engine.forms_digest FORM FOLDER
 
-FORM is a form that this processor can run, or `FORM-emulated`: the same code with its dot product replaced by plain operations, so that
-everything of it but one instruction is tested on processors that lack it. FOLDER holds the random models. Prints {model: [digests]}: one
-digest wherever threads and batches made no difference, which is how it must be.
+FOLDER holds the random models. Prints {model: [digests]}: one digest wherever threads and batches made no difference, which is how it
+must be.
 """
 
 import hashlib
@@ -18,21 +17,6 @@ from dairllm.kernels import forms
 DATA = Path(__file__).parent.parent / "data" / "dllama"
 THREADS = (1, 2, 3)
 LENGTH = 40
-
-
-def emulate_dot_product() -> None:
-    """Put plain multiplications in the place of vpdpbusd, before any kernel is made of it."""
-    from dairllm.kernels import byte_dot
-    from dairllm.kernels.ir import I8, I32, shuffle, vec
-
-    def quads(b: Any, acc: Any, u: Any, s: Any) -> Any:
-        n = acc.type.count
-        product = b.mul(*(extend(b.bitcast(x, vec(I8, 4 * n)), vec(I32, 4 * n)) for x, extend in ((u, b.zext), (s, b.sext))))
-        for k in range(4):
-            acc = b.add(acc, shuffle(b, product, product, range(k, 4 * n, 4)))
-        return acc
-
-    byte_dot._quads_vnni = quads  # type: ignore[assignment]  # the purpose of this function
 
 
 def digests(path: Path, tokens: list[int]) -> list[str]:
@@ -56,12 +40,7 @@ def digests(path: Path, tokens: list[int]) -> list[str]:
 
 
 def main(form: str, folder: str) -> None:
-    name, _, emulated = form.partition("-")
-    if emulated:
-        forms.available = lambda: forms.FORMS
-    forms.select(name)
-    if emulated:
-        emulate_dot_product()
+    forms.select(form)
     golden = json.loads((DATA / "golden.json").read_text())["models"]
     result = {}
     for model, ids in golden.items():

@@ -1,4 +1,7 @@
-"""One arithmetic: the same bits from every form of the kernels, any number of threads, any batch, and on every machine."""
+"""One arithmetic: the same bits from every form of the kernels, any number of threads, any batch, and on every machine.
+
+Forms that this processor cannot run are compared op by op: tests/kernels/test_forms.py.
+"""
 
 import json
 import os
@@ -37,12 +40,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def kernel_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache for kernels that are not what their name says."""
-    return tmp_path_factory.mktemp("cache")
-
-
 def find_digests(form: str, models: Path, **environment: str) -> dict[str, list[str]]:
     command = [sys.executable, "-m", "tests.engine.forms_digest", form, str(models)]
     run = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
@@ -70,16 +67,6 @@ def test_the_bits_are_those_of_every_other_machine(best: dict[str, list[str]]) -
 @pytest.mark.parametrize("form", forms.available()[1:])
 def test_each_form_of_this_processor_gives_the_same_bits(form: str, best: dict[str, list[str]], models: Path) -> None:
     assert find_digests(form, models) == best
-
-
-@pytest.mark.parametrize("form", [f for f in ("avx512vnni", "avxvnni") if f not in forms.available()])
-def test_forms_for_other_processors_give_the_same_bits_but_for_their_instruction(
-    form: str, best: dict[str, list[str]], models: Path, kernel_cache: Path
-) -> None:
-    """Everything but vpdpbusd itself, which stands for four multiplications and sums, exactly."""
-    if "avx2" not in forms.available():
-        pytest.skip("this processor has not even AVX2, which both forms take for granted")
-    assert find_digests(f"{form}-emulated", models, XDG_CACHE_HOME=str(kernel_cache)) == best
 
 
 def test_a_processor_without_vectors_of_its_own_gives_the_same_bits(best: dict[str, list[str]], models: Path) -> None:
