@@ -1,0 +1,189 @@
+"""A service ends in good order when it is told to, at once when it is told twice, and never hangs on what it no longer wants."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any
+
+import pytest
+import structlog
+
+from dairllm.errors import NetworkError
+from dairllm.net.runner import Steps, in_thread, run
+
+
+def soon(call: Callable[[], object], seconds: float = 0.1) -> None:
+    timer = threading.Timer(seconds, call)
+    timer.daemon = True
+    timer.start()
+
+
+def test_a_service_that_ends_by_itself() -> None:
+    done: list[str] = []
+
+    async def main() -> None:
+        done.append(type(asyncio.get_running_loop()).__module__)
+
+    run(main)
+    assert done == ["uvloop"]
+
+
+def test_an_error_of_the_service_is_raised() -> None:
+    async def main() -> None:
+        raise NetworkError("taken")
+
+    with pytest.raises(NetworkError, match="taken"):
+        run(main)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_lets_the_service_end_in_good_order(signum: signal.Signals) -> None:
+    order: list[str] = []
+
+    async def main() -> None:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            await asyncio.sleep(0.01)
+            order.append("cleaned")
+
+    soon(lambda: os.kill(os.getpid(), signum))
+    run(main)
+    assert order == ["cleaned"]
+
+
+def test_a_cancellation_that_no_signal_caused_is_raised() -> None:
+    async def main() -> None:
+        raise asyncio.CancelledError
+
+    with pytest.raises(asyncio.CancelledError):
+        run(main)
+
+
+@contextlib.contextmanager
+def process(body: str) -> Iterator["subprocess.Popen[str]"]:
+    """A process that runs `body` as a service and has begun."""
+    lines = "\n".join(f"    {line}" for line in body.splitlines())
+    head = "import asyncio, time\nfrom dairllm.net.runner import run, in_thread\nasync def main():\n    print('up', flush=True)"
+    code = f"{head}\n{lines}\nrun(main)"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as started:
+        try:
+            wait_for(started, "up")
+            yield started
+        finally:
+            started.kill()
+            started.communicate()
+
+
+def wait_for(process: "subprocess.Popen[str]", word: str) -> None:
+    """Read the process' lines up to one."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line == word + "\n":
+            return
+    raise AssertionError(f"the process ended without saying {word}")
+
+
+STUBBORN = """
+while True:
+    try:
+        await asyncio.sleep(60)
+    except asyncio.CancelledError:
+        print('told', flush=True)
+"""
+
+
+def test_a_second_signal_ends_the_process_at_once() -> None:
+    with process(STUBBORN) as stubborn:
+        stubborn.send_signal(signal.SIGTERM)
+        wait_for(stubborn, "told")
+        stubborn.send_signal(signal.SIGTERM)  # part of the same telling
+        time.sleep(0.7)
+        assert stubborn.poll() is None
+        stubborn.send_signal(signal.SIGTERM)
+        assert stubborn.wait(5) == -signal.SIGTERM
+
+
+def test_a_blocking_call_does_not_keep_the_process_alive() -> None:
+    with process("await in_thread('slow', lambda: time.sleep(60))") as blocked:
+        time.sleep(0.2)
+        blocked.send_signal(signal.SIGTERM)
+        start = time.monotonic()
+        assert blocked.wait(5) == 0
+        assert time.monotonic() - start < 2
+
+
+async def test_a_call_in_a_thread_gives_its_result_or_its_error() -> None:
+    def fail() -> None:
+        raise NetworkError("no")
+
+    assert await in_thread("name", lambda: threading.current_thread().name) == "name"
+    assert await in_thread("none", lambda: None) is None
+    with pytest.raises(NetworkError, match="no"):
+        await in_thread("fail", fail)
+
+
+async def test_a_call_that_nobody_waits_for_is_abandoned() -> None:
+    release = threading.Event()
+    waiting = asyncio.create_task(in_thread("slow", release.wait))
+    await asyncio.sleep(0.02)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    assert any(thread.name == "abandoned slow" for thread in threading.enumerate())
+    release.set()
+
+
+def recorder(order: list[str], name: str, error: Exception | None = None) -> Callable[[], Awaitable[Any]]:
+    async def step() -> str:
+        order.append(name)
+        if error is not None:
+            raise error
+        return name
+
+    return step
+
+
+async def test_steps_are_undone_in_reverse() -> None:
+    order: list[str] = []
+    async with Steps(1) as steps:
+        for name in ("first", "second"):
+            assert await steps.start(name, recorder(order, f"start {name}"), recorder(order, f"stop {name}")) == f"start {name}"
+    assert order == ["start first", "start second", "stop second", "stop first"]
+
+
+async def test_a_start_that_fails_undoes_what_was_begun() -> None:
+    order: list[str] = []
+
+    async def service() -> None:
+        async with Steps(1) as steps:
+            await steps.start("first", recorder(order, "start first"), recorder(order, "stop first"))
+            await steps.start("second", recorder(order, "start second", NetworkError("taken")), recorder(order, "stop second"))
+
+    with pytest.raises(NetworkError):
+        await service()
+    assert order == ["start first", "start second", "stop second", "stop first"]
+
+
+async def test_a_stop_that_hangs_or_fails_does_not_keep_the_others_from_stopping() -> None:
+    order: list[str] = []
+
+    async def hang() -> None:
+        await asyncio.sleep(60)
+
+    with structlog.testing.capture_logs() as logged:
+        async with Steps(0.05) as steps:
+            await steps.start("first", recorder(order, "start"), recorder(order, "stop"))
+            await steps.start("hangs", recorder(order, "start"), hang)
+            await steps.start("fails", recorder(order, "start"), recorder(order, "fail", ValueError("x")))
+    assert order == ["start", "start", "start", "fail", "stop"]
+    assert [(entry["event"], entry["step"]) for entry in logged if entry["log_level"] != "debug"] == [
+        ("stopping failed", "fails"),
+        ("stopping took too long", "hangs"),
+    ]

@@ -1,0 +1,153 @@
+"""Logs are lines that people and programs can read; meters are numbers that Prometheus can scrape."""
+
+import io
+import json
+import logging
+from collections.abc import Iterator
+
+import pytest
+import structlog
+from prometheus_client.exposition import generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+
+from dairllm.telemetry import Histogram, Meters, configure_logging, registry
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture(autouse=True)
+def restored() -> Iterator[None]:
+    """Logging as it was before, for the tests that follow."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    structlog.reset_defaults()
+    root.handlers[:] = handlers
+    root.setLevel(level)
+
+
+def test_json_is_one_line_an_event_with_what_matters_first() -> None:
+    out = io.StringIO()
+    configure_logging("json", "info", out)
+    structlog.get_logger().info("listening", port=9990, host="::")
+    structlog.get_logger().warning("two\nlines")
+    first, second = out.getvalue().splitlines()
+    assert list(json.loads(first)) == ["timestamp", "level", "event", "port", "host"]
+    assert json.loads(first)["port"] == 9990
+    assert json.loads(second) | {"timestamp": ""} == {"timestamp": "", "level": "warning", "event": "two\nlines"}
+
+
+def test_what_is_below_the_level_is_left_out() -> None:
+    out = io.StringIO()
+    configure_logging("json", "warning", out)
+    structlog.get_logger().info("quiet")
+    structlog.get_logger().error("loud")
+    assert [json.loads(line)["event"] for line in out.getvalue().splitlines()] == ["loud"]
+
+
+def test_auto_is_json_where_there_is_no_terminal_and_console_where_there_is() -> None:
+    out, terminal = io.StringIO(), Terminal()
+    configure_logging("auto", "info", out)
+    structlog.get_logger().info("hello")
+    assert out.getvalue().startswith("{")
+    configure_logging("auto", "info", terminal)
+    structlog.get_logger().info("hello", port=5)
+    assert "hello" in terminal.getvalue()
+    assert not terminal.getvalue().startswith("{")
+
+
+def test_colours_need_a_terminal_and_no_objection(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    plain, colourful, objected = io.StringIO(), Terminal(), Terminal()
+    configure_logging("console", "info", plain)
+    structlog.get_logger().info("hello")
+    configure_logging("console", "info", colourful)
+    structlog.get_logger().info("hello")
+    monkeypatch.setenv("NO_COLOR", "1")
+    configure_logging("console", "info", objected)
+    structlog.get_logger().info("hello")
+    assert "\x1b[" not in plain.getvalue()
+    assert "\x1b[" in colourful.getvalue()
+    assert "\x1b[" not in objected.getvalue()
+
+
+def test_an_exception_is_part_of_its_line() -> None:
+    out = io.StringIO()
+    configure_logging("json", "info", out)
+    try:
+        raise ValueError("broken")
+    except ValueError:
+        structlog.get_logger().exception("failed")
+    (line,) = out.getvalue().splitlines()
+    assert json.loads(line)["exception"][0]["exc_value"] == "broken"
+
+
+def test_libraries_speak_in_the_same_form_and_only_of_trouble() -> None:
+    out = io.StringIO()
+    configure_logging("json", "info", out)
+    logging.getLogger("asyncio").info("details")
+    logging.getLogger("asyncio").error("trouble with %s", "a task")
+    (line,) = out.getvalue().splitlines()
+    assert json.loads(line)["event"] == "trouble with a task"
+    assert json.loads(line)["level"] == "error"
+
+
+def scrape(meters: Meters) -> dict[str, float]:
+    text = generate_latest(registry(meters)).decode()
+    return {
+        sample.name + "".join(f"[{key}={value}]" for key, value in sorted(sample.labels.items())): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def test_meters_are_scraped_as_they_stand() -> None:
+    meters = Meters(kernel_form="avx2")
+    before = scrape(meters)
+    assert before["dairllm_rows_computed_total"] == before["dairllm_passes_total"] == 0
+    meters.rows, meters.passes, meters.weight_bytes, meters.sessions_running = 33, 2, 1000, 1
+    meters.sessions.update(["finished", "finished", "NetworkError"])
+    meters.refused["busy"] += 1
+    meters.sent["peer"] += 7
+    meters.received["root"] += 9
+    meters.seconds["compute"] += 0.25
+    meters.pass_seconds.observe(0.003)
+    meters.pass_seconds.observe(99)
+    after = scrape(meters)
+    assert after["dairllm_rows_computed_total"] == 33
+    assert after["dairllm_passes_total"] == 2
+    assert after["dairllm_weight_bytes_total"] == 1000
+    assert after["dairllm_sessions_running"] == 1
+    assert after["dairllm_sessions_total[outcome=finished]"] == 2
+    assert after["dairllm_sessions_total[outcome=NetworkError]"] == 1
+    assert after["dairllm_connections_refused_total[reason=busy]"] == 1
+    assert after["dairllm_link_bytes_total[direction=sent][kind=peer]"] == 7
+    assert after["dairllm_link_bytes_total[direction=received][kind=root]"] == 9
+    assert after["dairllm_activity_seconds_total[activity=compute]"] == 0.25
+    assert after["dairllm_activity_seconds_total[activity=exchange]"] == 0
+    assert after["dairllm_pass_seconds_bucket[le=0.0025]"] == 0
+    assert after["dairllm_pass_seconds_bucket[le=0.005]"] == 1
+    assert after["dairllm_pass_seconds_bucket[le=60.0]"] == 1
+    assert after["dairllm_pass_seconds_bucket[le=+Inf]"] == after["dairllm_pass_seconds_count"] == 2
+    assert after["dairllm_pass_seconds_sum"] == pytest.approx(99.003)
+    assert after["dairllm_kernels_info[form=avx2]"] == 1
+    assert after["dairllm_peak_rss_bytes"] > 0
+
+
+def test_names_follow_the_conventions() -> None:
+    meters = Meters()
+    meters.sessions["finished"] += 1
+    meters.refused["busy"] += 1
+    for family in registry(meters).collect():
+        assert family.name.startswith(("dairllm_", "process_"))
+        assert family.documentation.endswith(".")
+
+
+def test_a_value_on_a_bound_belongs_to_it() -> None:
+    histogram = Histogram((1.0, 2.0))
+    for value in (1.0, 1.5, 2.0, 2.5):
+        histogram.observe(value)
+    assert list(histogram.cumulative()) == [("1.0", 1), ("2.0", 3), ("+Inf", 4)]
