@@ -58,8 +58,7 @@ class Tokenizer:
         """Read a `.t` file, and the `tokenizer.json` beside it if that has the same vocabulary (else there is a warning).
 
         Raises:
-            FormatError: the `.t` file is not one.
-            OSError: it cannot be read.
+            FormatError: the `.t` file is not one, or cannot be read.
         """
         path = Path(path)
         file = TokenizerFile.read(path)
@@ -69,7 +68,7 @@ class Tokenizer:
             own = ModelTokenizer.load(beside, file.pieces)
         except FileNotFoundError:
             pass
-        except VocabularyMismatch as reason:
+        except (VocabularyMismatch, OSError) as reason:
             _log.warning("tokenizer.json is not used", file=str(beside), reason=str(reason))
         return cls(file, own)
 

@@ -95,6 +95,14 @@ def test_a_torn_file_is_a_warning(model_folder: Path, content: bytes) -> None:
     assert len(logs) == 1
 
 
+def test_one_that_cannot_be_read_is_a_warning(model_folder: Path) -> None:
+    (model_folder / "tokenizer.json").unlink()
+    (model_folder / "tokenizer.json").mkdir()
+    with structlog.testing.capture_logs() as logs:
+        assert Tokenizer.load(model_folder / "small.t").encoder == ".t"
+    assert "Is a directory" in logs[0]["reason"]
+
+
 def test_truncation_and_padding_of_the_file_are_not_ours(model_folder: Path, edit_tokenizer_json: Edit) -> None:
     """Files are often saved with the settings of a training run."""
 
