@@ -1,0 +1,243 @@
+"""`dairllm worker` and `dairllm health` as an operator meets them: a process, its log, its exit code."""
+
+import contextlib
+import gzip
+import json
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+DATA = Path(__file__).parents[1] / "data" / "dllama"
+ACK = b"\xaa\xaag\x01"
+START_SECONDS = 180  # kernels may have to be compiled first
+
+
+class WorkerProcess:
+    """A worker that logs JSON to a file; `port` and `metrics_port` are known once it says so."""
+
+    def __init__(self, log: Path, *arguments: str, environment: dict[str, str] | None = None) -> None:
+        self._log = log
+        with log.open("wb") as stderr:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "dairllm", "worker", "--host", "127.0.0.1", "--port", "0", "--metrics-port", "0", *arguments],
+                stdout=subprocess.DEVNULL,
+                stderr=stderr,
+                env={**os.environ, "DAIRLLM_WORKER__THREADS": "1", **(environment or {})},
+            )
+
+    def lines(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self._log.read_text().splitlines() if line.startswith("{")]
+
+    def text(self) -> str:
+        return self._log.read_text()
+
+    def wait_for(self, event: str, seconds: float = START_SECONDS) -> dict[str, Any]:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            for line in self.lines():
+                if line["event"] == event:
+                    return line
+            assert self.process.poll() is None, self.text()
+            time.sleep(0.02)
+        raise AssertionError(f"no {event!r} in {self.text()}")
+
+    @property
+    def port(self) -> int:
+        return int(self.wait_for("listening")["port"])
+
+    @property
+    def metrics_port(self) -> int:
+        return int(self.wait_for("health and metrics")["port"])
+
+    def stop(self, signum: signal.Signals = signal.SIGTERM) -> tuple[int, float]:
+        """Exit code, and seconds that it took."""
+        start = time.monotonic()
+        self.process.send_signal(signum)
+        return self.process.wait(30), time.monotonic() - start
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Any]:
+    made: list[WorkerProcess] = []
+
+    def start(*arguments: str, **environment: str) -> WorkerProcess:
+        made.append(WorkerProcess(tmp_path / f"{len(made)}.log", *arguments, environment=environment))
+        return made[-1]
+
+    yield start
+    for one in made:
+        if one.process.poll() is None:
+            one.process.kill()
+            one.process.wait(10)
+
+
+def said() -> bytes:
+    """All that the root says in a recorded session."""
+    raw, at, turns = gzip.decompress((DATA / "llama_q40.wire.gz").read_bytes()), 5, []
+    while at < len(raw):
+        direction, nbytes = struct.unpack_from("<BI", raw, at)
+        if direction == 0:
+            turns.append(raw[at + 5 : at + 5 + nbytes])
+        at += 5 + nbytes
+    return b"".join(turns)
+
+
+def health(**environment: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-m", "dairllm", "health"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        timeout=60,
+        check=False,
+    )
+
+
+def ask(port: int, path: str) -> tuple[int, str]:
+    with socket.create_connection(("127.0.0.1", port), 5) as sock:
+        sock.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+        answer = b"".join(iter(lambda: sock.recv(65536), b"")).decode()
+    return int(answer.split()[1]), answer
+
+
+def test_a_worker_from_start_to_end(start: Any) -> None:
+    worker = start()
+    assert ask(worker.metrics_port, "/healthz")[0] == 200
+    port = worker.port
+    assert health(DAIRLLM_METRICS__PORT=str(worker.metrics_port)).returncode == 0
+    with socket.create_connection(("127.0.0.1", port)) as root:
+        root.sendall(said())
+        answered = b"".join(iter(lambda: root.recv(1 << 20), b""))
+    assert answered.startswith(4 * ACK)
+    status, metrics = ask(worker.metrics_port, "/metrics")
+    assert status == 200
+    assert 'dairllm_sessions_total{outcome="finished"} 1.0' in metrics
+    assert "dairllm_rows_computed_total 64.0" in metrics
+    code, seconds = worker.stop()
+    assert code == 0
+    assert seconds < 3
+    assert {"listening", "root connected", "configured", "weights received", "session finished", "shutting down"} <= {
+        line["event"] for line in worker.lines()
+    }
+    assert "Traceback" not in worker.text()
+
+
+STAGES = {"waiting for a root": 0, "in the greeting": 4, "before the go": 8, "in the configuration": 500, "in the weights": 12_000}
+
+
+def test_a_signal_at_any_stage_ends_it_in_time_with_0(start: Any) -> None:
+    """One process for each stage, started together."""
+    workers = {stage: start("--log-level", "debug") for stage in STAGES}
+    script, roots = said(), []
+    for stage, worker in workers.items():
+        upto = STAGES[stage]
+        root = socket.create_connection(("127.0.0.1", worker.port))
+        roots.append(root)
+        if upto > 0:
+            root.sendall(script[:upto])
+            if upto >= 8:
+                assert root.recv(4) == ACK
+    time.sleep(0.2)
+    for number, (stage, worker) in enumerate(workers.items()):
+        code, seconds = worker.stop(signal.SIGINT if number % 2 else signal.SIGTERM)
+        assert code == 0, stage
+        assert seconds < 3, stage
+        assert "Traceback" not in worker.text()
+    for root in roots:
+        root.close()
+
+
+def test_a_signal_in_the_middle_of_a_token_waits_for_it_in_vain_no_longer_than_told(start: Any) -> None:
+    worker = start(DAIRLLM_DEADLINES__SHUTDOWN="300ms")
+    script = said()
+    # The first control packet asks for 32 rows; the rows of pipe X never come.
+    at = script.index(struct.pack("<II", 0, 32), 20_000) + 8
+    with socket.create_connection(("127.0.0.1", worker.port)) as root:
+        root.sendall(script[:at])
+        heard = b""
+        while len(heard) < 16:
+            heard += root.recv(16)
+        time.sleep(0.2)
+        code, seconds = worker.stop()
+    assert code == 0
+    assert 0.25 < seconds < 3
+    assert [line["stage"] for line in worker.lines() if line["event"] == "session stopped"] == ["pipe rows"]
+
+
+def test_a_signal_while_kernels_are_compiled_ends_it_at_once(start: Any, tmp_path: Path) -> None:
+    worker = start(XDG_CACHE_HOME=str(tmp_path / "empty"))  # so they must be compiled
+    port = worker.metrics_port
+    status, answer = ask(port, "/readyz")
+    assert status == 503
+    assert '"reason":"compiling kernels"' in answer
+    unready = health(DAIRLLM_METRICS__PORT=str(port))
+    assert unready.returncode == 1
+    assert unready.stderr == f"dairllm: error: the worker on 127.0.0.1 port {port} is not ready: compiling kernels\n"
+    code, seconds = worker.stop()
+    assert code == 0
+    assert seconds < 3
+
+
+def test_nobody_to_ask_is_not_ready() -> None:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        nobody = health(DAIRLLM_METRICS__PORT=str(sock.getsockname()[1]))
+    assert nobody.returncode == 1
+    assert nobody.stderr.startswith("dairllm: error: no worker answers on 127.0.0.1 port ")
+    assert nobody.stderr.count("\n") == 1
+    assert health(DAIRLLM_METRICS__ENABLED="false").returncode == 2
+
+
+def test_who_answers_something_else_is_not_ready() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server, contextlib.ExitStack() as stack:
+        port = server.getsockname()[1]
+        asking = stack.enter_context(
+            subprocess.Popen(
+                [sys.executable, "-m", "dairllm", "health"],
+                stderr=subprocess.PIPE,
+                text=True,
+                env={**os.environ, "DAIRLLM_METRICS__PORT": str(port)},
+            )
+        )
+        server.settimeout(30)
+        connection, _ = server.accept()
+        connection.recv(1000)
+        connection.sendall(b"SSH-2.0-x\r\n\r\n")
+        connection.close()
+        assert asking.wait(30) == 1
+        assert asking.stderr is not None
+        assert asking.stderr.read().startswith(f"dairllm: error: no worker answers on 127.0.0.1 port {port}: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--port", "70000"], "flag --port: worker.port: expected less than or equal to 65535, found 70000"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml: cannot be read: No such file or directory"),
+        (
+            ["--kernels", "sse"],
+            "flag --kernels: worker.kernels: expected 'auto', 'portable', 'avx2', 'avxvnni' or 'avx512vnni', found 'sse'",
+        ),
+    ],
+)
+def test_a_wrong_setting_is_one_line_and_code_2(start: Any, arguments: list[str], message: str) -> None:
+    worker = start(*arguments)
+    assert worker.process.wait(60) == 2
+    assert worker.text() == f"dairllm: error: {message}\n"
+
+
+def test_a_port_that_is_taken_is_one_line_and_code_1(start: Any) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        worker = start("--metrics-port", str(port))
+        assert worker.process.wait(60) == 1
+    assert worker.text() == f"dairllm: error: cannot listen on 127.0.0.1 port {port}: Address already in use\n"
