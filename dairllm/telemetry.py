@@ -72,7 +72,7 @@ def configure_logging(
 
 def _what_first(_logger: object, _method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
     """When, how bad and what, before the details: people read JSON lines too."""
-    return {key: event[key] for key in ("timestamp", "level", "event") if key in event} | event
+    return {**{key: event[key] for key in ("timestamp", "level", "event") if key in event}, **event}
 
 
 @dataclass(slots=True)

@@ -166,10 +166,7 @@ def test_a_header_of_an_enormous_model_allocates_nothing(tmp_path: Path) -> None
     assert peak < 1 << 20
 
 
-HEADER = [
-    (key, value)
-    for key, value in zip(*[iter(struct.unpack("<34i", encode_header("x.m", small_spec())[8:]))] * 2, strict=True)
-]
+HEADER = [(key, value) for key, value in zip(*[iter(struct.unpack("<34i", encode_header("x.m", small_spec())[8:]))] * 2, strict=True)]
 
 
 @given(st.dictionaries(st.integers(0, 16), st.one_of(st.integers(0, 300), st.integers(-(2**31), 2**31 - 1)), max_size=3), st.data())

@@ -58,7 +58,7 @@ def check_attention(seed, rows, last, heads, group, head_dim, spread=1.0):
     got, twin = check("attention", *args)
     # the scores' rounding shifts the weights: by their size, at most
     largest = np.abs(q).max() * np.abs(keys).max() * np.sqrt(head_dim)
-    assert_close(got, twin, np.abs(values).max() * (1 + min(largest, 1e3)))
+    assert_close(got, twin, np.abs(values).max() * (1 + largest))
 
 
 @pytest.mark.parametrize("last", [0, 1, 2, 3, 4, 7, 8, 62, 63, 64, 65, 127, 128, 200, 321])
