@@ -122,7 +122,7 @@ class Worker(_Section):
 
 
 class Limits(_Section):
-    """What a peer may make this node hold."""
+    """How much of this node others may take."""
 
     memory: Annotated[MemoryAmount, BeforeValidator(MemoryAmount.parse)] = MemoryAmount("80%", share=0.8)
     nodes: int = Field(64, ge=2, le=1024)
