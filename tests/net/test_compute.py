@@ -4,27 +4,36 @@ import asyncio
 import os
 import threading
 import time
-from collections.abc import Iterator
+import weakref
+from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
 from dairllm.errors import EngineError
-from dairllm.net.compute import Compute
+from dairllm.net.compute import BRIEF_SECONDS, Compute
+
+
+class Work:
+    """A program: how long it takes, in seconds."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
 
 
 class SlowComputer:
-    """Says through a real eventfd that it is done, after as many seconds as the program says."""
+    """Says through a real eventfd that it is done, after as many seconds as the work says; or does it where it is called."""
 
     def __init__(self) -> None:
         self.eventfd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.busy = False
-        self.calls: list[tuple[int, int, int, int]] = []
+        self.beside: list[tuple[int, int, int, int]] = []
+        self.here: list[tuple[int, int, int, int]] = []
         self.error: EngineError | None = None
 
-    def submit(self, program: float, first_segment: int, end_segment: int, position: int, rows: int) -> None:
-        self.calls.append((first_segment, end_segment, position, rows))
+    def submit(self, program: Work, first_segment: int, end_segment: int, position: int, rows: int) -> None:
+        self.beside.append((first_segment, end_segment, position, rows))
         self.busy = True
-        threading.Thread(target=self._work, args=(program,), daemon=True).start()
+        threading.Thread(target=self._work, args=(program.seconds,), daemon=True).start()
 
     def _work(self, seconds: float) -> None:
         time.sleep(seconds)
@@ -36,6 +45,10 @@ class SlowComputer:
         if self.error is not None:
             raise self.error
 
+    def run(self, program: Work, first_segment: int, end_segment: int, position: int, rows: int) -> None:
+        self.here.append((first_segment, end_segment, position, rows))
+        time.sleep(program.seconds)
+
 
 @pytest.fixture
 def computer() -> Iterator[SlowComputer]:
@@ -44,9 +57,15 @@ def computer() -> Iterator[SlowComputer]:
     os.close(made.eventfd)
 
 
-async def test_the_loop_goes_on_meanwhile(computer: SlowComputer) -> None:
-    compute: Compute[float] = Compute(computer)
-    compute.open()
+@pytest.fixture
+async def compute(computer: SlowComputer) -> AsyncIterator[Compute[Work]]:
+    made: Compute[Work] = Compute(computer)
+    made.open()
+    yield made
+    made.close()
+
+
+async def test_the_loop_goes_on_meanwhile(computer: SlowComputer, compute: Compute[Work]) -> None:
     ticks = 0
 
     async def tick() -> None:
@@ -56,27 +75,51 @@ async def test_the_loop_goes_on_meanwhile(computer: SlowComputer) -> None:
             await asyncio.sleep(0.005)
 
     ticking = asyncio.create_task(tick())
-    await compute.run(0.1, 0, 3, 7, 1)
+    slow = Work(0.1)
+    await compute.run(slow, 0, 3, 7, 1)
     assert ticks >= 5
-    await compute.run(0.0, 3, 4, 7, 1)
-    assert computer.calls == [(0, 3, 7, 1), (3, 4, 7, 1)]
+    await compute.run(slow, 0, 3, 8, 1)
+    assert ticks >= 10
+    assert computer.beside == [(0, 3, 7, 1), (0, 3, 8, 1)]
+    assert computer.here == []
     ticking.cancel()
-    compute.close()
 
 
-async def test_an_error_is_raised_where_it_is_waited_for(computer: SlowComputer) -> None:
-    compute: Compute[float] = Compute(computer)
-    compute.open()
+async def test_what_was_brief_is_computed_where_it_is_called(computer: SlowComputer, compute: Compute[Work]) -> None:
+    quick = Work(0.0)
+    await compute.run(quick, 0, 3, 7, 1)
+    for position in (8, 9):
+        await compute.run(quick, 0, 3, position, 1)
+    await compute.run(quick, 0, 3, 10, 32)  # how long a batch takes is not known yet
+    assert computer.beside == [(0, 3, 7, 1), (0, 3, 10, 32)]
+    assert computer.here == [(0, 3, 8, 1), (0, 3, 9, 1)]
+
+
+async def test_what_has_become_slow_is_computed_beside_again(computer: SlowComputer, compute: Compute[Work]) -> None:
+    work = Work(0.0)
+    await compute.run(work, 0, 1, 0, 1)
+    work.seconds = 2 * BRIEF_SECONDS
+    await compute.run(work, 0, 1, 1, 1)
+    await compute.run(work, 0, 1, 2, 1)
+    assert computer.beside == [(0, 1, 0, 1), (0, 1, 2, 1)]
+
+
+async def test_programs_are_not_kept(compute: Compute[Work]) -> None:
+    work = Work(0.0)
+    await compute.run(work, 0, 1, 0, 1)
+    gone = weakref.ref(work)
+    del work
+    assert gone() is None
+
+
+async def test_an_error_is_raised_where_it_is_waited_for(computer: SlowComputer, compute: Compute[Work]) -> None:
     computer.error = EngineError("broken")
     with pytest.raises(EngineError, match="broken"):
-        await compute.run(0.0, 0, 1, 0, 1)
-    compute.close()
+        await compute.run(Work(0.0), 0, 1, 0, 1)
 
 
-async def test_who_is_cancelled_waits_until_the_threads_have_left(computer: SlowComputer) -> None:
-    compute: Compute[float] = Compute(computer)
-    compute.open()
-    running = asyncio.create_task(compute.run(0.2, 0, 1, 0, 1))
+async def test_who_is_cancelled_waits_until_the_threads_have_left(computer: SlowComputer, compute: Compute[Work]) -> None:
+    running = asyncio.create_task(compute.run(Work(0.2), 0, 1, 0, 1))
     await asyncio.sleep(0.02)
     for _ in range(2):  # even when told twice
         running.cancel()
@@ -86,5 +129,4 @@ async def test_who_is_cancelled_waits_until_the_threads_have_left(computer: Slow
     with pytest.raises(asyncio.CancelledError):
         await running
     assert not computer.busy
-    await compute.run(0.0, 0, 1, 0, 1)
-    compute.close()
+    await compute.run(Work(0.0), 0, 1, 0, 1)
