@@ -25,6 +25,7 @@ from typing import Protocol, TypeVar, cast
 
 from dairllm.config import Keepalive
 from dairllm.errors import NetworkError, RemoteProtocolError
+from dairllm.net.runner import in_thread
 from dairllm.units import format_duration
 
 __all__ = ["Address", "Connection", "Incoming", "address_of", "dial", "listening_socket", "resolve"]
@@ -291,7 +292,8 @@ async def resolve(host: str) -> tuple[Address, ...]:
         NetworkError: it has none.
     """
     try:
-        found = await asyncio.get_running_loop().getaddrinfo(host, None, type=socket.SOCK_STREAM)
+        # In a thread that can be abandoned: a name server that does not answer must not hold up the end of the process.
+        found = await in_thread("resolve", lambda: socket.getaddrinfo(host, None, type=socket.SOCK_STREAM))
     except (OSError, UnicodeError) as error:
         raise NetworkError(f"the name {host!r} has no address: {getattr(error, 'strerror', None) or error}") from None
     return tuple(dict.fromkeys(address_of(str(item[4][0])) for item in found))

@@ -26,7 +26,7 @@ from dairllm.net.transport import Connection
 from dairllm.protocol.dllama.codec import Control, WeightHeader
 from dairllm.protocol.dllama.events import Event, Go, NetworkReceived, NodeReceived, WeightReceived, WeightsEnd
 from dairllm.protocol.dllama.peer import PeerLink
-from dairllm.protocol.dllama.worker import WorkerSession
+from dairllm.protocol.dllama.worker import Stage, WorkerSession
 from dairllm.telemetry import Meters
 from dairllm.units import format_duration, format_size
 
@@ -83,6 +83,11 @@ class TensorSession:
         self._finishing = True
         return self._token_in_hand
 
+    @property
+    def stage(self) -> str:
+        """How far the session is, for people."""
+        return Stage.ROWS.value if self._token_in_hand else self._wire.stage.value
+
     async def _join(self) -> None:
         """The root knows that we are here, we that all others are; then the mesh."""
         self._acknowledge()
@@ -100,8 +105,8 @@ class TensorSession:
         needed, held, limit = required_bytes(network, node), machine.rss_bytes(), self._settings.limits.memory
         if held + needed > limit.resolve():
             raise LimitError(
-                f"the root's graph needs {format_size(needed)}, beside {format_size(held)} that this process holds: "
-                f"more than limits.memory allows ({limit}, {format_size(limit.resolve())})"
+                f"the root's graph needs {format_size(needed)}, beside {format_size(held)} that this process holds: more than "
+                f"limits.memory allows ({limit}, which is {format_size(limit.resolve())}); {format_size(held + needed)} would do"
             )
         weights = WireWeights(node)
         weights.allocate()

@@ -143,16 +143,19 @@ class Worker:
             log.info("session finished", peer=root.peer, rows=self._session.rows)
         except asyncio.CancelledError:
             outcome = "stopped"
-            log.info("session stopped", peer=root.peer, stage=wire.stage.value)
+            log.info("session stopped", peer=root.peer, stage=self._stage(wire))
         except (DairllmError, MemoryError) as error:
             outcome = type(error).__name__
-            log.warning("session failed", peer=root.peer, stage=wire.stage.value, kind=outcome, error=str(error) or "out of memory")
+            log.warning("session failed", peer=root.peer, stage=self._stage(wire), kind=outcome, error=str(error) or "out of memory")
         except Exception:
             outcome = "bug"
-            log.exception("session failed by a defect of this program", peer=root.peer, stage=wire.stage.value)
+            log.exception("session failed by a defect of this program", peer=root.peer, stage=self._stage(wire))
         finally:
             self._meters.sessions[outcome] += 1
             await self._dismiss(root, in_peace=outcome == "finished")
+
+    def _stage(self, wire: WorkerSession) -> str:
+        return wire.stage.value if self._session is None else self._session.stage
 
     async def _dismiss(self, root: Connection, *, in_peace: bool) -> None:
         """End the connections of a session and forget it, and with it its memory."""

@@ -12,7 +12,7 @@ from dairllm.formats.model_file import ModelFile
 from dairllm.formats.random_model import small_spec, write_random_model
 from dairllm.graph.types import FloatType
 from dairllm.nodes.local import LocalNode
-from dairllm.protocol.dllama.codec import Greeting, Peer, encode_ack, encode_greeting
+from dairllm.protocol.dllama.codec import Control, Greeting, Peer, encode_ack, encode_control, encode_greeting
 
 PROMPT = [5, 250, 17, 99, 3, 300, 42, 7]
 STEPS = 6
@@ -228,6 +228,19 @@ async def test_a_peer_without_an_address_ends_the_session(make_worker: Any, logg
     assert await reader.read() == b""
     assert (await failure(logged))["error"].startswith("the name 'no-such-host.invalid' has no address: ")
     writer.close()
+
+
+async def test_a_peer_that_falls_silent_costs_a_deadline(make_worker: Any, make_root: Any, logged: Any, tmp_path: Path) -> None:
+    """The root sets off the first worker alone, so the second never sends its slice."""
+    workers = [await make_worker(deadlines={"exchange": "200ms"}) for _ in range(2)]
+    async with asyncio.timeout(10):
+        root = make_root(write(tmp_path, 3, FloatType.F32), workers)
+        await root.begin()
+        row = 4 * 96
+        root.say(0, encode_control(Control(0, 1)) + bytes(row) + bytes(row))  # X, then the root's slice of ZQ
+        failed = await failure(logged)
+    assert failed["error"].endswith("was silent for 200ms; expecting 384 more of 384 bytes of pipe ZQ, slice 2, rows 0..0")
+    assert failed["stage"] == "pipe rows"
 
 
 async def test_a_peer_that_dies_ends_the_session_and_the_next_root_is_served(

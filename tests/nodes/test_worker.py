@@ -220,7 +220,7 @@ async def test_a_graph_beyond_the_memory_allowed_is_refused_with_the_numbers(
         assert await play(worker.address, recording.said) == ACKS[:8]
     (failed,) = events(logged, "session failed")
     assert failed["kind"] == "LimitError"
-    assert "limits.memory allows (1MiB, 1MiB)" in failed["error"]
+    assert "more than limits.memory allows (1MiB, which is 1MiB); " in failed["error"]
 
 
 async def test_closing_a_worker_that_waits(make_worker: Any) -> None:
