@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Iterator
 import pytest
 
 from dairllm.errors import EngineError
-from dairllm.net.compute import BRIEF_SECONDS, Compute
+from dairllm.net.compute import Compute
 
 
 class Work:
@@ -85,7 +85,10 @@ async def test_the_loop_goes_on_meanwhile(computer: SlowComputer, compute: Compu
     ticking.cancel()
 
 
-async def test_what_was_brief_is_computed_where_it_is_called(computer: SlowComputer, compute: Compute[Work]) -> None:
+async def test_what_was_brief_is_computed_where_it_is_called(
+    computer: SlowComputer, compute: Compute[Work], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dairllm.net.compute.BRIEF_SECONDS", 10.0)
     quick = Work(0.0)
     await compute.run(quick, 0, 3, 7, 1)
     for position in (8, 9):
@@ -95,10 +98,13 @@ async def test_what_was_brief_is_computed_where_it_is_called(computer: SlowCompu
     assert computer.here == [(0, 3, 8, 1), (0, 3, 9, 1)]
 
 
-async def test_what_has_become_slow_is_computed_beside_again(computer: SlowComputer, compute: Compute[Work]) -> None:
+async def test_what_has_become_slow_is_computed_beside_again(
+    computer: SlowComputer, compute: Compute[Work], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dairllm.net.compute.BRIEF_SECONDS", 0.3)
     work = Work(0.0)
     await compute.run(work, 0, 1, 0, 1)
-    work.seconds = 2 * BRIEF_SECONDS
+    work.seconds = 0.4
     await compute.run(work, 0, 1, 1, 1)
     await compute.run(work, 0, 1, 2, 1)
     assert computer.beside == [(0, 1, 0, 1), (0, 1, 2, 1)]
