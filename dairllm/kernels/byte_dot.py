@@ -13,7 +13,18 @@ from llvmlite import ir
 from dairllm.kernels import forms
 from dairllm.kernels.ir import I8, I16, I32, Builder, Value, at, broadcast, call, concat, halves, interleave_sum, load, shuffle, splat, vec
 
-__all__ = ["Q80_SCRATCH_XOR", "TILE_LANES", "TILE_ROWS", "group_q40", "group_q80", "nibbles", "tile_q40", "tile_q80"]
+__all__ = [
+    "Q80_SCRATCH_XOR",
+    "TILE_LANES",
+    "TILE_ROWS",
+    "group_q40",
+    "group_q80",
+    "nibbles",
+    "pair_q40",
+    "pair_q80",
+    "tile_q40",
+    "tile_q80",
+]
 
 FORM = forms.current()
 _VNNI = FORM in ("avxvnni", "avx512vnni")
@@ -146,14 +157,58 @@ def group_q80(b: Builder, address: Address, panel: Value) -> Value:
 
     def unpack(blocks: Sequence[int]) -> tuple[Value, Value]:
         low, high = (_gather(b, address, offset, blocks) for offset in (2, 18))
-        bias = splat(I8, low.type.count, -128)
-        return (b.xor(low, bias), b.xor(high, bias)) if _VNNI else (low, high)
+        return (_biased(b, low), _biased(b, high)) if _VNNI else (low, high)
 
-    dots = _group_quads(b, address, panel, unpack, signed=True)
-    if not _VNNI:
-        return dots
-    # the bytes had 128 added: 16 times the seed, which is -8 * sum, takes it away
-    return b.add(dots, b.shl(load(b, at(b, panel, 256), vec(I32, 8)), splat(I32, 8, 4)))
+    return _unbiased(b, _group_quads(b, address, panel, unpack, signed=True), panel)
+
+
+def _biased(b: Builder, weights: Value) -> Value:
+    """int8 weights as unsigned bytes, 128 added."""
+    return b.xor(weights, splat(I8, weights.type.count, -128))
+
+
+def _unbiased(b: Builder, dots: Value, panel: Value) -> Value:
+    """Take away what the 128 brought in: 16 times the seed, which is -8 times the sum of the activations."""
+    return b.add(dots, b.shl(load(b, at(b, panel, 256), vec(I32, 8)), splat(I32, 8, 4))) if _VNNI else dots
+
+
+def _block_lanes(b: Builder, weights: Value, x: Value, signed: bool) -> Value:
+    """Half a block, <16 x i8> times <16 x i8> -> <4 x i32> whose lanes are yet to be added."""
+    zero = splat(I32, 4, 0)
+    if FORM != "avx2":
+        return _quads_vnni(b, zero, weights, x) if _VNNI else _quads_plain(b, zero, weights, x, signed)
+    if signed:
+        return b.add(*halves(b, _pairs_words(b, b.sext(weights, vec(I16, 16)), b.sext(x, vec(I16, 16)))))
+    pairs = call(b, "llvm.x86.ssse3.pmadd.ub.sw.128", vec(I16, 8), [weights, x])
+    return call(b, "llvm.x86.sse2.pmadd.wd", vec(I32, 4), [pairs, splat(I16, 8, 1)])
+
+
+def _pair(b: Builder, panel: Value, unpack: Callable[[int], tuple[Value, Value]], signed: bool) -> Value:
+    """The first two blocks of a group: their sums in lanes 0 and 1; what the other lanes hold is of no meaning."""
+    sums = []
+    for block in (0, 1):
+        offset = 16 * _PANEL_ORDER.index(block)
+        x = [load(b, at(b, panel, offset + half), vec(I8, 16)) for half in (0, 128)]
+        sums.append(b.add(*(_block_lanes(b, w, y, signed) for w, y in zip(unpack(block), x, strict=True))))
+    both = interleave_sum(b, sums[0], sums[1], b.add)
+    both = interleave_sum(b, both, both, b.add)
+    return shuffle(b, both, both, (0, 1, 2, 3, 0, 1, 2, 3))
+
+
+def pair_q40(b: Builder, address: Address, panel: Value) -> Value:
+    """`group_q40` of two blocks, for the end of short rows: three in ten of the time of a row of 576 values."""
+    dots = _pair(b, panel, lambda block: nibbles(b, load(b, at(b, address(block), 2), vec(I8, 16))), signed=False)
+    return b.add(dots, load(b, at(b, panel, 256), vec(I32, 8)))
+
+
+def pair_q80(b: Builder, address: Address, panel: Value) -> Value:
+    """`group_q80` of two blocks."""
+
+    def unpack(block: int) -> tuple[Value, Value]:
+        low, high = (load(b, at(b, address(block), offset), vec(I8, 16)) for offset in (2, 18))
+        return (_biased(b, low), _biased(b, high)) if _VNNI else (low, high)
+
+    return _unbiased(b, _pair(b, panel, unpack, signed=True), panel)
 
 
 def _pack(b: Builder, x: Value, y: Value) -> Value:
