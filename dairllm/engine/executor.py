@@ -20,6 +20,28 @@ from dairllm.kernels import forms
 __all__ = ["Executor"]
 
 
+class _Mailbox:
+    """Where resident threads wait for calls (dairllm.kernels.interpreter)."""
+
+    def __init__(self, eventfd: int) -> None:
+        from dairllm.kernels import interpreter
+
+        self._memory = aligned(interpreter.MAILBOX_BYTES).view(np.int64)
+        self._ring, self._stop_word = interpreter.ring, interpreter.MAILBOX_STOP // 8
+        self._memory[interpreter.MAILBOX_EVENTFD // 8] = eventfd
+        self._generation = 0
+        self.address = self._memory.ctypes.data
+        self.call = self._memory[interpreter.MAILBOX_CALL // 8 :]
+
+    def ring(self) -> None:
+        self._generation += 1
+        self._ring(self.address, self._generation)
+
+    def stop(self) -> None:
+        self._memory[self._stop_word] = 1
+        self.ring()
+
+
 class Executor:
     """Owns the threads and the eventfd; a context manager that starts and closes them.
 
@@ -33,24 +55,27 @@ class Executor:
         self.form = forms.select(kernels)
         self._threads: list[threading.Thread] = []
         self._running: Program | None = None
-        self._generation = 0
         self.eventfd = -1
 
     def start(self) -> "Executor":
         """Compile or load the kernels (seconds at first run) and start the threads. Blocks: not for the event loop."""
         from dairllm.kernels import interpreter
+        from dairllm.kernels.threads import BARRIER_BYTES
 
         if self._threads:
             return self
-        self._ring = interpreter.ring
-        self._mailbox = aligned(interpreter.MAILBOX_BYTES).view(np.int64)
-        self._address = self._mailbox.ctypes.data
-        self._call = self._mailbox[interpreter.MAILBOX_CALL // 8 :]
-        self._stop_word = interpreter.MAILBOX_STOP // 8
+        self._compute = interpreter.run_threads
         self.eventfd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._mailbox[interpreter.MAILBOX_EVENTFD // 8] = self.eventfd
+        self._first, self._others = _Mailbox(self.eventfd), _Mailbox(self.eventfd)
+        self._end = aligned(BARRIER_BYTES)  # where threads meet after a call
+        self._end_address = self._end.ctypes.data
         self._threads = [
-            threading.Thread(target=interpreter.run_resident, args=(self._address, t, self.n_threads), name=f"compute-{t}", daemon=True)
+            threading.Thread(
+                target=interpreter.run_threads,
+                args=((self._others if t else self._first).address, t, self.n_threads, 0),
+                name=f"compute-{t}",
+                daemon=True,
+            )
             for t in range(self.n_threads)
         ]
         for thread in self._threads:
@@ -63,6 +88,17 @@ class Executor:
         Raises:
             EngineError: rows, positions or segments that the program does not have, or something is running.
         """
+        self._hand_over(program, first_segment, end_segment, position, rows, first_row)
+        self._running = program  # keeps its memory while the threads use it
+        self._first.ring()
+
+    def run(self, program: Program, first_segment: int, end_segment: int, position: int, rows: int, first_row: int = 0) -> None:
+        """Compute here and now, with the calling thread in the place of thread 0. Raises as `submit`."""
+        self._hand_over(program, first_segment, end_segment, position, rows, first_row)
+        self._compute(self._first.address, 0, self.n_threads, 1)
+
+    def _hand_over(self, program: Program, first_segment: int, end_segment: int, position: int, rows: int, first_row: int) -> None:
+        """Tell thread 0 what to do, without waking it, and set the others off."""
         if self._running is not None or not self._threads:
             raise EngineError("the executor is already computing" if self._threads else "the executor is not running")
         if program.n_threads != self.n_threads:
@@ -72,10 +108,11 @@ class Executor:
         program.prepare(position, rows, first_row)
         first, end = program.segments[first_segment][0], program.segments[end_segment - 1][1]
         records, state, barrier, scratch = program.addresses
-        self._call[:7] = records, first, end, state, barrier, scratch, program.scratch_stride
-        self._running = program  # keeps its memory while the threads use it
-        self._generation += 1
-        self._ring(self._address, self._generation)
+        call = records, first, end, state, barrier, scratch, program.scratch_stride, self._end_address
+        self._first.call[:8] = call
+        if self.n_threads > 1:
+            self._others.call[:8] = call
+            self._others.ring()
 
     def finish(self) -> None:
         """To be called when `eventfd` is readable: takes the note away, so that the next submit may come.
@@ -100,20 +137,14 @@ class Executor:
         poll.poll()
         self.finish()
 
-    def run(self, program: Program, first_segment: int, end_segment: int, position: int, rows: int, first_row: int = 0) -> None:
-        """`submit` and `wait`."""
-        self.submit(program, first_segment, end_segment, position, rows, first_row)
-        self.wait()
-
     def close(self) -> None:
         """Finish what is running and end the threads."""
         if not self._threads:
             return
         if self._running is not None:
             self.wait()
-        self._mailbox[self._stop_word] = 1
-        self._generation += 1
-        self._ring(self._address, self._generation)
+        self._first.stop()
+        self._others.stop()
         for thread in self._threads:
             thread.join()
         self._threads = []

@@ -98,7 +98,7 @@ def compile_program(network: NetworkConfig, node: NodeConfig, weights: Weights, 
         raise GraphError("pipe 0 brings the positions: one F32 value a row")
     layout = Layout(network, node)
     layout.allocate()
-    emitter = Emitter(layout, weights, RopeTables())
+    emitter = Emitter(layout, weights, RopeTables(node))
     segments = []
     for segment in node.segments:
         first = len(emitter.recorder)

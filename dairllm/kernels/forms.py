@@ -85,7 +85,7 @@ def current() -> str:
 def is_compiled() -> bool:
     """Whether the kernels of this form are in the cache; else they take some twenty seconds to compile."""
     folder = cache_folder()
-    return folder is not None and any(folder.rglob("interpreter.run_resident*.nbc"))
+    return folder is not None and any(folder.rglob("interpreter.run_threads*.nbc"))
 
 
 def cache_folder() -> Path | None:

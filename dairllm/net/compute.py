@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 
 __all__ = ["BRIEF_SECONDS", "Compute", "Computer"]
 
-BRIEF_SECONDS = 0.005
+BRIEF_SECONDS = 0.001
 """The longest that a computation may keep the loop from health probes and signals."""
 
 P = TypeVar("P")
