@@ -10,6 +10,7 @@
     |   +-- RemoteProtocolError the peer did
     +-- NetworkError            a peer cannot be reached, went away, or did not speak in time
     +-- EngineError             the computation itself failed
+    +-- ChatTemplateError       a model's chat template fails (dairllm.text.chat)
 
 Any other exception that reaches a user is a bug.
 """
