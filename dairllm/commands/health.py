@@ -30,7 +30,8 @@ def run(config: Path | None) -> None:
         answer = connection.getresponse()
         body = answer.read(65536)
     except (OSError, http.client.HTTPException) as error:
-        raise NetworkError(f"no worker answers on {host} port {port}: {getattr(error, 'strerror', None) or error or type(error).__name__}") from None
+        why = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise NetworkError(f"no worker answers on {host} port {port}: {why}") from None
     finally:
         connection.close()
     if answer.status != 200:
