@@ -1,6 +1,7 @@
 """Graph ops to records: what each op takes and gives, checked against the sizes it names."""
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import numpy as np
 
@@ -61,25 +62,6 @@ class Emitter:
         self.max_blocks = 1
         self.attention_shapes: list[tuple[int, int, int]] = []
         self.seq_len: int | None = None
-        self._emit: dict[OpCode, Callable[[Operands], None]] = {
-            OpCode.MERGE_ADD: self._merge_add,
-            OpCode.MERGE_SUM: self._merge_sum,
-            OpCode.EMBEDDING: self._embedding,
-            OpCode.INV_RMS: self._inv_rms,
-            OpCode.RMS_NORM: self._rms_norm,
-            OpCode.MATMUL: self._matmul,
-            OpCode.ROPE: self._rope,
-            OpCode.MULTIHEAD_ATT: self._attention,
-            OpCode.GELU: lambda o: self._map(Kind.GELU, o),
-            OpCode.SILU: lambda o: self._map(Kind.SILU, o),
-            OpCode.MUL: self._mul,
-            OpCode.SCALE: self._scale,
-            OpCode.CAST: self._cast,
-            OpCode.REPEAT_Z: self._repeat_z,
-            OpCode.SHIFT: self._shift,
-            OpCode.SOFTMAX: self._softmax,
-            OpCode.MOE_GATE: self._moe_gate,
-        }
 
     def emit(self, op: Op) -> None:
         """Append an op's records.
@@ -87,7 +69,7 @@ class Emitter:
         Raises:
             GraphError: its sizes contradict each other, or it is one that we cannot compute.
         """
-        self._emit[op.code](Operands(op, self.layout, self.weights))
+        self._EMIT[op.code](self, Operands(op, self.layout, self.weights))
 
     def _limit_positions(self, o: Operands, seq_len: int) -> None:
         o.require(seq_len >= 1, "it has room for no position")
@@ -361,3 +343,24 @@ class Emitter:
             indexes=o.expert_indexes(c.indexes_buffer, c.k),
             **planes("weights", w),
         )
+
+    # functions and not bound methods: those would tie the emitter, and all memory that it knows, into a cycle
+    _EMIT: ClassVar[dict[OpCode, Callable[["Emitter", Operands], None]]] = {
+        OpCode.MERGE_ADD: _merge_add,
+        OpCode.MERGE_SUM: _merge_sum,
+        OpCode.EMBEDDING: _embedding,
+        OpCode.INV_RMS: _inv_rms,
+        OpCode.RMS_NORM: _rms_norm,
+        OpCode.MATMUL: _matmul,
+        OpCode.ROPE: _rope,
+        OpCode.MULTIHEAD_ATT: _attention,
+        OpCode.GELU: lambda self, o: self._map(Kind.GELU, o),
+        OpCode.SILU: lambda self, o: self._map(Kind.SILU, o),
+        OpCode.MUL: _mul,
+        OpCode.SCALE: _scale,
+        OpCode.CAST: _cast,
+        OpCode.REPEAT_Z: _repeat_z,
+        OpCode.SHIFT: _shift,
+        OpCode.SOFTMAX: _softmax,
+        OpCode.MOE_GATE: _moe_gate,
+    }

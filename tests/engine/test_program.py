@@ -1,0 +1,108 @@
+"""A program: its life, and the rows and positions that it takes."""
+
+import gc
+import weakref
+
+import pytest
+
+from dairllm.engine.executor import Executor
+from dairllm.engine.program import Program, compile_program, required_bytes
+from dairllm.engine.weights import WireWeights
+from dairllm.errors import EngineError, GraphError, RemoteProtocolError
+from dairllm.formats.random_model import small_spec
+from dairllm.graph.build import build_graph
+from dairllm.graph.model import Architecture
+from dairllm.graph.types import FloatType
+
+NETWORK, NODES = build_graph(small_spec(Architecture.LLAMA, FloatType.Q40, seq_len=64), 2, FloatType.Q80, 8)
+
+
+def compiled(n_threads: int = 1) -> tuple[Program, WireWeights]:
+    weights = WireWeights(NODES[1])
+    weights.allocate()
+    return compile_program(NETWORK, NODES[1], weights, n_threads=n_threads), weights
+
+
+def test_memory_goes_with_the_last_reference() -> None:
+    """A worker that serves root after root must not wait for the collector of cycles: it may hold gigabytes."""
+    gc.collect()
+    gc.disable()
+    try:
+        program, weights = compiled()
+        with Executor(1) as executor:
+            executor.run(program, 0, program.n_segments, 0, 1)
+        gone = [weakref.ref(x) for x in (program, weights, program._layout)]
+        del program, weights
+        assert [ref() for ref in gone] == [None] * 3
+    finally:
+        gc.enable()
+
+
+def test_a_refused_graph_leaves_nothing() -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        weights = WireWeights(NODES[1])
+        weights.allocate()
+        with pytest.raises(GraphError):
+            compile_program(NETWORK, NODES[0], weights, n_threads=1)  # the root's ops have weights of their own
+        gone = weakref.ref(weights)
+        del weights
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_what_it_needs_is_known_before() -> None:
+    program, weights = compiled()
+    held = weights.nbytes + program._layout.nbytes + sum(t.nbytes for t in program._kept[1]._tables.values())  # type: ignore[attr-defined]
+    assert required_bytes(NETWORK, NODES[1]) == held
+
+
+@pytest.mark.parametrize(
+    ("first", "end", "position", "rows", "first_row"),
+    [
+        (0, 0, 0, 1, 0),
+        (0, 99, 0, 1, 0),
+        (-1, 1, 0, 1, 0),
+        (0, 1, 0, 0, 0),
+        (0, 1, 0, 9, 0),
+        (0, 1, -1, 1, 0),
+        (0, 1, 64, 1, 0),
+        (0, 1, 60, 5, 0),
+        (0, 1, 0, 4, 2),
+    ],
+)
+def test_what_it_has_no_room_for_is_refused(first: int, end: int, position: int, rows: int, first_row: int) -> None:
+    program, _ = compiled()
+    with Executor(1) as executor:
+        with pytest.raises(EngineError):
+            executor.submit(program, first, end, position, rows, first_row)
+        executor.run(program, 0, 1, 63, 1)  # and goes on
+
+
+def test_an_executor_computes_one_thing_at_a_time_and_for_its_own_threads() -> None:
+    program, _ = compiled()
+    with Executor(1) as executor:
+        executor.submit(program, 0, program.n_segments, 0, 8)
+        with pytest.raises(EngineError, match="already computing"):
+            executor.submit(program, 0, 1, 0, 1)
+        executor.wait()
+        with pytest.raises(EngineError, match="still computing"):
+            executor.finish()
+        with pytest.raises(EngineError, match="a program for 2 threads on an executor of 1"):
+            executor.run(compiled(2)[0], 0, 1, 0, 1)
+    with pytest.raises(EngineError, match="not running"):
+        executor.submit(program, 0, 1, 0, 1)
+
+
+def test_weights_that_nobody_announced_are_refused() -> None:
+    weights = WireWeights(NODES[1])
+    weights.allocate()
+    unknown = ("block_matmul_x", 0, 0, 1), ("block_matmul_q", 9, 0, 1)
+    beyond = ("block_norm_0", 0, 256, 1), ("block_norm_0", 0, 0, 257)
+    for name, index, offset, nbytes in unknown + beyond:
+        with pytest.raises(RemoteProtocolError):
+            weights.into(name, index, offset, nbytes)
+    assert len(weights.into("block_norm_0", 0, 4, 252)) == 252
+    assert any(text.startswith("block_norm_0 of layer 0: 252 of 256 bytes") for text in weights.missing())
