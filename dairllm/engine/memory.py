@@ -33,13 +33,11 @@ from dairllm.graph.types import (
     SyncType,
     row_bytes,
 )
+from dairllm.kernels.attention import CHUNK
+from dairllm.kernels.panels import TILE_COLUMNS, row_panel_bytes, tile_panel_bytes
 
-__all__ = ["CHUNK", "Area", "Layout", "Packed", "Role", "aligned", "buffer_roles"]
+__all__ = ["Area", "Layout", "Packed", "Role", "aligned", "buffer_roles"]
 
-CHUNK = 64
-"""Caches hold a whole number of attention chunks (dairllm.kernels.attention)."""
-TILE_COLUMNS = 16
-"""Every row-wise area has a multiple of so many rows: a tile of a batch writes them all (dairllm.kernels.panels)."""
 _LINE = 64
 _PAGE = 4096
 
@@ -232,7 +230,7 @@ class Layout:
     @staticmethod
     def _packed_bytes(size: Size) -> tuple[int, int]:
         blocks = size.x // BLOCK_VALUES
-        return -(-blocks // 8) * 320, blocks * 640
+        return row_panel_bytes(blocks), tile_panel_bytes(blocks)
 
     def place(self, kind: str, index: int, nbytes: int) -> None:
         """Reserve nbytes under a name of its own."""

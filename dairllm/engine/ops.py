@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from dairllm.engine.memory import CHUNK, Area, Layout
+from dairllm.engine.memory import Area, Layout
 from dairllm.engine.operands import Operands, planes, rows
 from dairllm.engine.recorder import Deal, Recorder, Use, reads, writes
 from dairllm.engine.tables import RopeTables
@@ -30,6 +30,7 @@ from dairllm.graph.types import (
     ShiftConfig,
     row_bytes,
 )
+from dairllm.kernels.attention import CHUNK
 from dairllm.kernels.records import ALWAYS_ROWS, Kind
 
 __all__ = ["Emitter"]

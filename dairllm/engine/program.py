@@ -8,12 +8,12 @@ from dairllm.engine.ops import Emitter
 from dairllm.engine.tables import RopeTables, table_bytes
 from dairllm.engine.weights import Weights, WireWeights
 from dairllm.errors import EngineError, GraphError
+from dairllm.graph.build import POSITION_PIPE
 from dairllm.graph.types import FloatType, NetworkConfig, NodeConfig
 from dairllm.kernels.records import State
 
 __all__ = ["Program", "compile_program", "required_bytes"]
 
-POSITION_PIPE = 0
 MAX_THREADS = 1024
 
 

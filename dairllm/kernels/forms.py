@@ -25,7 +25,7 @@ from numba.core import config
 
 from dairllm.errors import ConfigError
 
-__all__ = ["FORMS", "available", "cache_folder", "current", "host_features", "is_compiled", "select"]
+__all__ = ["FORMS", "available", "cache_folder", "current", "host_features", "select"]
 
 FORMS = ("avx512vnni", "avxvnni", "avx2", "portable")
 """Best first."""
@@ -80,12 +80,6 @@ def select(name: str = "auto") -> str:
 def current() -> str:
     """The chosen form; chooses the best where nobody has chosen."""
     return _selected or select()
-
-
-def is_compiled() -> bool:
-    """Whether the kernels of this form are in the cache; else they take some twenty seconds to compile."""
-    folder = cache_folder()
-    return folder is not None and any(folder.rglob("interpreter.run_threads*.nbc"))
 
 
 def cache_folder() -> Path | None:

@@ -10,7 +10,7 @@ from dairllm.engine.program import compile_program
 from dairllm.engine.weights import FileWeights
 from dairllm.errors import EngineError
 from dairllm.formats.model_file import ModelFile
-from dairllm.graph.build import build_graph
+from dairllm.graph.build import LOGITS_PIPE, TOKEN_PIPE, build_graph
 from dairllm.graph.types import FloatType
 
 __all__ = ["PROMPT_ROWS", "LocalNode", "default_sync"]
@@ -52,8 +52,7 @@ class LocalNode:
         except BaseException:
             self._executor.close()
             raise
-        names = [pipe.name for pipe in network.pipes]
-        self._tokens, self._logits = (self._program.values(names.index(name)) for name in ("TOK", "LG"))
+        self._tokens, self._logits = (self._program.values(pipe) for pipe in (TOKEN_PIPE, LOGITS_PIPE))
         self.kernel_form, self.n_threads = self._executor.form, n_threads
 
     def feed(self, tokens: list[int], position: int) -> NDArray[np.float32]:

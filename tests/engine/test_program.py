@@ -55,7 +55,7 @@ def test_a_refused_graph_leaves_nothing() -> None:
 
 def test_what_it_needs_is_known_before() -> None:
     program, weights = compiled()
-    held = weights.nbytes + program._layout.nbytes + sum(t.nbytes for t in program._kept[1]._tables.values())  # type: ignore[attr-defined]
+    held = weights.nbytes + program._layout.nbytes + sum(t.nbytes for t in program._kept[1]._tables.values())
     assert required_bytes(NETWORK, NODES[1]) == held
 
 
