@@ -34,6 +34,9 @@ from dairllm.protocol.stream import Need, Parser, parse_all
 
 __all__ = [
     "ACK",
+    "HELLO",
+    "KIN",
+    "MARKER",
     "Control",
     "Greeting",
     "Peer",
@@ -59,6 +62,14 @@ __all__ = [
     "read_node",
     "read_weight_header",
 ]
+
+KIN = b"dairllm/"
+MARKER = KIN + b"1"
+"""What a root of ours puts behind the NUL of a pipe's name: the version that it speaks. A worker that knows no such version answers with
+the latest that it knows."""
+
+HELLO = b"dai1"
+"""A worker of ours answers a network configuration marked by its `KIN` with this word in place of the ACK."""
 
 _PAIR = struct.Struct("<II")
 _NETWORK = struct.Struct("<III")  # batches, nodes, pipes

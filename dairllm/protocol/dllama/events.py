@@ -1,4 +1,5 @@
-"""What a root says to a worker, one event a message. ``Greeting``, ``WeightHeader`` and ``Control`` are the codec's own messages."""
+"""What a root says to a worker and the worker to it, one event a message. ``Greeting``, ``WeightHeader`` and ``Control`` are the codec's
+own messages."""
 
 from dataclasses import dataclass
 
@@ -7,6 +8,7 @@ from dairllm.graph.types import NetworkConfig, NodeConfig
 from dairllm.protocol.dllama.codec import Control, Greeting, WeightHeader
 
 __all__ = [
+    "Acknowledged",
     "Control",
     "Event",
     "Filled",
@@ -19,6 +21,13 @@ __all__ = [
     "WeightReceived",
     "WeightsEnd",
 ]
+
+
+@dataclass(frozen=True, slots=True)
+class Acknowledged:
+    """A worker has answered; `ours`: with the word of a worker of ours, which only the network configuration asks for."""
+
+    ours: bool
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ as the exchange is told, and yields to the session what it waits for:
 
     Need(n)         n bytes from the root
     an event        for the owner
-    _Consent        the owner must ``acknowledge()``
+    _Consent        the owner must ``acknowledge()``: with ACK, or where a root of ours has shown itself, HELLO
     _Payload(n)     n bytes whose destination the owner gives with ``receive_into()``
 
     Greeting > ACK | Go | NetworkReceived > ACK | NodeReceived > ACK | (WeightHeader > views | WeightReceived)* | WeightsEnd > ACK |
@@ -22,10 +22,12 @@ from dairllm.errors import GraphError, LocalProtocolError, RemoteProtocolError
 from dairllm.graph.plan import ROOT, token_plan
 from dairllm.graph.types import NetworkConfig
 from dairllm.protocol.dllama.codec import (
+    ACK,
+    HELLO,
+    KIN,
     Control,
     Greeting,
     WeightHeader,
-    encode_ack,
     read_ack,
     read_control,
     read_greeting,
@@ -57,6 +59,7 @@ class Stage(Enum):
 @dataclass(frozen=True, slots=True)
 class _Consent:
     to: str
+    word: bytes = ACK
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +113,7 @@ class WorkerSession(Link):
                 return f"{what} ({nbytes} bytes)"
             case _Payload(_, what):
                 return f"{self._payload_pending} more of {what}"
-            case _Consent(to):
+            case _Consent(to, _):
                 return f"our own ACK to {to}"
             case _:  # an event is taken by the call that finds it
                 return "the end of the connection"
@@ -122,10 +125,11 @@ class WorkerSession(Link):
             LocalProtocolError: no ACK is due.
         """
         self._check_alive()
-        if not self.ack_due:
+        step = self._step
+        if not isinstance(step, _Consent):
             raise LocalProtocolError(f"no ACK is due; expecting {self.expecting}")
         self._advance(b"")
-        return encode_ack()
+        return step.word
 
     def next_event(self) -> Event | None:
         """What the root said next; None while its bytes have not all come, or while the owner has to act first (ACK, memory)."""
@@ -194,7 +198,7 @@ class WorkerSession(Link):
         if network.n_nodes != greeting.n_workers + 1:
             raise RemoteProtocolError(f"expected a network of {greeting.n_workers + 1} nodes, found {network.n_nodes}")
         yield NetworkReceived(network, marker)
-        yield _Consent("the network configuration")
+        yield _Consent("the network configuration", HELLO if marker.startswith(KIN) else ACK)
         self._stage = Stage.NODE
         node = yield from read_node(self._limits)
         if node.node != greeting.node:
