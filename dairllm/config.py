@@ -2,22 +2,20 @@
 
 Precedence: flag, environment variable ``DAIRLLM_<SECTION>__<KEY>``, file, default. Each value keeps where it came from, so an
 error names the file and line, the variable or the flag, and the key. What every key means to an operator stands in
-``configs/worker.yaml``; a test holds the two together.
+``configs/worker.yaml`` and ``configs/root.yaml``; tests hold files and schemas together.
 """
 
-import difflib
-import os
-from collections.abc import Callable, Iterator, Mapping
+import ipaddress
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, TypeVar
+from typing import Annotated, Literal, TypeVar
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from dairllm import machine
-from dairllm.errors import ConfigError
-from dairllm.units import format_duration, parse_duration, parse_size
+from dairllm.config_sources import read_settings
+from dairllm.units import format_duration, format_size, parse_duration, parse_size
 
 __all__ = [
     "Deadlines",
@@ -27,14 +25,19 @@ __all__ = [
     "Log",
     "MemoryAmount",
     "Metrics",
+    "RootDeadlines",
+    "RootSettings",
     "Threads",
     "Worker",
+    "WorkerAddress",
     "WorkerSettings",
     "load_settings",
     "thread_count",
 ]
 
-ENVIRONMENT_PREFIX = "DAIRLLM_"
+MAX_ID = 2**31 - 1
+"""Token ids and positions are 32 bits wide in every file and message."""
+_DEFAULT_PORT = 9990
 _METRICS_OFFSET = 1000
 
 
@@ -71,6 +74,71 @@ class MemoryAmount:
         return self.text
 
 
+@dataclass(frozen=True, slots=True)
+class WorkerAddress:
+    """Where a worker listens."""
+
+    host: str
+    port: int = _DEFAULT_PORT
+
+    @classmethod
+    def parse(cls, text: str) -> "WorkerAddress":
+        """Of ``"10.0.0.2:9990"``, ``"kitchen"`` (the default port), ``"[fe80::1%eth0]:9990"``; ValueError otherwise."""
+        text = text.strip()
+        host, separator, port = text.rpartition(":")
+        if not separator or text.endswith("]"):
+            host, port = text, str(_DEFAULT_PORT)
+        bracketed = host.startswith("[") and host.endswith("]")
+        if ":" in host and not bracketed:
+            raise ValueError(f"expected an IPv6 address in brackets, such as [::1]:{_DEFAULT_PORT}, found {text!r}")
+        host = host[1:-1] if bracketed else host
+        if not host or any(c.isspace() or c in "[]/," for c in host):
+            raise ValueError(f"expected a worker's host:port, such as 10.0.0.2:{_DEFAULT_PORT}, found {text!r}")
+        if not (port.isascii() and port.isdecimal() and len(port) <= 5 and 1 <= int(port) <= 65535):
+            raise ValueError(f"expected a port from 1 to 65535 after {host}:, found {port!r}")
+        if bracketed:
+            try:
+                host = str(ipaddress.IPv6Address(host))
+            except ValueError:
+                raise ValueError(f"expected an IPv6 address in brackets, found {text!r}") from None
+        return cls(host if bracketed else host.lower(), int(port))
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+def _worker_addresses(value: object) -> tuple[WorkerAddress, ...]:
+    """Of one comma-separated text (environment), a list of such (flags), or a list of addresses (file)."""
+    given = [value] if isinstance(value, str) else value
+    if not isinstance(given, list | tuple) or not all(isinstance(item, str | WorkerAddress) for item in given):
+        raise ValueError(f"expected a list of host:port, or one text with commas between them, found {value!r}")
+    found: list[WorkerAddress] = []
+    for item in given:
+        for address in [WorkerAddress.parse(word) for word in item.split(",")] if isinstance(item, str) else [item]:
+            if address in found:
+                raise ValueError(f"{address} is named twice; a worker is one node")
+            found.append(address)
+    return tuple(found)
+
+
+def _tensor_mode(value: object) -> object:
+    if value == "layers":
+        raise ValueError("layers is still to come; tensor is the only mode there is")
+    return value
+
+
+def _size(low: str, high: str) -> Callable[[object], int]:
+    """A validator of sizes between two bounds; bytes."""
+
+    def validate(value: object) -> int:
+        nbytes = parse_size(value)
+        if not parse_size(low) <= nbytes <= parse_size(high):
+            raise ValueError(f"expected a size from {low} to {high}, found {format_size(nbytes)}")
+        return nbytes
+
+    return validate
+
+
 def _duration(low: str, high: str) -> Callable[[object], float]:
     """A validator of times between two bounds."""
 
@@ -97,6 +165,7 @@ WholeSeconds = Annotated[float, BeforeValidator(_duration("1s", "1h"))]
 Port = Annotated[int, Field(ge=0, le=65535)]
 Threads = Annotated[int | Literal["auto"], BeforeValidator(_auto_or(1, 1024))]
 Kernels = Literal["auto", "portable", "avx2", "avxvnni", "avx512vnni"]
+Count = Annotated[int, Field(ge=1, le=MAX_ID)]
 
 
 def thread_count(setting: int | str) -> int:
@@ -112,7 +181,7 @@ class Worker(_Section):
     """Where this node listens for roots, and with what it computes."""
 
     host: str = Field("0.0.0.0", min_length=1)  # noqa: S104 - a worker that other machines cannot reach is of no use; the C++ worker listens so too
-    port: Port = 9990
+    port: Port = _DEFAULT_PORT
     threads: Threads = "auto"
     kernels: Kernels = "auto"
 
@@ -181,16 +250,92 @@ class WorkerSettings(_Section):
         return 0 if port == 0 else port + _METRICS_OFFSET if port + _METRICS_OFFSET <= 65535 else port - _METRICS_OFFSET
 
 
-@dataclass(frozen=True, slots=True)
-class _Given:
-    """A value and who gave it."""
+class Model(_Section):
+    """Which files, and how much of the context is used."""
 
-    value: object
-    where: str
+    file: str | None = None
+    tokenizer: str | None = None
+    name: str | None = Field(None, min_length=1)
+    max_seq_len: Count | None = None
+
+
+class Cluster(_Section):
+    """Who else computes, and how much of it each does."""
+
+    workers: Annotated[tuple[WorkerAddress, ...], BeforeValidator(_worker_addresses)] = ()
+    shares: str | None = None
+    """For `dairllm.graph.slicing.parse_shares`, which knows what a share is."""
+    mode: Annotated[Literal["tensor"], BeforeValidator(_tensor_mode)] = "tensor"
+
+
+class Engine(_Section):
+    """With what to compute."""
+
+    threads: Threads = "auto"
+    kernels: Kernels = "auto"
+    sync: Literal["auto", "q80", "f32"] = "auto"
+
+    @property
+    def n_threads(self) -> int:
+        return thread_count(self.threads)
+
+
+class Sampling(_Section):
+    """How the next token is chosen, and of how many an answer may be made: of `generate`, and of a request that says nothing."""
+
+    steps: Count = 256
+    temperature: float = Field(0.0, ge=0, le=100, allow_inf_nan=False)
+    top_p: float = Field(0.9, gt=0, le=1, allow_inf_nan=False)
+    seed: Annotated[int, Field(ge=0, lt=2**64)] | None = None
+
+
+class Server(_Section):
+    """Where `serve` listens, and how much it takes on."""
+
+    host: str = Field("127.0.0.1", min_length=1)
+    port: Port = 8000
+    queue: int = Field(64, ge=0, le=65536)
+    """Requests that may wait for their turn."""
+    request_bytes: Annotated[int, BeforeValidator(_size("1KiB", "1GiB"))] = 8 * 2**20
+
+
+class RootDeadlines(_Section):
+    """Seconds that a worker may be silent, counted from the last byte that came or went; `reconnect`: between attempts;
+    `shutdown`: from the signal."""
+
+    connect: Seconds = 10.0
+    answer: Seconds = 60.0
+    weights: Seconds = 60.0
+    exchange: Seconds = 60.0
+    reconnect: Seconds = 5.0
+    shutdown: Seconds = 10.0
+
+
+class RootLog(_Section):
+    """As a worker's; but `auto` is info for a service, and warning for a command whose answer it would disturb."""
+
+    format: Literal["auto", "console", "json"] = "auto"
+    level: Literal["auto", "debug", "info", "warning", "error"] = "auto"
+
+    def level_of(self, *, service: bool) -> Literal["debug", "info", "warning", "error"]:
+        """What `auto` means to who asks."""
+        return self.level if self.level != "auto" else "info" if service else "warning"
+
+
+class RootSettings(_Section):
+    """All that a file or the environment can tell a root: `dairllm generate` and `dairllm serve`."""
+
+    model: Model = Model()
+    cluster: Cluster = Cluster()
+    engine: Engine = Engine()
+    sampling: Sampling = Sampling()
+    server: Server = Server()
+    deadlines: RootDeadlines = RootDeadlines()
+    keepalive: Keepalive = Keepalive()
+    log: RootLog = RootLog()
 
 
 Settings = TypeVar("Settings", bound=BaseModel)
-_Path = tuple[str, ...]
 
 
 def load_settings(
@@ -200,136 +345,8 @@ def load_settings(
     environment: Mapping[str, str] | None = None,
     flags: Mapping[str, tuple[str, object]] | None = None,
 ) -> Settings:
-    """Settings from all their sources.
+    """Settings of a worker or a root, from all their sources. A container may hold variables of both: each takes its own.
 
-    Args:
-        file: a YAML file, or None for no file.
-        environment: os.environ by default. An empty variable counts as not given.
-        flags: from a key such as ``"worker.port"`` to the flag's name and value; a value of None counts as not given.
-
-    Raises:
-        ConfigError: unknown key, wrong type or out of range, with its file and line, variable or flag; a file that cannot be read.
+    Args and errors as `dairllm.config_sources.read_settings`.
     """
-    given: dict[_Path, _Given] = {}
-    if file is not None:
-        given.update(_File(schema, file).values())
-    given.update(_from_environment(schema, os.environ if environment is None else environment))
-    for key, (name, value) in (flags or {}).items():
-        if value is not None:
-            given[tuple(key.split("."))] = _Given(value, f"flag {name}")
-    tree: dict[str, Any] = {}
-    for path, item in given.items():
-        branch = tree
-        for name in path[:-1]:
-            branch = branch.setdefault(name, {})
-        branch[path[-1]] = item.value
-    try:
-        return schema.model_validate(tree)
-    except ValidationError as error:
-        first = error.errors()[0]
-    path = tuple(str(part) for part in first["loc"])
-    message = first["msg"].removeprefix("Value error, ")
-    if message.startswith("Input should "):
-        message = f"expected {message.removeprefix('Input should ').removeprefix('be ')}, found {first['input']!r}"
-    sources = [given[path[:n]].where for n in range(len(path), 0, -1) if path[:n] in given]
-    raise ConfigError(": ".join([*sources[:1], ".".join(path), message]))
-
-
-def _leaves(schema: type[BaseModel], prefix: _Path = ()) -> Iterator[_Path]:
-    for name in schema.model_fields:
-        section = _section(schema, name)
-        if section is None:
-            yield (*prefix, name)
-        else:
-            yield from _leaves(section, (*prefix, name))
-
-
-def _section(schema: type[BaseModel], name: str) -> type[BaseModel] | None:
-    annotation = schema.model_fields[name].annotation
-    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
-
-
-def _unknown(root: type[BaseModel], schema: type[BaseModel], name: str) -> str:
-    """What to say about a key that is not there: the nearest of its section, else the same key of another."""
-    near = difflib.get_close_matches(name, schema.model_fields, 1, 0.6)
-    if not near:
-        near = [".".join(path) for path in _leaves(root) if path[-1] == name]
-    known = f"did you mean {near[0]}?" if near else f"there are {', '.join(schema.model_fields)}"
-    return f"unknown key; {known}"
-
-
-def _from_environment(schema: type[BaseModel], environment: Mapping[str, str]) -> dict[_Path, _Given]:
-    given: dict[_Path, _Given] = {}
-    loader = yaml.SafeLoader("")
-    for variable, text in environment.items():
-        path = tuple(variable.removeprefix(ENVIRONMENT_PREFIX).lower().split("__"))
-        if not variable.startswith(ENVIRONMENT_PREFIX) or len(path) < 2 or not text:
-            continue
-        where = f"environment variable {variable}"
-        section: type[BaseModel] | None = schema
-        for depth, name in enumerate(path):
-            if section is None or name not in section.model_fields:
-                raise ConfigError(f"{where}: {'.'.join(path[: depth + 1])}: {_unknown(schema, section or schema, name)}")
-            section = _section(section, name)
-        if section is not None:
-            raise ConfigError(f"{where}: {'.'.join(path)}: a section, not a key; there are {', '.join(section.model_fields)}")
-        # the types of a plain YAML scalar, without YAML's syntax: 9990 is a number, :: is text
-        tag = loader.resolve(yaml.ScalarNode, text, (True, False))  # type: ignore[no-untyped-call] # types-PyYAML leaves it untyped
-        node = yaml.ScalarNode(tag, text)
-        try:
-            given[path] = _Given(loader.construct_object(node), where)
-        except ValueError as error:
-            raise ConfigError(f"{where}: {'.'.join(path)}: {error}") from None
-    return given
-
-
-class _File:
-    """A YAML file, walked along the schema, so that each key's line is known."""
-
-    def __init__(self, schema: type[BaseModel], file: Path) -> None:
-        self._schema, self._file = schema, file
-        self._given: dict[_Path, _Given] = {}
-
-    def values(self) -> dict[_Path, _Given]:
-        try:
-            self._loader = yaml.SafeLoader(self._file.read_text(encoding="utf-8"))
-            root = self._loader.get_single_node()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{self._file}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
-        except yaml.YAMLError as error:
-            mark = getattr(error, "problem_mark", None)
-            where = f"{self._file}, line {mark.line + 1}" if mark else f"{self._file}"
-            raise ConfigError(f"{where}: not YAML: {getattr(error, 'problem', None) or error}") from None
-        if root is not None:
-            self._walk(self._schema, root, ())
-        return self._given
-
-    def _walk(self, schema: type[BaseModel], node: yaml.Node, prefix: _Path) -> None:
-        if isinstance(node, yaml.ScalarNode) and node.tag == "tag:yaml.org,2002:null":
-            return  # a section with all its keys commented out
-        if not isinstance(node, yaml.MappingNode):
-            self._fail(node, prefix or ("the file",), f"expected keys ({', '.join(schema.model_fields)}), found {_what(node)}")
-        seen: dict[str, int] = {}
-        for key, value in node.value:
-            name = key.value if isinstance(key, yaml.ScalarNode) else _what(key)
-            path = (*prefix, name)
-            if name not in schema.model_fields:
-                self._fail(key, path, _unknown(self._schema, schema, name))
-            if name in seen:
-                self._fail(key, path, f"given twice, first in line {seen[name]}")
-            seen[name] = key.start_mark.line + 1
-            section = _section(schema, name)
-            if section is not None:
-                self._walk(section, value, path)
-                continue
-            try:
-                self._given[path] = _Given(self._loader.construct_object(value, deep=True), f"{self._file}, line {seen[name]}")
-            except (yaml.YAMLError, ValueError) as error:
-                self._fail(key, path, getattr(error, "problem", None) or str(error))
-
-    def _fail(self, node: yaml.Node, path: _Path, message: str) -> NoReturn:
-        raise ConfigError(f"{self._file}, line {node.start_mark.line + 1}: {'.'.join(path)}: {message}")
-
-
-def _what(node: yaml.Node) -> str:
-    return repr(node.value) if isinstance(node, yaml.ScalarNode) else "a list" if isinstance(node, yaml.SequenceNode) else "a mapping"
+    return read_settings(schema, file, environment=environment, flags=flags, others=(WorkerSettings, RootSettings))

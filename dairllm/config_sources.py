@@ -1,0 +1,174 @@
+"""Where settings come from: a YAML file, the environment and flags, read along a schema so that each mistake names its place."""
+
+import difflib
+import os
+from collections.abc import Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from dairllm.errors import ConfigError
+
+__all__ = ["ENVIRONMENT_PREFIX", "read_settings"]
+
+ENVIRONMENT_PREFIX = "DAIRLLM_"
+
+
+@dataclass(frozen=True, slots=True)
+class _Given:
+    """A value and who gave it."""
+
+    value: object
+    where: str
+
+
+Settings = TypeVar("Settings", bound=BaseModel)
+_Path = tuple[str, ...]
+
+
+def read_settings(
+    schema: type[Settings],
+    file: Path | None = None,
+    *,
+    environment: Mapping[str, str] | None = None,
+    flags: Mapping[str, tuple[str, object]] | None = None,
+    others: Sequence[type[BaseModel]] = (),
+) -> Settings:
+    """Settings from all their sources.
+
+    Args:
+        file: a YAML file, or None for no file.
+        environment: os.environ by default. An empty variable counts as not given.
+        flags: from a key such as ``"worker.port"`` to the flag's name and value; a value of None counts as not given.
+        others: schemas of programs that may share an environment with this one: variables that only they know are passed over.
+
+    Raises:
+        ConfigError: unknown key, wrong type or out of range, with its file and line, variable or flag; a file that cannot be read.
+    """
+    given: dict[_Path, _Given] = {}
+    if file is not None:
+        given.update(_File(schema, file).values())
+    theirs = {path for other in others for path in _leaves(other)} - set(_leaves(schema))
+    given.update(_from_environment(schema, os.environ if environment is None else environment, theirs))
+    for key, (name, value) in (flags or {}).items():
+        if value is not None:
+            given[tuple(key.split("."))] = _Given(value, f"flag {name}")
+    tree: dict[str, Any] = {}
+    for path, item in given.items():
+        branch = tree
+        for name in path[:-1]:
+            branch = branch.setdefault(name, {})
+        branch[path[-1]] = item.value
+    try:
+        return schema.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+    path = tuple(str(part) for part in first["loc"])
+    message = first["msg"].removeprefix("Value error, ")
+    if message.startswith("Input should "):
+        message = f"expected {message.removeprefix('Input should ').removeprefix('be ')}, found {first['input']!r}"
+    sources = [given[path[:n]].where for n in range(len(path), 0, -1) if path[:n] in given]
+    raise ConfigError(": ".join([*sources[:1], ".".join(path), message]))
+
+
+def _leaves(schema: type[BaseModel], prefix: _Path = ()) -> Iterator[_Path]:
+    for name in schema.model_fields:
+        section = _section(schema, name)
+        if section is None:
+            yield (*prefix, name)
+        else:
+            yield from _leaves(section, (*prefix, name))
+
+
+def _section(schema: type[BaseModel], name: str) -> type[BaseModel] | None:
+    annotation = schema.model_fields[name].annotation
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+
+
+def _unknown(root: type[BaseModel], schema: type[BaseModel], name: str) -> str:
+    """What to say about a key that is not there: the nearest of its section, else the same key of another."""
+    near = difflib.get_close_matches(name, schema.model_fields, 1, 0.6)
+    if not near:
+        near = [".".join(path) for path in _leaves(root) if path[-1] == name]
+    known = f"did you mean {near[0]}?" if near else f"there are {', '.join(schema.model_fields)}"
+    return f"unknown key; {known}"
+
+
+def _from_environment(schema: type[BaseModel], environment: Mapping[str, str], theirs: Container[_Path]) -> dict[_Path, _Given]:
+    given: dict[_Path, _Given] = {}
+    loader = yaml.SafeLoader("")
+    for variable, text in environment.items():
+        path = tuple(variable.removeprefix(ENVIRONMENT_PREFIX).lower().split("__"))
+        if not variable.startswith(ENVIRONMENT_PREFIX) or len(path) < 2 or not text or path in theirs:
+            continue
+        where = f"environment variable {variable}"
+        section: type[BaseModel] | None = schema
+        for depth, name in enumerate(path):
+            if section is None or name not in section.model_fields:
+                raise ConfigError(f"{where}: {'.'.join(path[: depth + 1])}: {_unknown(schema, section or schema, name)}")
+            section = _section(section, name)
+        if section is not None:
+            raise ConfigError(f"{where}: {'.'.join(path)}: a section, not a key; there are {', '.join(section.model_fields)}")
+        # the types of a plain YAML scalar, without YAML's syntax: 9990 is a number, :: is text
+        tag = loader.resolve(yaml.ScalarNode, text, (True, False))  # type: ignore[no-untyped-call] # types-PyYAML leaves it untyped
+        node = yaml.ScalarNode(tag, text)
+        try:
+            given[path] = _Given(loader.construct_object(node), where)
+        except ValueError as error:
+            raise ConfigError(f"{where}: {'.'.join(path)}: {error}") from None
+    return given
+
+
+class _File:
+    """A YAML file, walked along the schema, so that each key's line is known."""
+
+    def __init__(self, schema: type[BaseModel], file: Path) -> None:
+        self._schema, self._file = schema, file
+        self._given: dict[_Path, _Given] = {}
+
+    def values(self) -> dict[_Path, _Given]:
+        try:
+            self._loader = yaml.SafeLoader(self._file.read_text(encoding="utf-8"))
+            root = self._loader.get_single_node()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{self._file}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        except yaml.YAMLError as error:
+            mark = getattr(error, "problem_mark", None)
+            where = f"{self._file}, line {mark.line + 1}" if mark else f"{self._file}"
+            raise ConfigError(f"{where}: not YAML: {getattr(error, 'problem', None) or error}") from None
+        if root is not None:
+            self._walk(self._schema, root, ())
+        return self._given
+
+    def _walk(self, schema: type[BaseModel], node: yaml.Node, prefix: _Path) -> None:
+        if isinstance(node, yaml.ScalarNode) and node.tag == "tag:yaml.org,2002:null":
+            return  # a section with all its keys commented out
+        if not isinstance(node, yaml.MappingNode):
+            self._fail(node, prefix or ("the file",), f"expected keys ({', '.join(schema.model_fields)}), found {_what(node)}")
+        seen: dict[str, int] = {}
+        for key, value in node.value:
+            name = key.value if isinstance(key, yaml.ScalarNode) else _what(key)
+            path = (*prefix, name)
+            if name not in schema.model_fields:
+                self._fail(key, path, _unknown(self._schema, schema, name))
+            if name in seen:
+                self._fail(key, path, f"given twice, first in line {seen[name]}")
+            seen[name] = key.start_mark.line + 1
+            section = _section(schema, name)
+            if section is not None:
+                self._walk(section, value, path)
+                continue
+            try:
+                self._given[path] = _Given(self._loader.construct_object(value, deep=True), f"{self._file}, line {seen[name]}")
+            except (yaml.YAMLError, ValueError) as error:
+                self._fail(key, path, getattr(error, "problem", None) or str(error))
+
+    def _fail(self, node: yaml.Node, path: _Path, message: str) -> NoReturn:
+        raise ConfigError(f"{self._file}, line {node.start_mark.line + 1}: {'.'.join(path)}: {message}")
+
+
+def _what(node: yaml.Node) -> str:
+    return repr(node.value) if isinstance(node, yaml.ScalarNode) else "a list" if isinstance(node, yaml.SequenceNode) else "a mapping"
