@@ -10,7 +10,7 @@ import os
 import sys
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, TextIO
 
@@ -22,10 +22,13 @@ if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
     from prometheus_client.metrics_core import Metric
 
-__all__ = ["Histogram", "Meters", "Readiness", "configure_logging", "registry"]
+__all__ = ["Histogram", "LinkBytes", "Meters", "Readiness", "ServiceMeters", "configure_logging", "registry"]
 
 PASS_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 """Bounds of a pass's duration: from a small model on one node to a large one that is paged from disks."""
+
+REQUEST_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0)
+"""Bounds of how long who asked has waited: for the first token, for the whole answer."""
 
 
 def configure_logging(
@@ -119,6 +122,43 @@ class Meters:
     """Time in sessions: compute, exchange (moving slices), wait (for the next control packet)."""
 
 
+@dataclass(frozen=True, slots=True)
+class LinkBytes:
+    """What a root has exchanged with one node."""
+
+    node: int
+    address: str
+    sent: int
+    received: int
+    weights: int
+
+
+@dataclass(slots=True)
+class ServiceMeters:
+    """What a server of requests has done since it started. Times are seconds; all of it only grows, except `running`, `waiting` and the
+    two rates."""
+
+    kernel_form: str = ""
+    running: int = 0
+    waiting: int = 0
+    requests: Counter[str] = field(default_factory=Counter)
+    """By outcome: stop, length, abandoned (the client went away), stalled (it did not read), unavailable, queue_full, invalid, failed."""
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    """Prompt tokens that the model still held from the request before."""
+    generated_tokens: int = 0
+    first_token_seconds: Histogram = field(default_factory=lambda: Histogram(REQUEST_SECONDS))
+    token_seconds: Histogram = field(default_factory=lambda: Histogram(PASS_SECONDS))
+    request_seconds: Histogram = field(default_factory=lambda: Histogram(REQUEST_SECONDS))
+    prefill_rate: float = 0.0
+    decode_rate: float = 0.0
+    """Tokens a second of the last answer."""
+    losses: int = 0
+    """How often the model was lost: a worker went away, or a pass failed."""
+    links: Callable[[], Iterable[LinkBytes]] = tuple
+    """Asked at each scrape."""
+
+
 @dataclass(slots=True)
 class Readiness:
     """What must still happen before this node can take work; None when it can."""
@@ -126,14 +166,18 @@ class Readiness:
     reason: str | None = "starting"
 
 
-def registry(meters: Meters) -> "CollectorRegistry":
+def registry(meters: Meters | ServiceMeters) -> "CollectorRegistry":
     """A Prometheus registry that reads `meters` at each scrape, beside the process' own figures."""
     from prometheus_client import CollectorRegistry, ProcessCollector
+    from prometheus_client.metrics_core import GaugeMetricFamily, InfoMetricFamily
     from prometheus_client.registry import Collector
 
     class NodeCollector(Collector):
         def collect(self) -> Iterator["Metric"]:
-            return _families(meters)
+            yield InfoMetricFamily("dairllm_build", "Version of dairllm.", {"version": __version__})
+            yield InfoMetricFamily("dairllm_kernels", "Form of the kernels in use.", {"form": meters.kernel_form or "none"})
+            yield GaugeMetricFamily("dairllm_peak_rss_bytes", "Most memory held so far (VmHWM).", machine.peak_rss_bytes())
+            yield from _of_worker(meters) if isinstance(meters, Meters) else _of_service(meters)
 
     result = CollectorRegistry(auto_describe=False)
     result.register(NodeCollector())
@@ -141,13 +185,10 @@ def registry(meters: Meters) -> "CollectorRegistry":
     return result
 
 
-def _families(meters: Meters) -> Iterator["Metric"]:
-    from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, InfoMetricFamily
+def _of_worker(meters: Meters) -> Iterator["Metric"]:
+    from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily
 
-    yield InfoMetricFamily("dairllm_build", "Version of dairllm.", {"version": __version__})
-    yield InfoMetricFamily("dairllm_kernels", "Form of the kernels in use.", {"form": meters.kernel_form or "none"})
     yield GaugeMetricFamily("dairllm_sessions_running", "Roots being served.", meters.sessions_running)
-    yield GaugeMetricFamily("dairllm_peak_rss_bytes", "Most memory held so far (VmHWM).", machine.peak_rss_bytes())
     yield CounterMetricFamily("dairllm_rows_computed", "Rows (tokens) computed.", meters.rows)
     yield CounterMetricFamily("dairllm_passes", "Control packets answered: one for each batch of rows.", meters.passes)
     yield CounterMetricFamily("dairllm_weight_bytes", "Bytes of weights taken from the network.", meters.weight_bytes)
@@ -159,9 +200,45 @@ def _families(meters: Meters) -> Iterator["Metric"]:
         for kind, value in counts.items():
             bytes_family.add_metric([direction, kind], value)
     yield bytes_family
-    passes = HistogramMetricFamily("dairllm_pass_seconds", "From a control packet to the end of its pass.")
-    passes.add_metric([], list(meters.pass_seconds.cumulative()), meters.pass_seconds.total)
-    yield passes
+    yield _histogram("dairllm_pass_seconds", "From a control packet to the end of its pass.", meters.pass_seconds)
+
+
+def _of_service(meters: ServiceMeters) -> Iterator["Metric"]:
+    from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily
+
+    yield GaugeMetricFamily("dairllm_num_requests_running", "Requests being answered: 1 at most.", meters.running)
+    yield GaugeMetricFamily("dairllm_num_requests_waiting", "Requests that wait for their turn.", meters.waiting)
+    yield _counts("dairllm_requests", "Requests for text, by outcome.", "outcome", meters.requests)
+    yield CounterMetricFamily("dairllm_prompt_tokens", "Tokens of the prompts of requests that were begun.", meters.prompt_tokens)
+    yield CounterMetricFamily("dairllm_prefix_cache_queries", "Prompt tokens that might have been held already.", meters.prompt_tokens)
+    yield CounterMetricFamily("dairllm_prefix_cache_hits", "Prompt tokens that were held already.", meters.cached_tokens)
+    yield CounterMetricFamily("dairllm_generation_tokens", "Tokens generated.", meters.generated_tokens)
+    yield CounterMetricFamily("dairllm_model_losses", "How often the model was lost: a worker went away, or a pass failed.", meters.losses)
+    yield GaugeMetricFamily("dairllm_prefill_tokens_per_second", "Prompt tokens a second, of the last answer.", meters.prefill_rate)
+    yield GaugeMetricFamily("dairllm_decode_tokens_per_second", "Generated tokens a second, of the last answer.", meters.decode_rate)
+    yield _histogram(
+        "dairllm_time_to_first_token_seconds", "From a request's arrival to its first token, the wait included.", meters.first_token_seconds
+    )
+    yield _histogram("dairllm_inter_token_latency_seconds", "From one token of an answer to the next.", meters.token_seconds)
+    yield _histogram("dairllm_e2e_request_latency_seconds", "From a request's arrival to its last token.", meters.request_seconds)
+    sent_and_received = CounterMetricFamily(
+        "dairllm_worker_bytes", "Bytes on the link to a worker, without weights.", labels=["node", "address", "direction"]
+    )
+    weights = CounterMetricFamily("dairllm_worker_weight_bytes", "Bytes of weights sent to a worker.", labels=["node", "address"])
+    for link in meters.links():
+        sent_and_received.add_metric([str(link.node), link.address, "sent"], link.sent)
+        sent_and_received.add_metric([str(link.node), link.address, "received"], link.received)
+        weights.add_metric([str(link.node), link.address], link.weights)
+    yield sent_and_received
+    yield weights
+
+
+def _histogram(name: str, text: str, histogram: Histogram) -> "Metric":
+    from prometheus_client.metrics_core import HistogramMetricFamily
+
+    family = HistogramMetricFamily(name, text)
+    family.add_metric([], list(histogram.cumulative()), histogram.total)
+    return family
 
 
 def _counts(name: str, text: str, label: str, counts: Mapping[str, float]) -> "Metric":
