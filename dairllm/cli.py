@@ -67,7 +67,9 @@ app = typer.Typer(
 )
 
 # Choices are words here and are checked with the settings, whose message is the same wherever they come from.
-ConfigFile = Annotated[Path | None, typer.Option("--config", metavar="FILE", help="YAML file of settings; flags come first.")]
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", metavar="FILE", envvar="DAIRLLM_CONFIG", help="YAML file of settings; flags come first.")
+]
 Threads = Annotated[str | None, typer.Option(metavar="auto|N", help="Compute threads.  [default: auto, one a processor]")]
 Kernels = Annotated[
     str | None, typer.Option(metavar="auto|portable|avx2|avxvnni|avx512vnni", help="Form of the kernels.  [default: auto, the fastest]")
@@ -144,7 +146,7 @@ def worker(
 
 @app.command()
 def health(config: ConfigFile = None) -> None:
-    """Ask the worker on this machine whether it can take work; exit code 0 when it can."""
+    """Ask the worker or the server on this machine whether it can take work; exit code 0 when it can."""
     from dairllm.commands import health as command
 
     command.run(config)

@@ -187,16 +187,6 @@ def test_a_signal_while_kernels_are_compiled_ends_it_at_once(start: Any, tmp_pat
     assert seconds < 3
 
 
-def test_nobody_to_ask_is_not_ready() -> None:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        nobody = health(DAIRLLM_METRICS__PORT=str(sock.getsockname()[1]))
-    assert nobody.returncode == 1
-    assert nobody.stderr.startswith("dairllm: error: no worker answers on 127.0.0.1 port ")
-    assert nobody.stderr.count("\n") == 1
-    assert health(DAIRLLM_METRICS__ENABLED="false").returncode == 2
-
-
 def test_who_answers_something_else_is_not_ready() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server, contextlib.ExitStack() as stack:
         port = server.getsockname()[1]
