@@ -77,6 +77,8 @@ class Connection(asyncio.BufferedProtocol):
         self.own_address: Address | None = None
         """The address of ours that the other end knows. Both are None where the connection was gone before it could be asked."""
         self.bytes_received = self.bytes_sent = 0
+        self.ended_at = math.inf
+        """The loop's time when the other end had said its last."""
 
     def __repr__(self) -> str:
         state = "open" if not self.has_ended else str(self._error or "the other end has said all")
@@ -132,8 +134,12 @@ class Connection(asyncio.BufferedProtocol):
             self._transport.writelines(pieces)
         self.bytes_sent += sum(map(len, pieces))
 
-    async def flushed(self, silence: float = math.inf) -> None:
-        """Wait until the kernel has taken all that was sent, and its memory may be used again.
+    async def flushed(self, silence: float = math.inf, sent: int | None = None) -> None:
+        """Wait until the kernel has taken what was sent, and its memory may be used again.
+
+        Args:
+            silence: seconds without progress after which the peer is given up.
+            sent: all that was sent when `bytes_sent` was this; all of it if None.
 
         Raises:
             NetworkError: the connection ended first, or the other end took nothing for `silence` seconds.
@@ -143,6 +149,8 @@ class Connection(asyncio.BufferedProtocol):
         if not self._full or self._transport is None:
             return
         self._unsent = self._transport.get_write_buffer_size()
+        if sent is not None and self.bytes_sent - self._unsent >= sent:
+            return
         self._writer = self._loop.create_future()
         self._watch(silence)
         try:
@@ -204,6 +212,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def eof_received(self) -> bool:
         self._eof = True
+        self.ended_at = min(self.ended_at, self._loop.time())
         self._settle_reader()
         self._notice_early()
         return True  # we may still have something to say
@@ -271,6 +280,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def _fail(self, error: NetworkError) -> None:
         self._error = self._error or error
+        self.ended_at = min(self.ended_at, self._loop.time())
         self._settle_reader()
         if self._writer is not None and not self._writer.done():
             self._writer.set_exception(self._end_of(self._incoming))

@@ -7,7 +7,6 @@ the transport's, computing the engine's; here is the order of things, and which 
 
 import math
 import time
-from functools import cache
 from typing import TypeVar
 
 import structlog
@@ -23,6 +22,7 @@ from dairllm.net.compute import Compute
 from dairllm.net.mesh import Mesh
 from dairllm.net.runner import in_thread
 from dairllm.net.transport import Connection
+from dairllm.nodes.tensor_pass import TensorPass
 from dairllm.protocol.dllama.codec import Control, WeightHeader
 from dairllm.protocol.dllama.events import Event, Go, NetworkReceived, NodeReceived, WeightReceived, WeightsEnd
 from dairllm.protocol.dllama.peer import PeerLink
@@ -135,7 +135,8 @@ class TensorSession:
             connection.attach(link)
 
     async def _infer(self, program: Program, plan: tuple[Run | Exchange, ...]) -> None:
-        self._region = cache(program.region)
+        silence = self._settings.deadlines.exchange
+        tensor_pass = TensorPass(program, plan, self._compute, self._connections, self._links, silence=silence, meter=self._meters)
         self._counted = {node: (c.bytes_sent, c.bytes_received) for node, c in self._connections.items()}
         while not self._finishing:
             begun = time.perf_counter()
@@ -148,42 +149,12 @@ class TensorSession:
                 last = event.position + event.rows - 1
                 raise RemoteProtocolError(f"the root asked for positions {event.position} to {last}; the graph has {program.seq_len}")
             self._token_in_hand = True
-            await self._token(program, plan, event)
+            for link in self._links.values():
+                if isinstance(link, PeerLink):
+                    link.begin(event.rows)
+            await tensor_pass.run(event.position, event.rows)
             self._token_in_hand = False
             self._count(event.rows, time.perf_counter() - started)
-
-    async def _token(self, program: Program, plan: tuple[Run | Exchange, ...], control: Control) -> None:
-        """One pass over the layers for a batch of rows."""
-        clock, seconds = time.perf_counter, self._meters.seconds
-        for link in self._links.values():
-            if isinstance(link, PeerLink):
-                link.begin(control.rows)
-        before = clock()
-        for step in plan:
-            if isinstance(step, Run):
-                await self._compute.run(program, step.first, step.stop, control.position, control.rows)
-                activity = "compute"
-            else:
-                await self._exchange(step, control.rows)
-                activity = "exchange"
-            after = clock()
-            seconds[activity] += after - before
-            before = after
-
-    async def _exchange(self, step: Exchange, rows: int) -> None:
-        """Our rows go out of the pipe's memory while the others' come into it.
-
-        It ends when all have come *and* ours have left: no segment runs while a connection still refers to pipe memory.
-        """
-        silence = self._settings.deadlines.exchange
-        for send in step.sends:
-            self._connections[send.node].send(self._region(step.pipe, send.slice, rows))
-        for receive in step.receives:
-            self._links[receive.node].receive_into(*self._region(step.pipe, receive.slice, rows))
-        for receive in step.receives:
-            await self._connections[receive.node].next_event(self._links[receive.node], silence)
-        for send in step.sends:
-            await self._connections[send.node].flushed(silence)
 
     async def _next(self, silence: float = math.inf) -> Event:
         return await self._root.next_event(self._wire, silence)

@@ -60,7 +60,7 @@ def logged() -> Iterator[Log]:
 @pytest.fixture(scope="session")
 def executors() -> Iterator[list[Executor]]:
     """One for each node that a test may run at once, a thread each; kernels are loaded once for all tests."""
-    made = [Executor(1).start() for _ in range(4)]
+    made = [Executor(1).start() for _ in range(5)]
     yield made
     for executor in made:
         executor.close()

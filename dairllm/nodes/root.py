@@ -1,0 +1,438 @@
+"""The root of a cluster: shares a model out to workers, of our kind or of distributed-llama's, computes a share itself, continues token ids.
+
+    checks > dial all > greet all > go > network, and who is of our kind > node > weights > pass after pass > goodbye
+
+What can be known to fail is found before anybody is dialled: a worker of distributed-llama does not survive a root that goes away before it
+has all its weights. Where it goes wrong nevertheless, those that can still be reached are led to the end of an empty session.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal, TypeVar
+
+import numpy as np
+import structlog
+from numpy.typing import NDArray
+
+from dairllm.config import Keepalive, RootDeadlines, WorkerAddress
+from dairllm.engine.program import Program, compile_program
+from dairllm.engine.weights import FileWeights
+from dairllm.errors import ConfigError, DairllmError, EngineError, NetworkError, RemoteProtocolError
+from dairllm.formats.model_file import ModelFile
+from dairllm.graph.build import LOGITS_PIPE, TOKEN_PIPE, build_network, build_node
+from dairllm.graph.model import ModelSpec
+from dairllm.graph.plan import Exchange, token_plan
+from dairllm.graph.slicing import Share, ShareSize, deal_shares, nearly_equal_sizes
+from dairllm.graph.types import FloatType
+from dairllm.net.compute import Compute
+from dairllm.net.runner import in_thread
+from dairllm.net.transport import Connection, dial, resolve
+from dairllm.nodes.local import default_sync
+from dairllm.nodes.report import NodeReport
+from dairllm.nodes.tensor_pass import TensorPass
+from dairllm.nodes.weight_stream import PIECE_BYTES, WeightStream
+from dairllm.protocol.dllama.codec import Control, Greeting, Peer
+from dairllm.protocol.dllama.events import Acknowledged
+from dairllm.protocol.dllama.root import RootSession, Stage
+from dairllm.units import format_duration
+
+__all__ = ["Cluster", "Progress"]
+
+log = structlog.get_logger()
+
+Progress = Callable[[str, int, int], None]
+"""Told what is at hand, bytes of weights sent, bytes in all."""
+
+AFTER_DIALLING = 0.05
+"""Seconds in which a worker that is taken closes a new connection. Before they are over nobody has been greeted."""
+
+FAREWELL_SECONDS = 5.0
+"""For all answers of a session that is given up."""
+
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class _Worker:
+    """One worker, as the root knows it."""
+
+    node: int
+    address: WorkerAddress
+    share: Share
+    wire: RootSession
+    connection: Connection | None = None
+    kind: Literal["dairllm", "dllama"] = "dllama"
+    weight_bytes: int = 0
+    """Sent so far, headers included."""
+    weight_left: int = 0
+    """What the weight that was sent last still lacks."""
+
+    @property
+    def name(self) -> str:
+        return f"worker {self.address} (node {self.node})"
+
+    @property
+    def link(self) -> Connection:
+        if self.connection is None:
+            raise EngineError(f"{self.name} is not connected")
+        return self.connection
+
+
+@dataclass(slots=True)
+class _Seconds:
+    """Where a root's time went."""
+
+    seconds: dict[str, float] = field(default_factory=lambda: {"compute": 0.0, "exchange": 0.0})
+
+
+class Cluster:
+    """A model over several nodes: `open` it, `feed` it, `close` it. After an error of `open` or `feed` it can only be closed.
+
+    Args:
+        model: open; it stays the caller's and must stay open.
+        workers: in the order of their node numbers, from 1 on.
+        compute: open; the caller's.
+        n_threads: of its executor.
+        sizes: of each node's share, the root's first; nearly equal ones if None.
+        sync: what crosses the wire; `default_sync` if None.
+
+    Raises:
+        ConfigError: no workers, or another number of sizes than of nodes.
+        GraphError: the model cannot be shared so; names the nearest way.
+    """
+
+    def __init__(
+        self,
+        model: ModelFile,
+        workers: Sequence[WorkerAddress],
+        compute: Compute[Program],
+        *,
+        n_threads: int,
+        sizes: Sequence[ShareSize] | None = None,
+        sync: FloatType | None = None,
+        deadlines: RootDeadlines | None = None,
+        keepalive: Keepalive | None = None,
+    ) -> None:
+        n_nodes = len(workers) + 1
+        if n_nodes < 2:
+            raise ConfigError("a cluster needs one worker at least")
+        if sizes is not None and len(sizes) != n_nodes:
+            raise ConfigError(f"expected {n_nodes} shares, one for the root and one for each worker, found {len(sizes)}")
+        spec = model.spec
+        self.seq_len, self.vocab_size = spec.seq_len, spec.vocab_size
+        self._model, self._compute, self._n_threads = model, compute, n_threads
+        self._deadlines, self._keepalive = deadlines or RootDeadlines(), keepalive or Keepalive()
+        shares = deal_shares(spec, nearly_equal_sizes(spec, n_nodes) if sizes is None else sizes)
+        self._network = build_network(spec, shares, default_sync(spec.weight_type) if sync is None else sync)
+        self._node = build_node(spec, self._network, 0, shares[0])
+        self._plan = token_plan(self._network, self._node)
+        self._share = shares[0]
+        self._logits_rows = self._network.pipes[LOGITS_PIPE].size.x // n_nodes
+        self.n_batches = self._network.n_batches
+        self._workers = [
+            _Worker(node, address, shares[node], RootSession(self._network, self._plan, node)) for node, address in enumerate(workers, 1)
+        ]
+        self._meter = _Seconds()
+        self._in_hand: asyncio.Task[None] | None = None
+        self._usable = False
+
+    @property
+    def nodes(self) -> tuple[NodeReport, ...]:
+        """What each node has, and what was exchanged with it."""
+        reports = [self._report(worker) for worker in self._workers]
+        sums = [sum(getattr(report, name) for report in reports) for name in ("bytes_sent", "bytes_received", "weight_bytes_sent")]
+        own = self._share
+        return (NodeReport(0, "", "dairllm", own.n_heads, own.n_kv_heads, own.ffn.size, *sums), *reports)
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Spent so far in passes: `compute`, `exchange` (waiting for rows to come or to leave)."""
+        return self._meter.seconds
+
+    async def open(self, progress: Progress | None = None) -> None:
+        """Connect, configure, send the weights.
+
+        Raises:
+            NetworkError: a worker cannot be reached, or went away; names it and the stage.
+            RemoteProtocolError: a worker said something that no worker says.
+            ConfigError: a worker of distributed-llama cannot compute this model; says how to convert it.
+            EngineError: the root's own share cannot be computed.
+        """
+        self._program = await in_thread("compile", self._compile)
+        try:
+            await self._dial()
+            await self._introduce()
+            await self._configure()
+            await self._send_weights(progress)
+        except BaseException:
+            await self._leave()
+            raise
+        connections = {worker.node: worker.link for worker in self._workers}
+        links = {worker.node: worker.wire for worker in self._workers}
+        silence = self._deadlines.exchange
+        self._pass = TensorPass(self._program, self._plan, self._compute, connections, links, silence=silence, meter=self._meter)
+        self._tokens = self._program.values(TOKEN_PIPE)
+        self._usable = True
+        log.info("cluster ready", nodes=len(self._workers) + 1, workers=[f"{w.address} ({w.kind})" for w in self._workers])
+
+    async def feed(self, tokens: Sequence[int], position: int, *, logits: bool) -> NDArray[np.float32] | None:
+        """Compute up to `n_batches` tokens at position, position + 1, ...; the logits after the last of them, float32 [vocab], valid until
+        the next call, if asked for.
+
+        A call that is cancelled leaves the pass to go on; `close` waits for its end.
+
+        Raises:
+            EngineError: tokens or positions that the model does not have, or an earlier call failed.
+            NetworkError: a worker is gone; names it.
+            RemoteProtocolError: a worker said something wrong.
+        """
+        rows = len(tokens)
+        if not 1 <= rows <= self.n_batches or min(tokens) < 0 or max(tokens) >= self.vocab_size:
+            raise EngineError(f"expected 1 to {self.n_batches} token ids in 0..{self.vocab_size - 1}")
+        if position < 0 or position + rows > self.seq_len:
+            raise EngineError(f"positions {position} to {position + rows - 1}: the context has room for {self.seq_len}")
+        if not self._usable or self._in_hand is not None:
+            raise EngineError("the cluster is not open" if not self._usable else "the cluster is computing something else")
+        self._in_hand = asyncio.ensure_future(self._run(tokens, position, rows, logits))
+        self._in_hand.add_done_callback(self._put_down)
+        await asyncio.shield(self._in_hand)
+        return self._program.row(LOGITS_PIPE, rows - 1)[: self.vocab_size] if logits else None
+
+    async def close(self) -> None:
+        """Finish the pass in hand, say goodbye, end the connections."""
+        if self._in_hand is not None:
+            await asyncio.wait({self._in_hand}, timeout=self._deadlines.shutdown)
+            if self._in_hand is not None:
+                self._in_hand.cancel()
+                await asyncio.wait({self._in_hand})
+                self._usable = False
+        for worker in self._workers:
+            if self._usable and worker.connection is not None and not worker.connection.has_ended:
+                worker.connection.send([worker.wire.stop()])
+        await self._hang_up()
+
+    # The stages of `open`.
+
+    def _compile(self) -> Program:
+        return compile_program(self._network, self._node, FileWeights(self._model, self._share), n_threads=self._n_threads)
+
+    async def _dial(self) -> None:
+        """Connect to all, or to none: until all are there, nothing has been said to anybody."""
+        results = await asyncio.gather(*map(self._dial_one, self._workers), return_exceptions=True)
+        failed = [result for result in results if isinstance(result, BaseException)]
+        if not failed:
+            await asyncio.sleep(AFTER_DIALLING)
+            failed = [
+                NetworkError(f"{worker.name} closed the connection at once: it serves another root, or is no worker")
+                for worker in self._workers
+                if worker.link.has_ended
+            ]
+        for error in failed:
+            if not isinstance(error, DairllmError):
+                raise error
+        if failed:
+            raise NetworkError("; ".join(map(str, failed)))
+
+    async def _dial_one(self, worker: _Worker) -> None:
+        address, patience = worker.address, self._deadlines.connect
+        problem = "it has no address"
+        try:
+            async with asyncio.timeout(patience):
+                for found in await resolve(address.host):
+                    try:
+                        worker.connection = await dial(found, address.port, self._keepalive, patience)
+                    except NetworkError as error:
+                        problem = str(error)
+                    else:
+                        worker.connection.attach(worker.wire)
+                        return
+        except TimeoutError:
+            problem = f"no answer within {format_duration(patience)}"
+        except NetworkError as error:
+            problem = str(error)
+        raise NetworkError(f"{worker.name} cannot be reached: {problem}; is `dairllm worker --port {address.port}` running there?")
+
+    async def _introduce(self) -> None:
+        """Tell each worker of the others, and when all have answered, all to make their mesh."""
+        peers = [Peer(worker.address.host, worker.address.port) for worker in self._workers]
+
+        async def greet(worker: _Worker) -> None:
+            index = worker.node - 1
+            await self._tell(worker, worker.wire.greet(Greeting(len(peers), index, (*peers[:index], *peers[index + 1 :]))))
+
+        await self._all(greet)
+        for worker in self._workers:
+            worker.link.send([worker.wire.go()])
+
+    async def _configure(self) -> None:
+        async def network(worker: _Worker) -> None:
+            acknowledged = await self._tell(worker, worker.wire.configure_network(self._network))
+            worker.kind = "dairllm" if acknowledged.ours else "dllama"
+
+        async def node(worker: _Worker) -> None:
+            graph = build_node(self._model.spec, self._network, worker.node, worker.share)
+            await self._tell(worker, worker.wire.configure_node(graph))
+
+        await self._all(network)
+        obstacle = _dllama_obstacle(self._model.spec)
+        foreign = [worker for worker in self._workers if worker.kind == "dllama"]
+        if obstacle and foreign:
+            names = ", ".join(worker.name for worker in foreign)
+            raise ConfigError(f"{names}: of distributed-llama, whose workers {obstacle}; or run `dairllm worker` there")
+        await self._all(node)
+
+    async def _send_weights(self, progress: Progress | None) -> None:
+        """Each worker at its own pace."""
+        streams = [await in_thread("weights", partial(self._stream, worker)) for worker in self._workers]
+        total = sum(stream.nbytes for stream in streams)
+
+        async def send(worker: _Worker) -> None:
+            await self._send_stream(worker, streams[worker.node - 1], total, progress)
+            await self._tell(worker, worker.wire.end_weights())
+
+        await self._all(send)
+
+    def _stream(self, worker: _Worker) -> WeightStream:
+        return WeightStream(self._model, worker.share, self._logits_rows)
+
+    async def _send_stream(self, worker: _Worker, stream: WeightStream, total: int, progress: Progress | None) -> None:
+        """One piece is read while the other one leaves."""
+        link, silence = worker.link, self._deadlines.weights
+        pieces = [memoryview(bytearray(stream.piece_bytes)) for _ in range(2)]
+        while True:
+            filled = await in_thread("weights", partial(stream.fill, pieces[0]))
+            await link.flushed(silence)
+            if not filled:
+                return
+            link.send([pieces[0][:filled]])
+            worker.weight_bytes, worker.weight_left = worker.weight_bytes + filled, stream.left
+            if progress is not None:
+                progress(f"{worker.address}, {stream.at_hand}", sum(w.weight_bytes for w in self._workers), total)
+            pieces.reverse()
+
+    # Passes.
+
+    async def _run(self, tokens: Sequence[int], position: int, rows: int, logits: bool) -> None:
+        self._usable = False
+        self._tokens[:rows, 0] = tokens
+        control = Control(position, rows)
+        try:
+            for worker in self._workers:
+                worker.link.send([worker.wire.control(control)])
+            await self._pass.run(position, rows, rows - 1 if logits else rows)
+        except (NetworkError, RemoteProtocolError) as error:
+            raise type(error)(f"{self._culprit()}, {Stage.READY.value}, position {position}: {error}") from None
+        self._usable = True
+
+    def _culprit(self) -> str:
+        """Who was gone first, as far as can be told from here: a worker that lost another one goes too."""
+        gone = [worker for worker in self._workers if worker.link.has_ended]
+        return min(gone, key=lambda worker: worker.link.ended_at).name if gone else "a worker"
+
+    def _put_down(self, task: asyncio.Task[None]) -> None:
+        self._in_hand = None
+        if not task.cancelled():
+            task.exception()  # who waits is told; where nobody does, `close` finds the cluster unusable
+
+    # Within.
+
+    async def _all(self, step: Callable[[_Worker], Awaitable[None]]) -> None:
+        """The same with every worker at once. The first that fails ends the others' waits, and is named."""
+
+        async def named(worker: _Worker) -> None:
+            try:
+                await step(worker)
+            except (NetworkError, RemoteProtocolError) as error:
+                hint = _HINTS.get(worker.wire.stage, "")
+                raise type(error)(f"{worker.name}, {worker.wire.stage.value}: {error}{hint}") from None
+
+        tasks = [asyncio.ensure_future(named(worker)) for worker in self._workers]
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _tell(self, worker: _Worker, data: bytes) -> Acknowledged:
+        """Say something and hear the answer."""
+        worker.link.send([data])
+        event = await worker.link.next_event(worker.wire, self._deadlines.answer)
+        if not isinstance(event, Acknowledged):
+            raise RemoteProtocolError(f"{worker.name}: expected an ACK, found {event}")  # a bug of ours
+        return event
+
+    async def _leave(self) -> None:
+        """Lead all that can be led to the end of an empty session; then end the connections."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(FAREWELL_SECONDS):
+                await asyncio.gather(*map(self._leave_one, self._workers))
+        await self._hang_up()
+
+    async def _leave_one(self, worker: _Worker) -> None:
+        connection, wire = worker.connection, worker.wire
+        if connection is None or connection.has_ended or wire.dead:
+            return
+        with contextlib.suppress(NetworkError, RemoteProtocolError):
+            while worker.weight_left:
+                zeros = bytes(min(worker.weight_left, PIECE_BYTES))
+                connection.send([zeros])
+                await connection.flushed(FAREWELL_SECONDS)
+                worker.weight_left -= len(zeros)
+            while True:
+                if wire.answer_due:
+                    await connection.next_event(wire, FAREWELL_SECONDS)
+                data = wire.farewell()
+                if data is None:
+                    break
+                connection.send([data])
+            await connection.flushed(FAREWELL_SECONDS)
+
+    async def _hang_up(self) -> None:
+        connections = [worker.connection for worker in self._workers if worker.connection is not None]
+        for connection in connections:
+            connection.close()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(FAREWELL_SECONDS):
+                await asyncio.gather(*(connection.closed() for connection in connections))
+        for connection in connections:
+            connection.abort()
+        self._usable = False
+
+    def _report(self, worker: _Worker) -> NodeReport:
+        share, link = worker.share, worker.connection
+        sent = 0 if link is None else link.bytes_sent - worker.weight_bytes
+        received = 0 if link is None else link.bytes_received
+        return NodeReport(
+            worker.node,
+            str(worker.address),
+            worker.kind,
+            share.n_heads,
+            share.n_kv_heads,
+            share.ffn.size,
+            sent,
+            received,
+            worker.weight_bytes,
+        )
+
+
+_HINTS = {
+    Stage.GREETING: "; it serves another root, or is no worker",
+    Stage.GO: "; can the workers reach each other by the names that the root knows them by?",
+    Stage.NETWORK: "; can the workers reach each other by the names that the root knows them by?",
+    Stage.NODE: "; its log says why",
+    Stage.WEIGHTS: "; its log says why",
+}
+
+
+def _dllama_obstacle(spec: ModelSpec) -> str | None:
+    """Why workers of distributed-llama cannot compute a model, and what to do."""
+    if spec.weight_type not in (FloatType.F32, FloatType.Q40):
+        kind = spec.weight_type.name.lower()
+        return f"know F32 and Q40 weights alone and would end, given {kind}: make the model again with `dairllm convert SOURCE OUT.m --weights q40`"
+    if spec.n_experts and spec.weight_type != FloatType.Q40:
+        return "know experts with Q40 weights alone and would end: make the model again with `dairllm convert SOURCE OUT.m --weights q40`"
+    return None
