@@ -74,6 +74,25 @@ Threads = Annotated[str | None, typer.Option(metavar="auto|N", help="Compute thr
 Kernels = Annotated[
     str | None, typer.Option(metavar="auto|portable|avx2|avxvnni|avx512vnni", help="Form of the kernels.  [default: auto, the fastest]")
 ]
+ModelPath = Annotated[Path | None, typer.Option("--model", metavar="F.m", help="Model file.")]
+TokenizerPath = Annotated[
+    Path | None, typer.Option("--tokenizer", metavar="F.t", help="Tokenizer file.  [default: the model's name with .t]")
+]
+Workers = Annotated[
+    list[str] | None, typer.Option(metavar="HOST:PORT,...", help="Workers to share the model with; may be repeated.  [default: none]")
+]
+Shares = Annotated[
+    str | None,
+    typer.Option(
+        metavar="2/64,1/32,...", help="Query heads / feed-forward columns of each node, this one first.  [default: nearly equal ones]"
+    ),
+]
+Mode = Annotated[str | None, typer.Option(metavar="tensor", help="How nodes share a model.  [default: tensor, every layer by all]")]
+Sync = Annotated[
+    str | None,
+    typer.Option(metavar="auto|q80|f32", help="What crosses the wire between nodes.  [default: auto, f32 for F32 weights, else q80]"),
+]
+MaxSeqLen = Annotated[int | None, typer.Option(metavar="N", help="Context length.  [default: the model's]")]
 LogFormat = Annotated[
     str | None, typer.Option(metavar="auto|console|json", help="How logs are written.  [default: auto, console at a terminal, else json]")
 ]
@@ -96,18 +115,16 @@ def _options(
 @app.command()
 def demo(threads: Threads = None, kernels: Kernels = None) -> None:
     """Ask a small real model a question: fetches it once (90 MB), converts it, answers."""
-    from dairllm.commands.generate_options import GenerateSettings
-    from dairllm.config import thread_count
+    from dairllm.config import RootSettings, load_settings
     from dairllm.telemetry import configure_logging
 
-    engine = GenerateSettings.load(
-        None, {"engine.threads": ("--threads", _number_or_word(threads)), "engine.kernels": ("--kernels", kernels)}
-    ).engine
+    flags = {"engine.threads": ("--threads", _number_or_word(threads)), "engine.kernels": ("--kernels", kernels)}
+    engine = load_settings(RootSettings, flags=flags).engine
     configure_logging(level="warning")
 
     from dairllm.commands import demo as command
 
-    command.run(threads=thread_count(engine.threads), kernels=engine.kernels)
+    command.run(threads=engine.n_threads, kernels=engine.kernels)
 
 
 @app.command()
@@ -154,8 +171,8 @@ def health(config: ConfigFile = None) -> None:
 
 @app.command()
 def generate(
-    model: Annotated[Path | None, typer.Option(metavar="F.m", help="Model file.")] = None,
-    tokenizer: Annotated[Path | None, typer.Option(metavar="F.t", help="Tokenizer file.  [default: the model's name with .t]")] = None,
+    model: ModelPath = None,
+    tokenizer: TokenizerPath = None,
     prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="What to continue.")] = None,
     config: ConfigFile = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt through the model's chat template.")] = False,
@@ -167,12 +184,13 @@ def generate(
     top_p: Annotated[float | None, typer.Option(metavar="P", help="Sample among the likeliest of this share.  [default: 0.9]")] = None,
     seed: Annotated[int | None, typer.Option(metavar="N", help="Of the sampling.  [default: another each time]")] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on when the model says that it has finished.")] = False,
+    workers: Workers = None,
+    shares: Shares = None,
+    mode: Mode = None,
+    sync: Sync = None,
     threads: Threads = None,
     kernels: Kernels = None,
-    max_seq_len: Annotated[int | None, typer.Option(metavar="N", help="Context length.  [default: the model's]")] = None,
-    sync: Annotated[
-        str | None, typer.Option(metavar="auto|q80|f32", help="What would cross the wire.  [default: auto, f32 for F32 weights, else q80]")
-    ] = None,
+    max_seq_len: MaxSeqLen = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object in place of the text.")] = False,
     logits: Annotated[
         Path | None, typer.Option(metavar="F.npy", help="Write what led to each generated id, float32 [steps, vocabulary].")
@@ -180,14 +198,18 @@ def generate(
     log_format: LogFormat = None,
     log_level: LogLevel = None,
 ) -> None:
-    """Generate text with a model on this machine."""
-    from dairllm.commands.generate_options import GenerateOptions, GenerateSettings
+    """Generate text with a model, on this machine or together with workers."""
+    from dairllm.commands.generate_options import GenerateOptions
+    from dairllm.config import RootSettings, load_settings
     from dairllm.telemetry import configure_logging
 
     flags = {
         "model.file": ("--model", _text(model)),
         "model.tokenizer": ("--tokenizer", _text(tokenizer)),
         "model.max_seq_len": ("--max-seq-len", max_seq_len),
+        "cluster.workers": ("--workers", workers or None),
+        "cluster.shares": ("--shares", shares),
+        "cluster.mode": ("--mode", mode),
         "engine.threads": ("--threads", _number_or_word(threads)),
         "engine.kernels": ("--kernels", kernels),
         "engine.sync": ("--sync", sync),
@@ -198,13 +220,59 @@ def generate(
         "log.format": ("--log-format", log_format),
         "log.level": ("--log-level", log_level),
     }
-    settings = GenerateSettings.load(config, flags)
+    settings = load_settings(RootSettings, config, flags=flags)
     options = GenerateOptions.of(settings, prompt=prompt, prompt_ids=prompt_ids, chat=chat, ignore_eos=ignore_eos, json=json, logits=logits)
-    configure_logging(settings.log.format, settings.log.level)
+    configure_logging(settings.log.format, settings.log.level_of(service=False))
 
     from dairllm.commands import generate as command  # heavy, so that a mistake above is told at once
 
     command.run(options)
+
+
+@app.command()
+def serve(
+    config: ConfigFile = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on.  [default: 127.0.0.1]")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on; 0: any free one.  [default: 8000]")] = None,
+    model: ModelPath = None,
+    tokenizer: TokenizerPath = None,
+    model_name: Annotated[
+        str | None, typer.Option(metavar="NAME", help="What /v1/models calls the model.  [default: its file's name without .m]")
+    ] = None,
+    workers: Workers = None,
+    shares: Shares = None,
+    mode: Mode = None,
+    sync: Sync = None,
+    threads: Threads = None,
+    kernels: Kernels = None,
+    max_seq_len: MaxSeqLen = None,
+    queue: Annotated[int | None, typer.Option(metavar="N", help="Requests that may wait for their turn.  [default: 64]")] = None,
+    log_format: LogFormat = None,
+    log_level: LogLevel = None,
+) -> None:
+    """Answer requests in the form of OpenAI's API, on this machine or together with workers."""
+    from dairllm.commands import serve as command
+
+    command.run(
+        config,
+        {
+            "server.host": ("--host", host),
+            "server.port": ("--port", port),
+            "server.queue": ("--queue", queue),
+            "model.name": ("--model-name", model_name),
+            "model.file": ("--model", _text(model)),
+            "model.tokenizer": ("--tokenizer", _text(tokenizer)),
+            "model.max_seq_len": ("--max-seq-len", max_seq_len),
+            "cluster.workers": ("--workers", workers or None),
+            "cluster.shares": ("--shares", shares),
+            "cluster.mode": ("--mode", mode),
+            "engine.threads": ("--threads", _number_or_word(threads)),
+            "engine.kernels": ("--kernels", kernels),
+            "engine.sync": ("--sync", sync),
+            "log.format": ("--log-format", log_format),
+            "log.level": ("--log-level", log_level),
+        },
+    )
 
 
 @app.command()

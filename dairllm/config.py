@@ -18,6 +18,7 @@ from dairllm.config_sources import read_settings
 from dairllm.units import format_duration, format_size, parse_duration, parse_size
 
 __all__ = [
+    "MAX_ID",
     "Deadlines",
     "Keepalive",
     "Kernels",

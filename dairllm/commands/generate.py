@@ -1,68 +1,61 @@
-"""`dairllm generate`: continue a prompt on this machine."""
+"""`dairllm generate`: continue a prompt, on this machine or with workers."""
 
+import asyncio
+import dataclasses
 import json
+import math
 import secrets
+import select
 import sys
-from pathlib import Path
-from typing import Any
-
-import numpy as np
-from numpy.lib.format import open_memmap
-from numpy.typing import NDArray
+from collections.abc import AsyncGenerator
+from contextlib import aclosing, nullcontext
+from typing import TYPE_CHECKING, Any
 
 from dairllm import machine
 from dairllm.commands.generate_options import GenerateOptions
-from dairllm.commands.progress import COMPILING, waiting
+from dairllm.commands.logits_file import LogitsFile
+from dairllm.commands.progress import COMPILING, byte_bar, waiting
+from dairllm.engine.executor import Executor
+from dairllm.engine.program import Program
 from dairllm.engine.sampler import Sampler
 from dairllm.errors import ConfigError
 from dairllm.formats.model_file import ModelFile
 from dairllm.graph.types import FloatType
-from dairllm.nodes.generation import Generation
+from dairllm.net.compute import BRIEF_SECONDS, Compute
+from dairllm.net.runner import Steps, in_thread
+from dairllm.net.runner import run as run_on_loop
+from dairllm.nodes.answer import Answer
+from dairllm.nodes.generation import Generation, check_prompt
 from dairllm.nodes.local import LocalNode
+from dairllm.nodes.report import NodeReport
 from dairllm.text.chat import render_chat
 from dairllm.text.tokenizer import Tokenizer
 
-__all__ = ["run"]
+if TYPE_CHECKING:
+    from dairllm.nodes.root import Cluster
+
+__all__ = ["run", "say"]
+
+_PIECE = 1024
+"""Characters of a write: at most 4096 bytes, which a pipe that can take any takes at once."""
 
 
 def run(options: GenerateOptions) -> None:
     """Generate, streaming the text to stdout, or one JSON object at the end.
 
     Raises:
-        DairllmError: files, settings or the computation; one clear line.
+        DairllmError: files, settings, workers or the computation; one clear line.
+        SystemExit: a signal cut it short.
     """
     with ModelFile.open(options.model, max_seq_len=options.max_seq_len) as model:
-        tokenizer = _tokenizer(options)
+        tokenizer = None if options.tokenizer is None else Tokenizer.load(options.tokenizer)
         if tokenizer is not None and tokenizer.vocab_size > model.spec.vocab_size:
             raise ConfigError(
                 f"the tokenizer knows {tokenizer.vocab_size} tokens, the model {model.spec.vocab_size}: they do not belong together"
             )
         prompt_ids = _prompt_ids(options, tokenizer)
-        sync = None if options.sync is None else FloatType[options.sync.upper()]
-        with waiting(COMPILING):
-            started = LocalNode(model, n_threads=options.threads, kernels=options.kernels, sync=sync)
-        with started as node:
-            logits = _Logits(options.logits, options.steps, node.vocab_size) if options.logits else None
-            seed = secrets.randbits(64) if options.seed is None else options.seed
-            generation = Generation(
-                node,
-                Sampler(options.temperature, options.top_p, seed),
-                prompt_ids,
-                options.steps,
-                () if options.ignore_eos or tokenizer is None else tokenizer.eos_ids,
-                logits.append if logits else None,
-            )
-            text = _stream(generation, tokenizer, quiet=options.json)
-            if logits:
-                logits.close()
-            if options.json:
-                print(json.dumps(_report(generation, text, node)))  # noqa: T201 - the answer
-
-
-def _tokenizer(options: GenerateOptions) -> Tokenizer | None:
-    if options.tokenizer is None:
-        return None
-    return Tokenizer.load(options.tokenizer)
+        check_prompt(prompt_ids, vocab_size=model.spec.vocab_size, seq_len=model.spec.seq_len)
+        run_on_loop(lambda: _generate(options, model, tokenizer, prompt_ids), service=False)
 
 
 def _prompt_ids(options: GenerateOptions, tokenizer: Tokenizer | None) -> list[int]:
@@ -78,30 +71,85 @@ def _prompt_ids(options: GenerateOptions, tokenizer: Tokenizer | None) -> list[i
     return tokenizer.encode(render_chat(tokenizer.chat_template, messages, bos=tokenizer.bos_text, eos=tokenizer.eos_text))
 
 
-def _stream(generation: Generation, tokenizer: Tokenizer | None, quiet: bool) -> str:
-    """The generated text; printed as it comes unless `quiet`. Without a tokenizer the ids are printed."""
-    pieces: list[str] = []
-    decoder = tokenizer.decoder() if tokenizer is not None else None
+async def _generate(options: GenerateOptions, model: ModelFile, tokenizer: Tokenizer | None, prompt_ids: list[int]) -> None:
+    """From checks that need neither kernels nor workers to the last word."""
+    executor = Executor(options.threads, options.kernels)
+    # Without workers nothing else needs the loop: all is computed on this very thread, without two awakenings a pass.
+    compute: Compute[Program] = Compute(executor, BRIEF_SECONDS if options.workers else math.inf)
+    node = _node(options, model, compute)
 
-    def show(piece: str) -> None:
-        pieces.append(piece)
-        if not quiet:
-            sys.stdout.write(piece)
-            sys.stdout.flush()
+    async def end_threads() -> None:
+        compute.close()
+        await asyncio.to_thread(executor.close)
 
-    for token in generation.run():
-        if decoder is not None:
-            show(decoder.feed(token))
-        elif not quiet:
-            show(f"{token} ")
-    if decoder is not None:
-        show(decoder.finish())
+    with LogitsFile(options.logits, model.spec.vocab_size) if options.logits else nullcontext() as logits:
+        async with Steps(options.deadlines.shutdown + 2.0) as steps:
+            with waiting(COMPILING):
+                await steps.start("kernels", lambda: in_thread("kernels", executor.start), end_threads)
+            compute.open()
+            with byte_bar("sending weights") if options.workers else nullcontext() as progress:
+                await steps.start("nodes", lambda: node.open(progress), node.close)
+            generation = Generation(
+                node,
+                Sampler(options.temperature, options.top_p, secrets.randbits(64) if options.seed is None else options.seed),
+                prompt_ids,
+                options.steps,
+                () if options.ignore_eos or tokenizer is None else tokenizer.eos_ids,
+                logits.append if logits else None,
+            )
+            text = await _stream(generation, tokenizer, quiet=options.json)
+            if options.json:
+                await say(json.dumps(_report(generation, text, node.nodes, executor)) + "\n")
+
+
+def _node(options: GenerateOptions, model: ModelFile, compute: Compute[Program]) -> "LocalNode | Cluster":
+    """What computes; GraphError or ConfigError where it cannot be."""
+    sync = None if options.sync is None else FloatType[options.sync.upper()]
+    if not options.workers:
+        return LocalNode(model, compute, n_threads=options.threads, sync=sync)
+    from dairllm.nodes.root import Cluster
+
+    return Cluster(
+        model,
+        options.workers,
+        compute,
+        n_threads=options.threads,
+        sizes=options.sizes,
+        sync=sync,
+        deadlines=options.deadlines,
+        keepalive=options.keepalive,
+    )
+
+
+async def _stream(generation: Generation, tokenizer: Tokenizer | None, *, quiet: bool) -> str:
+    """The generated text; said as it comes unless `quiet`. Without a tokenizer the ids are said, and there is no text."""
+    answer = None if tokenizer is None else Answer(generation, tokenizer)
+    async with aclosing(_numbers(generation) if answer is None else answer.pieces()) as pieces:
+        async for piece in pieces:
+            if not quiet:
+                await say(piece)
     if not quiet:
-        sys.stdout.write("\n")
-    return "".join(pieces) if decoder is not None else ""
+        await say("\n")
+    return "" if answer is None else answer.text
 
 
-def _report(generation: Generation, text: str, node: LocalNode) -> dict[str, Any]:
+async def _numbers(generation: Generation) -> AsyncGenerator[str, None]:
+    async with aclosing(generation.run()) as ids:
+        async for token in ids:
+            yield f"{token} "
+
+
+async def say(text: str) -> None:
+    """Write to stdout. Where whoever reads it lags behind, this waits as a task does, so that a signal is heard."""
+    for first in range(0, len(text), _PIECE):
+        while not select.select([], [sys.stdout], [], 0)[1]:  # noqa: ASYNC110 - the loop cannot watch a plain file, which stdout may be
+            await asyncio.sleep(0.05)
+        sys.stdout.write(text[first : first + _PIECE])
+        sys.stdout.flush()
+
+
+def _report(generation: Generation, text: str, nodes: tuple[NodeReport, ...], executor: Executor) -> dict[str, Any]:
+    own, *others = [dataclasses.asdict(node) for node in nodes]
     return {
         "prompt_ids": list(generation.prompt_ids),
         "ids": generation.ids,
@@ -111,32 +159,6 @@ def _report(generation: Generation, text: str, node: LocalNode) -> dict[str, Any
         "prefill_tokens_per_second": round(generation.prefill_tokens_per_second, 3),
         "decode_tokens_per_second": round(generation.decode_tokens_per_second, 3),
         "peak_rss_bytes": machine.peak_rss_bytes(),
-        "bytes_sent": 0,
-        "bytes_received": 0,
-        "weight_bytes_sent": 0,
-        "nodes": [{"node": 0, "kernels": node.kernel_form, "threads": node.n_threads}],
+        **{name: own[name] for name in ("bytes_sent", "bytes_received", "weight_bytes_sent")},
+        "nodes": [own | {"kernels": executor.form, "threads": executor.n_threads}, *others],
     }
-
-
-class _Logits:
-    """A `.npy` file of float32 [steps, vocabulary], row by row; cut to the rows that came when it is closed."""
-
-    def __init__(self, path: Path, steps: int, vocab_size: int) -> None:
-        self._path, self._rows = path, 0
-        try:
-            self._array = open_memmap(path, mode="w+", dtype=np.float32, shape=(steps, vocab_size))
-        except OSError as e:
-            raise ConfigError(f"--logits {path}: {e.strerror or e}") from None
-
-    def append(self, logits: NDArray[np.float32]) -> None:
-        self._array[self._rows] = logits
-        self._rows += 1
-
-    def close(self) -> None:
-        if self._rows == len(self._array):
-            self._array.flush()
-            return
-        rows = np.array(self._array[: self._rows])
-        del self._array
-        with self._path.open("wb") as file:
-            np.save(file, rows)

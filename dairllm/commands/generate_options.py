@@ -1,72 +1,14 @@
-"""What `dairllm generate` is asked to do: settings that a file or the environment may hold, and one request of the command line.
+"""What `dairllm generate` is asked to do: the settings of a root (`configs/root.yaml`) and one request of the command line, checked."""
 
-`GenerateSettings` is the part that stays (which model, how many threads), described in `configs/generate.yaml`; `GenerateOptions` is
-all of it together, checked, as the command's body takes it.
-"""
-
-import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
-
-from dairllm.config import Kernels, Log, Threads, WorkerSettings, load_settings, thread_count
+from dairllm.config import MAX_ID, Keepalive, RootDeadlines, RootSettings, WorkerAddress
 from dairllm.errors import ConfigError
+from dairllm.graph.slicing import ShareSize, parse_shares
 
-__all__ = ["GenerateOptions", "GenerateSettings", "parse_prompt_ids"]
-
-MAX_ID = 2**31 - 1
-"""Token ids are 32 bits wide in every file and message."""
-
-Count = Annotated[int, Field(ge=1, le=MAX_ID)]
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-class Model(_Section):
-    """Which files. `tokenizer` is the model's name with .t where it is not given."""
-
-    file: str | None = None
-    tokenizer: str | None = None
-    max_seq_len: Count | None = None
-
-
-class Engine(_Section):
-    """With what to compute."""
-
-    threads: Threads = "auto"
-    kernels: Kernels = "auto"
-    sync: Literal["auto", "q80", "f32"] = "auto"
-
-
-class Sampling(_Section):
-    """How the next token is chosen, and of how many an answer may be made."""
-
-    steps: Count = 256
-    temperature: float = Field(0.0, ge=0, le=100, allow_inf_nan=False)
-    top_p: float = Field(0.9, gt=0, le=1, allow_inf_nan=False)
-    seed: Annotated[int, Field(ge=0, lt=2**64)] | None = None
-
-
-class GenerateSettings(_Section):
-    """All that a file or the environment can tell `dairllm generate`."""
-
-    model: Model = Model()
-    engine: Engine = Engine()
-    sampling: Sampling = Sampling()
-    log: Log = Log(level="warning")
-
-    @classmethod
-    def load(cls, file: Path | None, flags: Mapping[str, tuple[str, object]]) -> "GenerateSettings":
-        """From all their sources; ConfigError names the source, the line and the key."""
-        # A container of a worker has variables that mean nothing here. Those of our own sections are checked.
-        foreign = {f"DAIRLLM_{section.upper()}__" for section in WorkerSettings.model_fields if section not in cls.model_fields}
-        environment = {name: value for name, value in os.environ.items() if not name.startswith(tuple(foreign))}
-        return load_settings(cls, file, environment=environment, flags=flags)
+__all__ = ["GenerateOptions", "parse_prompt_ids"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +29,11 @@ class GenerateOptions:
         threads: compute threads.
         kernels: form of the kernels, or "auto".
         max_seq_len: context length; None for the model's.
-        sync: what would cross the wire; None for f32 with F32 weights, else q80.
+        sync: what crosses the wire between nodes; None for f32 with F32 weights, else q80.
+        workers: the other nodes; none to compute all of it here.
+        sizes: share of each node, this one's first; None for nearly equal ones.
+        deadlines: how long workers may be silent.
+        keepalive: when TCP gives them up.
         json: print one JSON object in place of the text.
         logits: where to write the logits [steps, vocabulary], or None.
 
@@ -109,6 +55,10 @@ class GenerateOptions:
     kernels: str = "auto"
     max_seq_len: int | None = None
     sync: Literal["q80", "f32"] | None = None
+    workers: tuple[WorkerAddress, ...] = ()
+    sizes: tuple[ShareSize, ...] | None = None
+    deadlines: RootDeadlines = field(default_factory=RootDeadlines)
+    keepalive: Keepalive = field(default_factory=Keepalive)
     json: bool = False
     logits: Path | None = None
 
@@ -121,13 +71,18 @@ class GenerateOptions:
             raise ConfigError("--chat is for a --prompt: nothing is added to --prompt-ids")
         if self.prompt is not None and self.tokenizer is None:
             raise ConfigError("a --prompt needs a --tokenizer")
+        n_nodes = len(self.workers) + 1
+        if self.sizes is not None and len(self.sizes) != n_nodes:
+            raise ConfigError(
+                f"shares for {len(self.sizes)} nodes, but there are {n_nodes}: this one, which comes first, and the --workers"
+            )
         if self.max_seq_len is not None and self.prompt_ids is not None and len(self.prompt_ids) > self.max_seq_len:
             raise ConfigError(f"{len(self.prompt_ids)} --prompt-ids do not fit into --max-seq-len {self.max_seq_len}")
 
     @classmethod
     def of(
         cls,
-        settings: GenerateSettings,
+        settings: RootSettings,
         *,
         prompt: str | None,
         prompt_ids: str | None,
@@ -156,10 +111,14 @@ class GenerateOptions:
             top_p=settings.sampling.top_p,
             seed=settings.sampling.seed,
             ignore_eos=ignore_eos or ids is not None,
-            threads=thread_count(settings.engine.threads),
+            threads=settings.engine.n_threads,
             kernels=settings.engine.kernels,
             max_seq_len=settings.model.max_seq_len,
             sync=None if settings.engine.sync == "auto" else settings.engine.sync,
+            workers=settings.cluster.workers,
+            sizes=None if settings.cluster.shares is None else parse_shares(settings.cluster.shares),
+            deadlines=settings.deadlines,
+            keepalive=settings.keepalive,
             json=json,
             logits=logits,
         )

@@ -1,7 +1,7 @@
-"""A service's life: an event loop, signals, startup and shutdown as ordered steps.
+"""A program's life: an event loop, signals, startup and shutdown as ordered steps.
 
 run(main)          main() is one coroutine on uvloop. SIGTERM or SIGINT cancels it once, and it ends in good order;
-                   a second signal ends the process at once.
+                   a second signal ends the process at once. A service has then done its work; a command was cut short.
 Steps              startup is a list of named steps; leaving undoes them in reverse, each within a deadline
 in_thread          a blocking call that must not keep the process alive when it is not wanted any more
 """
@@ -31,30 +31,39 @@ ONE_TELLING = 0.5
 T = TypeVar("T")
 
 
-def run(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
+def run(main: Callable[[], Coroutine[Any, Any, None]], *, service: bool = True) -> None:
     """Run `main` to its end, or until a signal has ended it in good order.
 
+    Args:
+        service: a signal is how it ends. Otherwise a signal cuts it short, which the exit code says: 128 and the signal's number.
+
     Raises:
+        SystemExit: a signal cut short what is no service.
         whatever `main` raises, but not the cancellation that a signal caused.
     """
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_until_told(main))
+        told = runner.run(_until_told(main))
+    code = 0 if service or told is None else 128 + told
     if any(thread.name.startswith(_ABANDONED) for thread in threading.enumerate()):
         # A call that nobody waits for is still inside native code (a compiler, say), which does not survive the interpreter's own end.
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(0)
+        os._exit(code)
+    if code:
+        raise SystemExit(code)
 
 
-async def _until_told(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
+async def _until_told(main: Callable[[], Coroutine[Any, Any, None]]) -> signal.Signals | None:
+    """The signal that ended it, or None."""
     loop = asyncio.get_running_loop()
     task = asyncio.ensure_future(main())
-    told_at: float | None = None
+    told: signal.Signals | None = None
+    told_at = 0.0
 
     def tell(signum: signal.Signals) -> None:
-        nonlocal told_at
-        if told_at is None:
-            told_at = loop.time()
+        nonlocal told, told_at
+        if told is None:
+            told, told_at = signum, loop.time()
             log.info("shutting down", signal=signum.name)
             task.cancel()
         elif loop.time() - told_at > ONE_TELLING:
@@ -62,17 +71,20 @@ async def _until_told(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
             signal.signal(signum, signal.SIG_DFL)
             signal.raise_signal(signum)
 
-    signals = (signal.SIGTERM, signal.SIGINT)
-    for signum in signals:
+    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)}
+    for signum in handlers:
         loop.add_signal_handler(signum, tell, signum)
     try:
         await task
     except asyncio.CancelledError:
-        if told_at is None:
+        if told is None:
             raise
     finally:
-        for signum in signals:
+        for signum, handler in handlers.items():
             loop.remove_signal_handler(signum)
+            if handler is not None:
+                signal.signal(signum, handler)
+    return told
 
 
 class Steps:

@@ -1,7 +1,7 @@
 """From prompt ids to generated ids: feed, sample, feed again."""
 
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -11,18 +11,46 @@ from numpy.typing import NDArray
 from dairllm.engine.sampler import Sampler
 from dairllm.errors import ConfigError
 
-__all__ = ["Generation", "Model"]
+__all__ = ["Generation", "Model", "check_prompt"]
 
 
 class Model(Protocol):
-    """Anything that continues token ids: one node, or a cluster behind its root."""
+    """Anything that continues token ids: one node, or a cluster behind its root. One call at a time.
+
+    Attributes:
+        seq_len: positions that there are.
+        vocab_size: ids are below it.
+        n_batches: the most tokens of one call.
+    """
 
     seq_len: int
     vocab_size: int
+    n_batches: int
 
-    def feed(self, tokens: list[int], position: int) -> NDArray[np.float32]:
-        """Compute tokens at position, position + 1, ...; the logits after the last of them, float32 [vocab], valid until the next call."""
+    async def feed(self, tokens: Sequence[int], position: int, *, logits: bool) -> NDArray[np.float32] | None:
+        """Compute 1 to n_batches tokens at position, position + 1, ...
+
+        Cancelled in the middle it returns only when nothing of this pass is being computed any more.
+
+        Returns:
+            the logits after the last of them, float32 [vocab], valid until the next call; None unless they were asked for.
+        """
         ...
+
+
+def check_prompt(prompt_ids: Sequence[int], *, vocab_size: int, seq_len: int) -> None:
+    """What can be said of a prompt before anything is computed.
+
+    Raises:
+        ConfigError: it is empty, holds an id that the model does not know, or is longer than the context.
+    """
+    if not prompt_ids:
+        raise ConfigError("the prompt has no tokens: there is nothing to continue")
+    for place, token in enumerate(prompt_ids):
+        if not 0 <= token < vocab_size:
+            raise ConfigError(f"token {place} of the prompt is {token}; the model knows ids 0 to {vocab_size - 1}")
+    if len(prompt_ids) > seq_len:
+        raise ConfigError(f"the prompt has {len(prompt_ids)} tokens; the context has room for {seq_len}")
 
 
 @dataclass(slots=True)
@@ -34,7 +62,10 @@ class Generation:
         steps: most ids to generate; fewer where the context ends.
         eos_ids: ids that end it; they are generated too.
         on_logits: called with what led to each id.
+        held: so many tokens of the prompt the model has computed before, at these positions; fewer than all of them.
         finish_reason: "stop" after an eos id, else "length".
+        prefill_seconds: from the beginning to the first id.
+        decode_seconds: from the first id to the last.
     """
 
     model: Model
@@ -43,29 +74,29 @@ class Generation:
     steps: int
     eos_ids: Collection[int] = ()
     on_logits: Callable[[NDArray[np.float32]], None] | None = None
+    held: int = 0
     ids: list[int] = field(default_factory=list)
     finish_reason: str = "length"
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
 
-    def run(self) -> Iterator[int]:
-        """Generate; yields each id as it is chosen.
+    async def run(self) -> AsyncGenerator[int, None]:
+        """Generate; yields each id as it is chosen. Whoever stops iterating, or is cancelled, stops it between two passes.
 
         Raises:
             ConfigError: the prompt is empty, holds an id that the model does not know, or leaves the context no room.
         """
-        prompt, room = list(self.prompt_ids), self.model.seq_len
-        if not prompt:
-            raise ConfigError("the prompt has no tokens: there is nothing to continue")
-        for place, token in enumerate(prompt):
-            if not 0 <= token < self.model.vocab_size:
-                raise ConfigError(f"token {place} of the prompt is {token}; the model knows ids 0 to {self.model.vocab_size - 1}")
-        if len(prompt) > room:
-            raise ConfigError(f"the prompt has {len(prompt)} tokens; the context has room for {room}")
+        prompt, room, batch = list(self.prompt_ids), self.model.seq_len, self.model.n_batches
+        check_prompt(prompt, vocab_size=self.model.vocab_size, seq_len=room)
         start = time.perf_counter()
-        logits = self.model.feed(prompt, 0)
-        position = len(prompt)
+        tokens, position = prompt[self.held :], self.held
+        while len(tokens) > batch:
+            await self.model.feed(tokens[:batch], position, logits=False)
+            tokens, position = tokens[batch:], position + batch
         while True:
+            logits = await self.model.feed(tokens, position, logits=True)
+            assert logits is not None  # noqa: S101 - for the type checker: they were asked for
+            position += len(tokens)
             if self.on_logits is not None:
                 self.on_logits(logits)
             token = self.sampler.sample(logits)
@@ -81,13 +112,12 @@ class Generation:
                 return
             if len(self.ids) == self.steps or position == room:
                 return
-            logits = self.model.feed([token], position)
-            position += 1
+            tokens = [token]
 
     @property
     def prefill_tokens_per_second(self) -> float:
-        """Prompt tokens over the seconds to the first id."""
-        return len(self.prompt_ids) / self.prefill_seconds if self.prefill_seconds else 0.0
+        """Prompt tokens that were computed, over the seconds to the first id."""
+        return (len(self.prompt_ids) - self.held) / self.prefill_seconds if self.prefill_seconds else 0.0
 
     @property
     def decode_tokens_per_second(self) -> float:

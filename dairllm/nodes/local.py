@@ -1,17 +1,20 @@
 """One node that computes the whole model: the graph for one node, run from the model's file in place."""
 
-from types import TracebackType
+import asyncio
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dairllm.engine.executor import Executor
-from dairllm.engine.program import compile_program
+from dairllm.engine.program import Program, compile_program
 from dairllm.engine.weights import FileWeights
 from dairllm.errors import EngineError
 from dairllm.formats.model_file import ModelFile
 from dairllm.graph.build import LOGITS_PIPE, TOKEN_PIPE, build_graph
 from dairllm.graph.types import FloatType
+from dairllm.net.compute import Compute
+from dairllm.net.runner import in_thread
+from dairllm.nodes.report import NodeReport
 
 __all__ = ["PROMPT_ROWS", "LocalNode", "default_sync"]
 
@@ -28,66 +31,69 @@ def default_sync(weight_type: FloatType) -> FloatType:
 
 
 class LocalNode:
-    """Owns the executor and the program; a context manager that closes them. The model file stays the caller's and must stay open.
+    """A `dairllm.nodes.generation.Model` over this machine alone, from `open` to `close`.
 
     Args:
-        model: open; its spec's seq_len is the context length.
-        n_threads: compute threads.
-        kernels: a form of dairllm.kernels.forms, or "auto".
+        model: stays the caller's and must stay open; its spec's seq_len is the context length.
+        compute: the caller's too; its executor, of `n_threads`, must have been started before `open`.
         sync: type of the pipe ZQ; `default_sync` if None.
 
     Raises:
-        ConfigError: this processor cannot run that form.
-        GraphError: the model has a shape that we cannot compute.
+        GraphError: the model has a shape that we cannot compute. Told before any kernel is needed.
     """
 
-    def __init__(self, model: ModelFile, *, n_threads: int, kernels: str = "auto", sync: FloatType | None = None) -> None:
+    def __init__(self, model: ModelFile, compute: Compute[Program], *, n_threads: int, sync: FloatType | None = None) -> None:
         spec = model.spec
         self.seq_len, self.vocab_size = spec.seq_len, spec.vocab_size
         self.n_batches = min(PROMPT_ROWS, spec.seq_len)
-        network, (node,) = build_graph(spec, 1, default_sync(spec.weight_type) if sync is None else sync, self.n_batches)
-        self._executor = Executor(n_threads, kernels).start()
-        try:
-            self._program = compile_program(network, node, FileWeights(model), n_threads=n_threads)
-        except BaseException:
-            self._executor.close()
-            raise
-        self._tokens, self._logits = (self._program.values(pipe) for pipe in (TOKEN_PIPE, LOGITS_PIPE))
-        self.kernel_form, self.n_threads = self._executor.form, n_threads
+        self.n_threads = n_threads
+        self._model, self._compute = model, compute
+        self._graph = build_graph(spec, 1, default_sync(spec.weight_type) if sync is None else sync, self.n_batches)
+        self._program: Program | None = None
 
-    def feed(self, tokens: list[int], position: int) -> NDArray[np.float32]:
-        """Compute tokens at position, position + 1, ...; returns the logits after the last of them, float32 [vocab], a
-        view until the next call.
+    async def open(self, progress: Callable[[str, int, int], None] | None = None) -> None:
+        """Make the program. `progress` is a cluster's: here nothing is sent.
 
         Raises:
-            EngineError: no token, a token outside of the vocabulary, or no room for so many.
+            GraphError: something of the model cannot be computed.
         """
-        if not tokens or min(tokens) < 0 or max(tokens) >= self.vocab_size:
-            raise EngineError(f"token ids must lie in 0..{self.vocab_size - 1} and be at least one")
-        if position < 0 or position + len(tokens) > self.seq_len:
-            raise EngineError(f"positions {position} to {position + len(tokens) - 1}: the context has room for {self.seq_len}")
-        last = self._program.n_segments - 1
-        rows = 0
-        for first in range(0, len(tokens), self.n_batches):
-            batch = tokens[first : first + self.n_batches]
-            rows = len(batch)
-            self._tokens[:rows, 0] = batch
-            end = first + rows == len(tokens)
-            if rows == 1 and end:
-                self._executor.run(self._program, 0, last + 1, position + first, 1)
-            else:
-                self._executor.run(self._program, 0, last, position + first, rows)
-                if end:
-                    # the last segment is the classifier, wanted for the last row alone
-                    self._executor.run(self._program, last, last + 1, position + first, rows, first_row=rows - 1)
-        logits: NDArray[np.float32] = self._logits[rows - 1]
-        return logits
+        network, (node,) = self._graph
+        program = await in_thread("prepare", lambda: compile_program(network, node, FileWeights(self._model), n_threads=self.n_threads))
+        self._tokens, self._logits = (program.values(pipe) for pipe in (TOKEN_PIPE, LOGITS_PIPE))
+        self._program = program
 
-    def close(self) -> None:
-        self._executor.close()
+    async def feed(self, tokens: Sequence[int], position: int, *, logits: bool) -> NDArray[np.float32] | None:
+        """As `Model.feed`; the logits are a view.
 
-    def __enter__(self) -> "LocalNode":
-        return self
+        Raises:
+            EngineError: no token or too many, one outside of the vocabulary, no room for them, or the node is not open.
+        """
+        program, rows = self._program, len(tokens)
+        if program is None:
+            raise EngineError("the node is not open")
+        if not 1 <= rows <= self.n_batches or min(tokens) < 0 or max(tokens) >= self.vocab_size:
+            raise EngineError(f"expected 1 to {self.n_batches} tokens with ids in 0..{self.vocab_size - 1}, found {rows}")
+        if position < 0 or position + rows > self.seq_len:
+            raise EngineError(f"positions {position} to {position + rows - 1}: the context has room for {self.seq_len}")
+        # Where computing never waits, nothing else does: here signals and other tasks get their turn.
+        await asyncio.sleep(0)
+        self._tokens[:rows, 0] = tokens
+        last = program.n_segments - 1
+        if rows == 1 and logits:
+            await self._compute.run(program, 0, last + 1, position, 1)
+        else:
+            await self._compute.run(program, 0, last, position, rows)
+            if logits:  # the last segment is the classifier, wanted for the last row alone
+                await self._compute.run(program, last, last + 1, position, rows, rows - 1)
+        return self._logits[rows - 1] if logits else None
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
+    @property
+    def nodes(self) -> tuple[NodeReport, ...]:
+        spec = self._model.spec
+        return (NodeReport(0, "", "dairllm", spec.n_heads, spec.n_kv_heads, spec.ff_dim),)
+
+    async def close(self) -> None:
+        """Give up the program's memory. Nothing is being computed: a pass ends before whoever awaits it goes on."""
+        if self._program is not None:
+            self._program = None
+            del self._tokens, self._logits

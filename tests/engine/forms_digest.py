@@ -6,8 +6,10 @@ FOLDER holds the random models. Prints {model: [digests]}: one digest wherever t
 must be.
 """
 
+import asyncio
 import hashlib
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,8 +21,10 @@ THREADS = (1, 2, 3)
 LENGTH = 40
 
 
-def digests(path: Path, tokens: list[int]) -> list[str]:
+async def digests(path: Path, tokens: list[int]) -> list[str]:
+    from dairllm.engine.executor import Executor
     from dairllm.formats.model_file import ModelFile
+    from dairllm.net.compute import Compute
     from dairllm.nodes.local import LocalNode
 
     found = set()
@@ -29,13 +33,16 @@ def digests(path: Path, tokens: list[int]) -> list[str]:
         found.add(hashlib.sha256(logits.tobytes()).hexdigest()[:16])
 
     for n_threads in THREADS:
-        with ModelFile.open(path) as model, LocalNode(model, n_threads=n_threads) as node:
+        with ModelFile.open(path) as model, Executor(n_threads) as executor:
+            node = LocalNode(model, Compute(executor, math.inf), n_threads=n_threads)
+            await node.open()
             for sizes in ([LENGTH], [7, 33], [38, 2], [1] * LENGTH):
                 at = 0
                 for size in sizes:
-                    logits = node.feed(tokens[at : at + size], at)
+                    logits = await node.feed(tokens[at : at + size], at, logits=True)
                     at += size
                 note(logits)
+            await node.close()
     return sorted(found)
 
 
@@ -44,9 +51,9 @@ def main(form: str, folder: str) -> None:
     golden = json.loads((DATA / "golden.json").read_text())["models"]
     result = {}
     for model, ids in golden.items():
-        result[model] = digests(DATA / f"{model}.m", (ids["prompt_ids"] + ids["generated_ids_1_node"])[:LENGTH])
+        result[model] = asyncio.run(digests(DATA / f"{model}.m", (ids["prompt_ids"] + ids["generated_ids_1_node"])[:LENGTH]))
     for path in sorted(Path(folder).glob("*.m")):
-        result[path.stem] = digests(path, [(7 * i * i + 3 * i) % 97 for i in range(LENGTH)])
+        result[path.stem] = asyncio.run(digests(path, [(7 * i * i + 3 * i) % 97 for i in range(LENGTH)]))
     print(json.dumps(result))  # noqa: T201 - what the test reads
 
 
