@@ -1,4 +1,4 @@
-"""The root of a cluster: shares a model out to workers, of our kind or of distributed-llama's, computes a share itself, continues token ids.
+"""The root of a cluster: shares a model out to workers, of our kind or of distributed-llama's, computes a share itself, continues ids.
 
     checks > dial all > greet all > go > network, and who is of our kind > node > weights > pass after pass > goodbye
 
@@ -11,7 +11,6 @@ import contextlib
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal, TypeVar
 
 import numpy as np
 import structlog
@@ -24,20 +23,18 @@ from dairllm.errors import ConfigError, DairllmError, EngineError, NetworkError,
 from dairllm.formats.model_file import ModelFile
 from dairllm.graph.build import LOGITS_PIPE, TOKEN_PIPE, build_network, build_node
 from dairllm.graph.model import ModelSpec
-from dairllm.graph.plan import Exchange, token_plan
-from dairllm.graph.slicing import Share, ShareSize, deal_shares, nearly_equal_sizes
+from dairllm.graph.plan import token_plan
+from dairllm.graph.slicing import ShareSize, deal_shares, nearly_equal_sizes
 from dairllm.graph.types import FloatType
 from dairllm.net.compute import Compute
 from dairllm.net.runner import in_thread
-from dairllm.net.transport import Connection, dial, resolve
 from dairllm.nodes.local import default_sync
+from dairllm.nodes.remote_worker import FAREWELL_SECONDS, RemoteWorker
 from dairllm.nodes.report import NodeReport
 from dairllm.nodes.tensor_pass import TensorPass
-from dairllm.nodes.weight_stream import PIECE_BYTES, WeightStream
+from dairllm.nodes.weight_stream import WeightStream
 from dairllm.protocol.dllama.codec import Control, Greeting, Peer
-from dairllm.protocol.dllama.events import Acknowledged
 from dairllm.protocol.dllama.root import RootSession, Stage
-from dairllm.units import format_duration
 
 __all__ = ["Cluster", "Progress"]
 
@@ -48,37 +45,6 @@ Progress = Callable[[str, int, int], None]
 
 AFTER_DIALLING = 0.05
 """Seconds in which a worker that is taken closes a new connection. Before they are over nobody has been greeted."""
-
-FAREWELL_SECONDS = 5.0
-"""For all answers of a session that is given up."""
-
-T = TypeVar("T")
-
-
-@dataclass(slots=True)
-class _Worker:
-    """One worker, as the root knows it."""
-
-    node: int
-    address: WorkerAddress
-    share: Share
-    wire: RootSession
-    connection: Connection | None = None
-    kind: Literal["dairllm", "dllama"] = "dllama"
-    weight_bytes: int = 0
-    """Sent so far, headers included."""
-    weight_left: int = 0
-    """What the weight that was sent last still lacks."""
-
-    @property
-    def name(self) -> str:
-        return f"worker {self.address} (node {self.node})"
-
-    @property
-    def link(self) -> Connection:
-        if self.connection is None:
-            raise EngineError(f"{self.name} is not connected")
-        return self.connection
 
 
 @dataclass(slots=True)
@@ -133,7 +99,8 @@ class Cluster:
         self._logits_rows = self._network.pipes[LOGITS_PIPE].size.x // n_nodes
         self.n_batches = self._network.n_batches
         self._workers = [
-            _Worker(node, address, shares[node], RootSession(self._network, self._plan, node)) for node, address in enumerate(workers, 1)
+            RemoteWorker(address, shares[node], RootSession(self._network, self._plan, node), self._deadlines, self._keepalive)
+            for node, address in enumerate(workers, 1)
         ]
         self._meter = _Seconds()
         self._in_hand: asyncio.Task[None] | None = None
@@ -142,7 +109,7 @@ class Cluster:
     @property
     def nodes(self) -> tuple[NodeReport, ...]:
         """What each node has, and what was exchanged with it."""
-        reports = [self._report(worker) for worker in self._workers]
+        reports = [worker.report for worker in self._workers]
         sums = [sum(getattr(report, name) for report in reports) for name in ("bytes_sent", "bytes_received", "weight_bytes_sent")]
         own = self._share
         return (NodeReport(0, "", "dairllm", own.n_heads, own.n_kv_heads, own.ffn.size, *sums), *reports)
@@ -210,8 +177,8 @@ class Cluster:
                 await asyncio.wait({self._in_hand})
                 self._usable = False
         for worker in self._workers:
-            if self._usable and worker.connection is not None and not worker.connection.has_ended:
-                worker.connection.send([worker.wire.stop()])
+            if self._usable and worker.is_connected:
+                worker.link.send([worker.wire.stop()])
         await self._hang_up()
 
     # The stages of `open`.
@@ -221,7 +188,7 @@ class Cluster:
 
     async def _dial(self) -> None:
         """Connect to all, or to none: until all are there, nothing has been said to anybody."""
-        results = await asyncio.gather(*map(self._dial_one, self._workers), return_exceptions=True)
+        results = await asyncio.gather(*(worker.dial() for worker in self._workers), return_exceptions=True)
         failed = [result for result in results if isinstance(result, BaseException)]
         if not failed:
             await asyncio.sleep(AFTER_DIALLING)
@@ -236,45 +203,26 @@ class Cluster:
         if failed:
             raise NetworkError("; ".join(map(str, failed)))
 
-    async def _dial_one(self, worker: _Worker) -> None:
-        address, patience = worker.address, self._deadlines.connect
-        problem = "it has no address"
-        try:
-            async with asyncio.timeout(patience):
-                for found in await resolve(address.host):
-                    try:
-                        worker.connection = await dial(found, address.port, self._keepalive, patience)
-                    except NetworkError as error:
-                        problem = str(error)
-                    else:
-                        worker.connection.attach(worker.wire)
-                        return
-        except TimeoutError:
-            problem = f"no answer within {format_duration(patience)}"
-        except NetworkError as error:
-            problem = str(error)
-        raise NetworkError(f"{worker.name} cannot be reached: {problem}; is `dairllm worker --port {address.port}` running there?")
-
     async def _introduce(self) -> None:
         """Tell each worker of the others, and when all have answered, all to make their mesh."""
         peers = [Peer(worker.address.host, worker.address.port) for worker in self._workers]
 
-        async def greet(worker: _Worker) -> None:
+        async def greet(worker: RemoteWorker) -> None:
             index = worker.node - 1
-            await self._tell(worker, worker.wire.greet(Greeting(len(peers), index, (*peers[:index], *peers[index + 1 :]))))
+            await worker.tell(worker.wire.greet(Greeting(len(peers), index, (*peers[:index], *peers[index + 1 :]))))
 
         await self._all(greet)
         for worker in self._workers:
             worker.link.send([worker.wire.go()])
 
     async def _configure(self) -> None:
-        async def network(worker: _Worker) -> None:
-            acknowledged = await self._tell(worker, worker.wire.configure_network(self._network))
+        async def network(worker: RemoteWorker) -> None:
+            acknowledged = await worker.tell(worker.wire.configure_network(self._network))
             worker.kind = "dairllm" if acknowledged.ours else "dllama"
 
-        async def node(worker: _Worker) -> None:
+        async def node(worker: RemoteWorker) -> None:
             graph = build_node(self._model.spec, self._network, worker.node, worker.share)
-            await self._tell(worker, worker.wire.configure_node(graph))
+            await worker.tell(worker.wire.configure_node(graph))
 
         await self._all(network)
         obstacle = _dllama_obstacle(self._model.spec)
@@ -289,29 +237,20 @@ class Cluster:
         streams = [await in_thread("weights", partial(self._stream, worker)) for worker in self._workers]
         total = sum(stream.nbytes for stream in streams)
 
-        async def send(worker: _Worker) -> None:
-            await self._send_stream(worker, streams[worker.node - 1], total, progress)
-            await self._tell(worker, worker.wire.end_weights())
+        async def send(worker: RemoteWorker) -> None:
+            stream = streams[worker.node - 1]
+
+            def tell() -> None:
+                if progress is not None:
+                    progress(f"{worker.address}, {stream.at_hand}", sum(w.weight_bytes for w in self._workers), total)
+
+            await worker.send_weights(stream, tell)
+            await worker.tell(worker.wire.end_weights())
 
         await self._all(send)
 
-    def _stream(self, worker: _Worker) -> WeightStream:
+    def _stream(self, worker: RemoteWorker) -> WeightStream:
         return WeightStream(self._model, worker.share, self._logits_rows)
-
-    async def _send_stream(self, worker: _Worker, stream: WeightStream, total: int, progress: Progress | None) -> None:
-        """One piece is read while the other one leaves."""
-        link, silence = worker.link, self._deadlines.weights
-        pieces = [memoryview(bytearray(stream.piece_bytes)) for _ in range(2)]
-        while True:
-            filled = await in_thread("weights", partial(stream.fill, pieces[0]))
-            await link.flushed(silence)
-            if not filled:
-                return
-            link.send([pieces[0][:filled]])
-            worker.weight_bytes, worker.weight_left = worker.weight_bytes + filled, stream.left
-            if progress is not None:
-                progress(f"{worker.address}, {stream.at_hand}", sum(w.weight_bytes for w in self._workers), total)
-            pieces.reverse()
 
     # Passes.
 
@@ -339,10 +278,10 @@ class Cluster:
 
     # Within.
 
-    async def _all(self, step: Callable[[_Worker], Awaitable[None]]) -> None:
+    async def _all(self, step: Callable[[RemoteWorker], Awaitable[None]]) -> None:
         """The same with every worker at once. The first that fails ends the others' waits, and is named."""
 
-        async def named(worker: _Worker) -> None:
+        async def named(worker: RemoteWorker) -> None:
             try:
                 await step(worker)
             except (NetworkError, RemoteProtocolError) as error:
@@ -357,66 +296,15 @@ class Cluster:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _tell(self, worker: _Worker, data: bytes) -> Acknowledged:
-        """Say something and hear the answer."""
-        worker.link.send([data])
-        event = await worker.link.next_event(worker.wire, self._deadlines.answer)
-        if not isinstance(event, Acknowledged):
-            raise RemoteProtocolError(f"{worker.name}: expected an ACK, found {event}")  # a bug of ours
-        return event
-
     async def _leave(self) -> None:
-        """Lead all that can be led to the end of an empty session; then end the connections."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(FAREWELL_SECONDS):
-                await asyncio.gather(*map(self._leave_one, self._workers))
+                await asyncio.gather(*(worker.leave() for worker in self._workers))
         await self._hang_up()
 
-    async def _leave_one(self, worker: _Worker) -> None:
-        connection, wire = worker.connection, worker.wire
-        if connection is None or connection.has_ended or wire.dead:
-            return
-        with contextlib.suppress(NetworkError, RemoteProtocolError):
-            while worker.weight_left:
-                zeros = bytes(min(worker.weight_left, PIECE_BYTES))
-                connection.send([zeros])
-                await connection.flushed(FAREWELL_SECONDS)
-                worker.weight_left -= len(zeros)
-            while True:
-                if wire.answer_due:
-                    await connection.next_event(wire, FAREWELL_SECONDS)
-                data = wire.farewell()
-                if data is None:
-                    break
-                connection.send([data])
-            await connection.flushed(FAREWELL_SECONDS)
-
     async def _hang_up(self) -> None:
-        connections = [worker.connection for worker in self._workers if worker.connection is not None]
-        for connection in connections:
-            connection.close()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(FAREWELL_SECONDS):
-                await asyncio.gather(*(connection.closed() for connection in connections))
-        for connection in connections:
-            connection.abort()
         self._usable = False
-
-    def _report(self, worker: _Worker) -> NodeReport:
-        share, link = worker.share, worker.connection
-        sent = 0 if link is None else link.bytes_sent - worker.weight_bytes
-        received = 0 if link is None else link.bytes_received
-        return NodeReport(
-            worker.node,
-            str(worker.address),
-            worker.kind,
-            share.n_heads,
-            share.n_kv_heads,
-            share.ffn.size,
-            sent,
-            received,
-            worker.weight_bytes,
-        )
+        await asyncio.gather(*(worker.hang_up(FAREWELL_SECONDS) for worker in self._workers))
 
 
 _HINTS = {
@@ -431,8 +319,9 @@ _HINTS = {
 def _dllama_obstacle(spec: ModelSpec) -> str | None:
     """Why workers of distributed-llama cannot compute a model, and what to do."""
     if spec.weight_type not in (FloatType.F32, FloatType.Q40):
-        kind = spec.weight_type.name.lower()
-        return f"know F32 and Q40 weights alone and would end, given {kind}: make the model again with `dairllm convert SOURCE OUT.m --weights q40`"
-    if spec.n_experts and spec.weight_type != FloatType.Q40:
-        return "know experts with Q40 weights alone and would end: make the model again with `dairllm convert SOURCE OUT.m --weights q40`"
-    return None
+        known = f"know F32 and Q40 weights alone and would end, given {spec.weight_type.name.lower()}"
+    elif spec.n_experts and spec.weight_type != FloatType.Q40:
+        known = "know experts with Q40 weights alone and would end"
+    else:
+        return None
+    return f"{known}: make the model again with `dairllm convert SOURCE OUT.m --weights q40`"

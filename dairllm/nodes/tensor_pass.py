@@ -18,13 +18,13 @@ from dairllm.engine.program import Program
 from dairllm.graph.plan import Exchange, Run
 from dairllm.kernels.panels import TILE_COLUMNS
 from dairllm.net.compute import Compute
-from dairllm.net.transport import Connection
+from dairllm.net.transport import Connection, Incoming
 
 __all__ = ["Meter", "RowsFrom", "TensorPass"]
 
 
-class RowsFrom(Protocol):
-    """The receiving end of a link, as far as rows go: both sides of the dllama protocol have such."""
+class RowsFrom(Incoming[object], Protocol):
+    """The receiving end of a link that brings rows: both sides of the dllama protocol have such."""
 
     def receive_into(self, *views: memoryview) -> None: ...
 
