@@ -28,7 +28,7 @@ __all__ = [
     "layout_bytes",
     "node_slice",
     "row_slice",
-    "share_slice",
+    "share_slices",
     "tensor_layout",
     "walk_layout",
     "whole",
@@ -158,17 +158,20 @@ def column_slice(tensor: Tensor, first: int, count: int) -> Slice:
     return Slice(tensor.offset + start, tensor.row_bytes, tensor.n_rows, nbytes)
 
 
-def share_slice(tensor: Tensor, spec: ModelSpec, share: Share) -> Slice:
+def share_slices(tensor: Tensor, spec: ModelSpec, share: Share) -> tuple[Slice, ...]:
     """What a node with `share` holds of a tensor (``graph.slicing`` says which part that is).
+
+    Of rows: one slice after the other. Of columns: every row of the node's is made of that row of each slice. A share without
+    classifier rows has no slice of the classifier.
 
     Raises:
         GraphError: the share cuts a block, or goes beyond the tensor.
     """
     part = weight_part(spec, share, tensor.name)
-    if part.span is None:
-        return whole(tensor)
+    if part.spans is None:
+        return (whole(tensor),)
     cut = row_slice if part.axis is Axis.ROWS else column_slice
-    return cut(tensor, part.span.start, part.span.size)
+    return tuple(cut(tensor, span.start, span.size) for span in part.spans if span.size)
 
 
 def node_slice(tensor: Tensor, spec: ModelSpec, node: int, n_nodes: int) -> Slice:
@@ -180,7 +183,8 @@ def node_slice(tensor: Tensor, spec: ModelSpec, node: int, n_nodes: int) -> Slic
     shares = equal_shares(spec, n_nodes)
     if not 0 <= node < n_nodes:
         raise GraphError(f"there is no node {node} among {n_nodes}")
-    return share_slice(tensor, spec, shares[node])
+    (found,) = share_slices(tensor, spec, shares[node])
+    return found
 
 
 _Entry = tuple[str, int, FloatType, tuple[int, ...]]  # name, expert, type, shape

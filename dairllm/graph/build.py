@@ -1,4 +1,4 @@
-"""The graph of a model for n nodes: for equal shares, byte for byte what a C++ root builds.
+"""The graph of a model for n nodes with any shares: for equal ones, byte for byte what a C++ root builds.
 
     segment 0            (root: TOK -> embedding -> X), then X goes to all
     segment 1 + 2 layer  x += the partial sums in ZQ; norm; q, k, v; rope; cache; attention; wo -> its slice of ZQ, then all to all
@@ -6,6 +6,7 @@
     last segment         x += the partial sums in ZQ; norm; classifier rows -> its slice of LG, then to the root
 
 Pipes: POS and TOK (one value a row), X (a row of the embedding), LG (logits), ZQ (each node's partial sum of a whole row, side by side).
+All nodes have equally wide slices of LG, the last ones filled up with rows of zeros.
 Quantized weights meet activations in Q80, F32 weights meet F32; only ZQ, which crosses the wire, follows `sync`. (A C++ root can only
 have these two alike.)
 """
@@ -14,7 +15,7 @@ import struct
 
 from dairllm.errors import GraphError
 from dairllm.graph.model import Architecture, HiddenAct, ModelSpec
-from dairllm.graph.slicing import Share, equal_shares
+from dairllm.graph.slicing import Share, Span, equal_shares
 from dairllm.graph.types import (
     AttentionConfig,
     Buffer,
@@ -77,7 +78,8 @@ def build_network(spec: ModelSpec, shares: tuple[Share, ...], sync: FloatType, n
         GraphError: as ``build_graph``.
     """
     _check(spec, sync, n_batches)
-    n_nodes, logits = len(shares), max(share.logits.size for share in shares)
+    n_nodes = len(shares)
+    logits = -(-spec.vocab_size // n_nodes)
     pipes = (
         Pipe("POS", _plane(FloatType.F32, n_batches, 1)),
         Pipe("TOK", _plane(FloatType.F32, n_batches, 1)),
@@ -89,7 +91,7 @@ def build_network(spec: ModelSpec, shares: tuple[Share, ...], sync: FloatType, n
 
 
 def build_node(spec: ModelSpec, network: NetworkConfig, node: int, share: Share) -> NodeConfig:
-    """The graph of one node, for any share."""
+    """The graph of one node, for any share of ``graph.slicing``; its classifier rows are as many as its slice of LG is wide."""
     builder = _NodeBuilder(spec, network, node, share)
     segments = [builder.start()]
     for layer in range(spec.n_layers):
@@ -146,7 +148,8 @@ class _NodeBuilder:
         self.buffers: list[Buffer] = []
         self.ops: list[Op] = []
         self.layer = 0
-        self.q_width, self.kv_width = share.heads.size * spec.head_dim, share.kv_heads.size * spec.head_dim
+        self.q_width, self.kv_width = share.n_heads * spec.head_dim, share.n_kv_heads * spec.head_dim
+        self.logits_width = network.pipes[LOGITS_PIPE].size.x // network.n_nodes
         self._allot()
 
     # Buffers
@@ -166,10 +169,10 @@ class _NodeBuilder:
         self.q = self._rows("q", self.q_width)
         self.k = self._rows("k_temp", self.kv_width)
         self.v = self._rows("v_temp", self.kv_width)
-        self.inv_rms = self._rows("inv_rms", max(share.heads.size, share.kv_heads.size) if spec.has_qk_norm else 1)
+        self.inv_rms = self._rows("inv_rms", max(share.n_heads, share.n_kv_heads) if spec.has_qk_norm else 1)
         self.rope_cache = self._add("rope_cache", self.rope_cache_size)
-        self.att = self._rows("att", share.heads.size * spec.seq_len)
-        self.logits = self._rows("lg", share.logits.size)
+        self.att = self._rows("att", share.n_heads * spec.seq_len)
+        self.logits = self._rows("lg", self.logits_width)
         self.d = self._rows("d", ffn)
         self.dq = self._packed("q_d", self.d, packed)
         self.l = self._rows("l", ffn)
@@ -198,11 +201,16 @@ class _NodeBuilder:
 
     def _rope_cache(self) -> Size:
         """One row a position: of a head where all heads turn alike (falcon), else of all from the first k to the last q of this node."""
-        width = self.spec.head_dim if self.spec.rope_type == RopeType.FALCON else self._rope_width()
-        return _plane(FloatType.F32, self.spec.seq_len, width)
+        q, k = self._rope_places()
+        return _plane(FloatType.F32, self.spec.seq_len, self.spec.head_dim if self.spec.rope_type == RopeType.FALCON else q.stop - k.start)
 
-    def _rope_width(self) -> int:
-        return (self.share.heads.stop - self.share.kv_heads.start) * self.spec.head_dim
+    def _rope_places(self) -> tuple[Span, Span]:
+        """Where this node's q and k are among all, or, where its heads do not lie together, as if they were the first: heads of all
+        places turn alike, and C++ fills one cache from k's beginning to q's end, which must hold both."""
+        share, head_dim = self.share, self.spec.head_dim
+        if len(share.heads) == len(share.kv_heads) == 1:
+            return share.heads[0].times(head_dim), share.kv_heads[0].times(head_dim)
+        return Span(0, self.q_width), Span(0, self.kv_width)
 
     # Segments
 
@@ -226,8 +234,8 @@ class _NodeBuilder:
         self._matmul("block_matmul_k", self.yq, self.k, spec.dim, self.kv_width)
         self._matmul("block_matmul_v", self.yq, self.v, spec.dim, self.kv_width)
         if spec.has_qk_norm:
-            self._head_norm("q", self.q, self.share.heads.size)
-            self._head_norm("k", self.k, self.share.kv_heads.size)
+            self._head_norm("q", self.q, self.share.n_heads)
+            self._head_norm("k", self.k, self.share.n_kv_heads)
         self._op(OpCode.ROPE, "block_rope_q", _buffer(self.q), _buffer(self.q), self._rope(is_q=1))
         self._op(OpCode.ROPE, "block_rope_k", _buffer(self.k), _buffer(self.k), self._rope(is_q=0))
         for name, source, target in (("block_shift_k", self.k, keys), ("block_shift_v", self.v, values)):
@@ -254,7 +262,7 @@ class _NodeBuilder:
         self._op(OpCode.MERGE_ADD, "final_merge_add", _pipe(_ZQ_PIPE), _buffer(self.x))
         self._norm("final_norm_pre", "final_norm")
         self._pack("final_cast_y", self.y, self.yq)
-        self._matmul("final_matmul_logits", self.yq, self.logits, self.spec.dim, self.share.logits.size, MatmulConfig(0, 0, 0))
+        self._matmul("final_matmul_logits", self.yq, self.logits, self.spec.dim, self.logits_width, MatmulConfig(0, 0, 0))
         self._cast("final_cast_logits", _buffer(self.logits), _pipe(LOGITS_PIPE, PointerType.BATCHED_SLICE))
         return self._segment(LOGITS_PIPE, SyncType.NODE_SLICES_EXCEPT_ROOT)
 
@@ -335,7 +343,7 @@ class _NodeBuilder:
         spec = self.spec
         return AttentionConfig(
             n_heads=spec.n_heads,
-            n_heads_0=self.share.heads.size,
+            n_heads_0=self.share.n_heads,
             n_kv_heads=spec.n_kv_heads,
             head_dim=spec.head_dim,
             seq_len=spec.seq_len,
@@ -349,9 +357,9 @@ class _NodeBuilder:
         )
 
     def _rope(self, is_q: int) -> RopeConfig:
-        """Where this node's q and k begin among all; falcon has no use for it, and C++ leaves those fields as it finds them."""
+        """Falcon has no use for where q and k begin, and C++ leaves those fields as it finds them."""
         spec = self.spec
-        q, k = self.share.heads.times(spec.head_dim), self.share.kv_heads.times(spec.head_dim)
+        q, k = self._rope_places()
         placed = spec.rope_type != RopeType.FALCON
         return RopeConfig(
             type=spec.rope_type,
@@ -369,7 +377,7 @@ class _NodeBuilder:
             kv_dim=spec.kv_dim,
             kv_dim_0=self.kv_width,
             kv_dim_start=k.start if placed else 0,
-            slice_dim=self._rope_width() if placed else 0,
+            slice_dim=q.stop - k.start if placed else 0,
             seq_len=spec.seq_len,
             head_dim=spec.head_dim,
             n_kv_heads=spec.n_kv_heads,

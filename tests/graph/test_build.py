@@ -9,7 +9,7 @@ import pytest
 from dairllm.errors import GraphError
 from dairllm.graph.build import LOGITS_PIPE, POSITION_PIPE, TOKEN_PIPE, build_graph, build_network, build_node
 from dairllm.graph.model import Architecture, HiddenAct, ModelSpec
-from dairllm.graph.slicing import Share, Span
+from dairllm.graph.slicing import deal_shares, parse_shares
 from dairllm.graph.types import (
     AttentionConfig,
     FloatType,
@@ -152,18 +152,19 @@ def test_falcon_turns_every_head_alike(qwen3: ModelSpec) -> None:
 
 def test_unequal_shares_build_too(llama: ModelSpec) -> None:
     """Two KV groups and one; logits in equal slices, the last padded."""
-    shares = Share(Span(0, 4), Span(0, 2), Span(0, 64), Span(0, 200)), Share(Span(4, 6), Span(2, 3), Span(64, 192), Span(200, 400))
+    llama = replace(llama, vocab_size=301)
+    shares = deal_shares(llama, parse_shares("4/64,2/128"))
     network = build_network(llama, shares, Q80)
-    assert network.pipes[LOGITS_PIPE].size.x == 400
+    assert network.pipes[LOGITS_PIPE].size.x == 302
     for number, share in enumerate(shares):
         node = build_node(llama, network, number, share)
         widths = {op.name: (op.weight_size.y, op.weight_size.x) for op in ops(node) if op.code == OpCode.MATMUL}
-        assert widths["block_matmul_q"] == (128, 32 * share.heads.size)
-        assert widths["block_matmul_k"] == (128, 32 * share.kv_heads.size)
-        assert widths["block_matmul_wo"] == (32 * share.heads.size, 128)
+        assert widths["block_matmul_q"] == (128, 32 * share.n_heads)
+        assert widths["block_matmul_k"] == (128, 32 * share.n_kv_heads)
+        assert widths["block_matmul_wo"] == (32 * share.n_heads, 128)
         assert widths["block_matmul_w2"] == (share.ffn.size, 128)
         z = next(op.input for op in ops(node) if op.code == OpCode.MULTIHEAD_ATT)
-        assert size_of(z, network, node).x == 32 * share.heads.size
+        assert size_of(z, network, node).x == 32 * share.n_heads
 
 
 @pytest.mark.parametrize(

@@ -14,14 +14,14 @@ from dairllm.graph.types import FloatType
 
 def test_equal_shares(llama: ModelSpec) -> None:
     assert equal_shares(llama, 3) == (
-        Share(Span(0, 2), Span(0, 1), Span(0, 64), Span(0, 100)),
-        Share(Span(2, 4), Span(1, 2), Span(64, 128), Span(100, 200)),
-        Share(Span(4, 6), Span(2, 3), Span(128, 192), Span(200, 300)),
+        Share((Span(0, 2),), (Span(0, 1),), Span(0, 64), Span(0, 100)),
+        Share((Span(2, 4),), (Span(1, 2),), Span(64, 128), Span(100, 200)),
+        Share((Span(4, 6),), (Span(2, 3),), Span(128, 192), Span(200, 300)),
     )
 
 
 def test_one_node_has_all(llama: ModelSpec) -> None:
-    assert equal_shares(llama, 1) == (Share(Span(0, 6), Span(0, 3), Span(0, 192), Span(0, 300)),)
+    assert equal_shares(llama, 1) == (Share((Span(0, 6),), (Span(0, 3),), Span(0, 192), Span(0, 300)),)
 
 
 def test_shares_of_experts_are_of_each_expert(qwen3_moe: ModelSpec) -> None:
@@ -31,14 +31,14 @@ def test_shares_of_experts_are_of_each_expert(qwen3_moe: ModelSpec) -> None:
 @pytest.mark.parametrize(
     ("name", "part"),
     [
-        ("block_matmul_q", Part(Axis.ROWS, Span(64, 128))),
-        ("block_matmul_k", Part(Axis.ROWS, Span(32, 64))),
-        ("block_matmul_v", Part(Axis.ROWS, Span(32, 64))),
-        ("block_matmul_wo", Part(Axis.COLUMNS, Span(64, 128))),
-        ("block_matmul_w1", Part(Axis.ROWS, Span(64, 128))),
-        ("block_matmul_w2", Part(Axis.COLUMNS, Span(64, 128))),
-        ("block_matmul_w3", Part(Axis.ROWS, Span(64, 128))),
-        ("final_matmul_logits", Part(Axis.ROWS, Span(100, 200))),
+        ("block_matmul_q", Part(Axis.ROWS, (Span(64, 128),))),
+        ("block_matmul_k", Part(Axis.ROWS, (Span(32, 64),))),
+        ("block_matmul_v", Part(Axis.ROWS, (Span(32, 64),))),
+        ("block_matmul_wo", Part(Axis.COLUMNS, (Span(64, 128),))),
+        ("block_matmul_w1", Part(Axis.ROWS, (Span(64, 128),))),
+        ("block_matmul_w2", Part(Axis.COLUMNS, (Span(64, 128),))),
+        ("block_matmul_w3", Part(Axis.ROWS, (Span(64, 128),))),
+        ("final_matmul_logits", Part(Axis.ROWS, (Span(100, 200),))),
         *((name, Part(Axis.WHOLE, None)) for name in ("embedding", "block_moe_gate", "block_norm_q", "block_norm_0", "final_norm")),
     ],
 )
@@ -90,10 +90,10 @@ def test_shares_cover_everything_once(n_nodes: int, kv: int, group: int, ffn: in
     )  # fmt: skip
     shares = equal_shares(spec, n_nodes)
     for spans, whole in (
-        ([s.heads for s in shares], spec.n_heads),
-        ([s.kv_heads for s in shares], spec.n_kv_heads),
+        ([span for s in shares for span in s.heads], spec.n_heads),
+        ([span for s in shares for span in s.kv_heads], spec.n_kv_heads),
         ([s.ffn for s in shares], spec.ff_dim),
         ([s.logits for s in shares], spec.vocab_size),
     ):
         assert [i for span in spans for i in range(span.start, span.stop)] == list(range(whole))
-    assert all(share.heads.start == share.kv_heads.start * group and share.heads.stop == share.kv_heads.stop * group for share in shares)
+    assert all(share.heads == tuple(span.times(group) for span in share.kv_heads) for share in shares)

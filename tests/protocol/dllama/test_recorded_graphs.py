@@ -3,13 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from dairllm.formats.model_file import ModelFile
+from dairllm.formats.model_slices import outgoing_weights
 from dairllm.graph.build import build_graph
-from dairllm.graph.slicing import Axis, equal_shares, weight_part
-from dairllm.graph.types import FloatType, RopeType, row_bytes
+from dairllm.graph.slicing import equal_shares
+from dairllm.graph.types import FloatType, RopeType
 from dairllm.protocol.dllama.codec import ACK, WeightHeader, decode_network, decode_node, encode_network, encode_node
 
 DATA = Path(__file__).parents[2] / "data" / "dllama"
@@ -39,28 +39,20 @@ def test_the_root_of_our_graph_survives_the_wire_as_well(recording: Any) -> None
 
 
 def test_the_weights_of_node_one_byte_for_byte(recording: Any, new_owner: Any) -> None:
+    """Also their order, their names, and where experts go."""
     owner = new_owner()
     owner.hear_all([recording.from_root])
+    headers = [event for event in owner.events if isinstance(event, WeightHeader)]
     offset = 0
     with ModelFile.open(DATA / f"{recording.name}.m") as model:
         share = equal_shares(model.spec, 2)[1]
-        for header in (event for event in owner.events if isinstance(event, WeightHeader)):
-            expected = node_part(model, share, header)
-            assert owner.payload[offset : offset + header.nbytes] == expected, header
-            offset += header.nbytes
-
-
-def node_part(model: ModelFile, share: Any, header: WeightHeader) -> bytes:
-    """A node's bytes of the weight (or of the expert that lies at the header's offset)."""
-    tensor = model.tensor(header.name, header.index, header.offset // header.nbytes)
-    raw = np.frombuffer(model.array(tensor).tobytes(), np.uint8).reshape(tensor.n_rows, tensor.row_bytes)
-    part = weight_part(model.spec, share, header.name)
-    if part.axis is Axis.ROWS and part.span:
-        raw = raw[part.span.start : part.span.stop]
-    elif part.axis is Axis.COLUMNS and part.span:
-        first, last = (row_bytes(tensor.float_type, column) for column in (part.span.start, part.span.stop))
-        raw = raw[:, first:last]
-    return raw.tobytes()
+        weights = list(outgoing_weights(model, share, share.logits.size))
+        assert [WeightHeader(weight.name, weight.layer, weight.offset, weight.nbytes) for weight in weights] == headers
+        for weight in weights:
+            found = memoryview(bytearray(weight.nbytes))
+            weight.read(0, weight.n_rows, found)
+            assert found == owner.payload[offset : offset + weight.nbytes], weight
+            offset += weight.nbytes
 
 
 @pytest.mark.parametrize("n_nodes", [1, 2])
