@@ -8,7 +8,7 @@ from dairllm.config import MAX_ID, Keepalive, RootDeadlines, RootSettings, Worke
 from dairllm.errors import ConfigError
 from dairllm.graph.slicing import ShareSize, parse_shares
 
-__all__ = ["GenerateOptions", "parse_prompt_ids"]
+__all__ = ["GenerateOptions", "parse_prompt_ids", "tokenizer_path"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +102,7 @@ class GenerateOptions:
         ids = None if prompt_ids is None else parse_prompt_ids(prompt_ids)
         return cls(
             model=model,
-            tokenizer=_tokenizer(model, settings.model.tokenizer, needed=prompt is not None),
+            tokenizer=tokenizer_path(model, settings.model.tokenizer, needed=prompt is not None),
             prompt=prompt,
             prompt_ids=ids,
             chat=chat,
@@ -135,7 +135,8 @@ def parse_prompt_ids(text: str) -> tuple[int, ...]:
     return tuple(ids)
 
 
-def _tokenizer(model: Path, given: str | None, *, needed: bool) -> Path | None:
+def tokenizer_path(model: Path, given: str | None, *, needed: bool) -> Path | None:
+    """The `.t` file that was named, or the one beside the model; ConfigError where one is needed and there is none."""
     if given is not None:
         return Path(given)
     beside = model.with_suffix(".t")

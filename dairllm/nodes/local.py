@@ -92,6 +92,11 @@ class LocalNode:
         spec = self._model.spec
         return (NodeReport(0, "", "dairllm", spec.n_heads, spec.n_kv_heads, spec.ff_dim),)
 
+    @property
+    def trouble(self) -> None:
+        """Nobody can go away."""
+        return None
+
     async def close(self) -> None:
         """Give up the program's memory. Nothing is being computed: a pass ends before whoever awaits it goes on."""
         if self._program is not None:

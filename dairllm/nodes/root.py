@@ -119,6 +119,12 @@ class Cluster:
         """Spent so far in passes: `compute`, `exchange` (waiting for rows to come or to leave)."""
         return self._meter.seconds
 
+    @property
+    def trouble(self) -> str | None:
+        """Why the cluster cannot be used any more, as far as that shows between two passes; None while it can."""
+        gone = any(worker.link.has_ended for worker in self._workers)
+        return f"{self._culprit()} closed the connection" if gone else None
+
     async def open(self, progress: Progress | None = None) -> None:
         """Connect, configure, send the weights.
 

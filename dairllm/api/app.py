@@ -1,0 +1,59 @@
+"""The addresses of `dairllm serve`.
+
+=================================================  ================================================================
+``POST /v1/chat/completions``                      an answer in a conversation
+``POST /v1/completions``                           the continuation of a text
+``GET /v1/models``, ``GET /v1/models/{name}``      who answers
+``/healthz``, ``/readyz``, ``/health``             ``dairllm.api.health``
+``/metrics``                                       Prometheus' text format
+=================================================  ================================================================
+
+No other site's page may read what we say: there are no CORS headers.
+"""
+
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from dairllm.api.completions import BODY_SECONDS, Completions
+from dairllm.api.errors import exception_handlers
+from dairllm.api.health import health_routes
+from dairllm.api.prompts import ServedModel
+from dairllm.api.schema import ChatRequest, CompletionRequest
+from dairllm.nodes.service import Service
+from dairllm.telemetry import Readiness, ServiceMeters
+
+__all__ = ["serve_app"]
+
+
+def serve_app(
+    served: ServedModel, service: Service, readiness: Readiness, meters: ServiceMeters, *, body_seconds: float = BODY_SECONDS
+) -> Starlette:
+    """The application over a service, which somebody else starts and closes."""
+    description: dict[str, Any] = {"id": served.name, "object": "model", "created": served.created, "owned_by": "dairllm"}
+
+    async def models(_: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [description]})
+
+    async def model(request: Request) -> Response:
+        served.check_name(request.path_params["name"])
+        return JSONResponse(description)
+
+    def completions(schema: type[ChatRequest] | type[CompletionRequest]) -> Completions:
+        return Completions(schema, served, service, meters, body_seconds)
+
+    app = Starlette(
+        routes=[
+            Route("/v1/chat/completions", completions(ChatRequest), methods=["POST"]),
+            Route("/v1/completions", completions(CompletionRequest), methods=["POST"]),
+            Route("/v1/models", models),
+            Route("/v1/models/{name:path}", model),
+            *health_routes(readiness, meters),
+        ],
+        exception_handlers=exception_handlers(),
+    )
+    app.router.redirect_slashes = False  # an address is right or wrong
+    return app

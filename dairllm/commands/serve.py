@@ -1,0 +1,142 @@
+"""`dairllm serve`: a model behind OpenAI's API, on this machine or with workers."""
+
+import asyncio
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import structlog
+
+from dairllm.commands.generate_options import tokenizer_path
+from dairllm.config import RootSettings, load_settings
+from dairllm.errors import ConfigError
+from dairllm.net.runner import Steps, in_thread
+from dairllm.net.runner import run as run_service
+from dairllm.telemetry import Readiness, ServiceMeters, configure_logging
+
+if TYPE_CHECKING:
+    from dairllm.engine.program import Program
+    from dairllm.formats.model_file import ModelFile
+    from dairllm.net.compute import Compute
+    from dairllm.nodes.local import LocalNode
+    from dairllm.nodes.root import Cluster
+    from dairllm.text.tokenizer import Tokenizer
+
+__all__ = ["run"]
+
+log = structlog.get_logger()
+SPARE_CONNECTIONS = 64
+"""Beside those of requests in line: for probes, and for who is told to come again."""
+
+
+def run(config: Path | None, flags: Mapping[str, tuple[str, object]]) -> None:
+    """Answer requests until a signal says otherwise.
+
+    Raises:
+        ConfigError: a setting is wrong, files do not belong together, or this processor cannot run the kernels that were asked for.
+        FormatError: a file is not what it should be.
+        GraphError: the model cannot be shared so.
+        NetworkError: the address cannot be listened on.
+    """
+    settings = load_settings(RootSettings, config, flags=flags)
+    configure_logging(settings.log.format, settings.log.level_of(service=True))
+    if settings.model.file is None:
+        raise ConfigError("no model: name its file with --model, or as model.file in the configuration")
+    path = Path(settings.model.file)
+    tokenizer_file = tokenizer_path(path, settings.model.tokenizer, needed=True)
+    assert tokenizer_file is not None  # noqa: S101 - for the type checker: it was needed
+
+    from dairllm.formats.model_file import ModelFile
+    from dairllm.text.tokenizer import Tokenizer
+
+    with ModelFile.open(path, max_seq_len=settings.model.max_seq_len) as model:
+        tokenizer = Tokenizer.load(tokenizer_file)
+        if tokenizer.vocab_size > model.spec.vocab_size:
+            raise ConfigError(
+                f"the tokenizer knows {tokenizer.vocab_size} tokens, the model {model.spec.vocab_size}: they do not belong together"
+            )
+        if tokenizer.chat_template is None:
+            log.warning("no chat template: /v1/chat/completions cannot be used with this model", tokenizer=str(tokenizer_file))
+        run_service(lambda: _serve(settings, model, tokenizer))
+
+
+async def _serve(settings: RootSettings, model: "ModelFile", tokenizer: "Tokenizer") -> None:
+    """Checks, then the server, which says what it waits for; then kernels; then the model, as often as it takes."""
+    from dairllm.api.app import serve_app
+    from dairllm.api.prompts import ServedModel
+    from dairllm.api.server import HttpServer
+    from dairllm.engine.executor import Executor
+    from dairllm.net.compute import Compute
+    from dairllm.nodes.service import Service
+
+    executor = Executor(settings.engine.n_threads, settings.engine.kernels)
+    compute: Compute[Program] = Compute(executor)
+    _node(settings, model, compute)  # told now, what could be known to fail
+    readiness, meters = Readiness("starting"), ServiceMeters(kernel_form=executor.form)
+
+    async def opened() -> "LocalNode | Cluster":
+        node = _node(settings, model, compute)
+        await node.open()
+        return node
+
+    async def end_threads() -> None:
+        compute.close()
+        await asyncio.to_thread(executor.close)
+
+    server = settings.server
+    service = Service(
+        opened,
+        tokenizer,
+        readiness,
+        meters,
+        queue=server.queue,
+        reconnect=settings.deadlines.reconnect,
+        shutdown=settings.deadlines.shutdown,
+    )
+    served = ServedModel(
+        name=settings.model.name or model.path.stem,
+        tokenizer=tokenizer,
+        seq_len=model.spec.seq_len,
+        vocab_size=model.spec.vocab_size,
+        sampling=settings.sampling,
+        request_bytes=server.request_bytes,
+    )
+    app = serve_app(served, service, readiness, meters)
+    http = HttpServer(app, server.host, server.port, connections=server.queue + SPARE_CONNECTIONS)
+    async with Steps(settings.deadlines.shutdown + 2.0) as steps:
+        port = await steps.start("http server", http.start, http.close)
+        log.info("listening", host=server.host, port=port, model=served.name)
+        readiness.reason = "compiling kernels"
+        await steps.start("kernels", lambda: in_thread("kernels", executor.start), end_threads)
+        compute.open()
+        log.info("kernels ready", form=executor.form, threads=executor.n_threads)
+        workers = ", ".join(map(str, settings.cluster.workers))
+        readiness.reason = f"connecting to {workers}" if workers else "loading the model"
+        await steps.start("service", service.start, service.close)
+        await service.ended()
+
+
+def _node(settings: RootSettings, model: "ModelFile", compute: "Compute[Program]") -> "LocalNode | Cluster":
+    """What computes, not yet open; ConfigError or GraphError where it cannot be."""
+    from dairllm.graph.slicing import parse_shares
+    from dairllm.graph.types import FloatType
+    from dairllm.nodes.local import LocalNode
+    from dairllm.nodes.root import Cluster
+
+    sync = None if settings.engine.sync == "auto" else FloatType[settings.engine.sync.upper()]
+    sizes = None if settings.cluster.shares is None else parse_shares(settings.cluster.shares)
+    n_threads, workers = settings.engine.n_threads, settings.cluster.workers
+    if sizes is not None and len(sizes) != len(workers) + 1:
+        raise ConfigError(f"shares for {len(sizes)} nodes, but there are {len(workers) + 1}: this one, which comes first, and the workers")
+    if not workers:
+        return LocalNode(model, compute, n_threads=n_threads, sync=sync)
+    return Cluster(
+        model,
+        workers,
+        compute,
+        n_threads=n_threads,
+        sizes=sizes,
+        sync=sync,
+        deadlines=settings.deadlines,
+        keepalive=settings.keepalive,
+    )

@@ -1,0 +1,63 @@
+"""The model, as one generation after the other sees it: it remembers what it was fed, and ends a generation that nobody waits for."""
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dairllm.nodes.generation import Model
+from dairllm.nodes.reply import Reply
+from dairllm.telemetry import Histogram
+
+__all__ = ["HeldModel"]
+
+
+class HeldModel:
+    """A `Model` over another one, for one reply at a time.
+
+    Args:
+        model: nobody else feeds it.
+        token_seconds: told the time from one token of an answer to the next.
+
+    Attributes:
+        ids: the tokens whose K and V the model holds, by position.
+        failure: what a pass ended with that left the model in an unknown state, or None.
+    """
+
+    def __init__(self, model: Model, token_seconds: Histogram) -> None:
+        self.seq_len, self.vocab_size, self.n_batches = model.seq_len, model.vocab_size, model.n_batches
+        self.ids: list[int] = []
+        self.failure: BaseException | None = None
+        self._model, self._token_seconds = model, token_seconds
+        self._reply: Reply | None = None
+        self._last_token: float | None = None
+
+    def serve(self, reply: Reply) -> int:
+        """From now on passes are for `reply`. Returns how many tokens of its prompt need not be computed; never all of them."""
+        self._reply, self._last_token = reply, None
+        prompt = reply.order.prompt_ids
+        most = min(len(self.ids), len(prompt) - 1)
+        return next((place for place in range(most) if self.ids[place] != prompt[place]), most)
+
+    async def feed(self, tokens: Sequence[int], position: int, *, logits: bool) -> NDArray[np.float32] | None:
+        """As `Model.feed`.
+
+        Raises:
+            DairllmError: why the reply was halted; else what the model raises, which is then kept as `failure`.
+        """
+        if self._reply is not None and self._reply.halted is not None:
+            raise self._reply.halted
+        del self.ids[position:]
+        try:
+            result = await self._model.feed(tokens, position, logits=logits)
+        except BaseException as error:
+            self.failure = error
+            raise
+        self.ids += tokens
+        if logits:
+            now = time.perf_counter()
+            if self._last_token is not None:
+                self._token_seconds.observe(now - self._last_token)
+            self._last_token = now
+        return result

@@ -1,0 +1,133 @@
+"""A request for text and its answer, between the one who reads it and the model that says it."""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass
+
+from dairllm.errors import DairllmError
+
+__all__ = ["AbandonedError", "Order", "Reply", "StalledError"]
+
+MOST_UNREAD = 256
+"""Pieces (about a token each) that may wait for the reader; then the model waits for it."""
+STALL_SECONDS = 30.0
+"""That the model waits for the reader of one answer, all waits together."""
+
+
+class AbandonedError(DairllmError):
+    """Nobody wants the answer any more."""
+
+
+class StalledError(DairllmError):
+    """Who asked does not read the answer, and others are waiting for the model."""
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What is asked for.
+
+    Attributes:
+        prompt_ids: at least one, known to the model, no more than its context.
+        steps: most tokens to generate.
+        temperature, top_p, seed: of the sampler.
+        stop: strings at which the answer ends.
+        patience: seconds that the model waits for the reader, all waits together.
+    """
+
+    prompt_ids: Sequence[int]
+    steps: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    patience: float = STALL_SECONDS
+
+
+class Reply:
+    """An answer on its way: pieces go in at one end, while the other end reads. What is not read holds the model up, for so long.
+
+    Attributes:
+        order: what was asked for.
+        cached_tokens: prompt tokens that the model still held from the request before.
+        n_ids: tokens generated so far.
+        finish_reason: "stop" or "length" when the answer is complete, else None.
+        stopped: why no more of it is wanted or will come, or None.
+        halted: why the model is to compute no further pass for it, or None.
+        asked_at: time.perf_counter() when it was asked for.
+    """
+
+    def __init__(self, order: Order, on_stop: Callable[["Reply"], None]) -> None:
+        self.order = order
+        self.cached_tokens = self.n_ids = 0
+        self.finish_reason: str | None = None
+        self.stopped: DairllmError | None = None
+        self.halted: DairllmError | None = None
+        self.asked_at = time.perf_counter()
+        self._on_stop = on_stop
+        self._unread: list[str] = []
+        self._complete = False
+        self._news, self._read = asyncio.Event(), asyncio.Event()
+        self._patience = order.patience
+
+    # For who reads.
+
+    async def pieces(self) -> AsyncGenerator[str, None]:
+        """The text, in the pieces in which it comes; what has come in the meantime is one.
+
+        Raises:
+            DairllmError: why the answer ends before its end; after the pieces that there were.
+        """
+        while True:
+            if self._unread:
+                text = "".join(self._unread)
+                self._unread.clear()
+                self._read.set()
+                yield text
+            elif self.stopped is not None:
+                raise self.stopped
+            elif self._complete:
+                return
+            else:
+                self._news.clear()
+                await self._news.wait()
+
+    def abandon(self) -> None:
+        """Nobody reads any more; the model is free at the next pass. Of no effect on an answer that has ended."""
+        self.stop(AbandonedError("the client went away"))
+
+    # For who answers.
+
+    async def put(self, piece: str) -> None:
+        """Add to the answer; waits where too much of it has not been read. It is stopped where that takes too long."""
+        self._unread.append(piece)
+        self._news.set()
+        loop = asyncio.get_running_loop()
+        while len(self._unread) >= MOST_UNREAD and self.halted is None:
+            self._read.clear()
+            begun = loop.time()
+            try:
+                async with asyncio.timeout(max(0.0, self._patience)):
+                    await self._read.wait()
+            except TimeoutError:
+                self.stop(StalledError("the answer was not read in time, and others wait for the model"))
+            self._patience -= loop.time() - begun
+
+    def complete(self, finish_reason: str) -> None:
+        """That was all of it."""
+        self.finish_reason, self._complete = finish_reason, True
+        self._news.set()
+
+    def halt(self, reason: DairllmError) -> None:
+        """No further pass is to be computed for it; what the pass in hand gives is still to be put."""
+        if self.halted is None:
+            self.halted = reason
+            self._read.set()
+
+    def stop(self, reason: DairllmError) -> None:
+        """No more of it comes; the first reason counts. Of no effect on an answer that has ended."""
+        if self.stopped is None and not self._complete:
+            self.halt(reason)
+            self.stopped = reason
+            self._news.set()
+            self._on_stop(self)

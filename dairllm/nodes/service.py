@@ -1,0 +1,324 @@
+"""A model as a service: one request at a time, the others wait in a line of bounded length; a model that is lost is found again.
+
+The service owns the model's life. It opens it, tells why it is not there while it is not, and opens it anew when it was lost: the request
+in hand fails with the reason, so do those in line, and none is taken until the model is back. Whoever asks learns at once whether he has
+a place in line.
+
+Between two requests the model keeps what it has computed. A prompt that begins as the last request did (a conversation that goes on) is
+computed from where they part; since a row's numbers do not depend on the batch that it was computed in, the answer is the same.
+"""
+
+import asyncio
+import contextlib
+import math
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from typing import Protocol
+
+import structlog
+
+from dairllm.engine.sampler import Sampler
+from dairllm.errors import DairllmError, NetworkError, RemoteProtocolError
+from dairllm.nodes.answer import Answer
+from dairllm.nodes.generation import Generation, Model
+from dairllm.nodes.held_model import HeldModel
+from dairllm.nodes.reply import AbandonedError, Order, Reply, StalledError
+from dairllm.nodes.report import NodeReport
+from dairllm.telemetry import LinkBytes, Readiness, ServiceMeters
+from dairllm.text.tokenizer import Tokenizer
+from dairllm.units import format_duration
+
+__all__ = ["OpenModel", "QueueFullError", "Service", "UnavailableError"]
+
+log = structlog.get_logger()
+IDLE_LOOK_SECONDS = 1.0
+"""How often an idle model is asked whether it is still there."""
+LONGEST_RETRY = 60
+
+
+class OpenModel(Model, Protocol):
+    """A model that somebody opened."""
+
+    @property
+    def nodes(self) -> Sequence[NodeReport]:
+        """Who computes it, the root first."""
+        ...
+
+    @property
+    def trouble(self) -> str | None:
+        """Why it cannot be used any more, as far as that shows while nobody uses it; None while it can."""
+        ...
+
+    async def close(self) -> None: ...
+
+
+class UnavailableError(DairllmError):
+    """The model is not there, or was lost; `retry_after` seconds may bring it back."""
+
+    def __init__(self, reason: str, retry_after: int) -> None:
+        super().__init__(reason)
+        self.retry_after = retry_after
+
+
+class QueueFullError(DairllmError):
+    """Too many are waiting; in `retry_after` seconds there may be a place."""
+
+    def __init__(self, waiting: int, retry_after: int) -> None:
+        super().__init__(f"{waiting} requests are waiting already (server.queue); try again later")
+        self.retry_after = retry_after
+
+
+class Service:
+    """From `start` to `close`.
+
+    Args:
+        opens: makes a model that can be used at once; called anew whenever it was lost.
+        tokenizer: of the model.
+        readiness: told why requests cannot be answered. Its reason at `start` is what is said until the model was first opened.
+        meters: counts what happens.
+        queue: requests that may wait.
+        reconnect: seconds between attempts to open the model.
+        shutdown: seconds that `close` waits for the pass in hand.
+    """
+
+    def __init__(
+        self,
+        opens: Callable[[], Awaitable[OpenModel]],
+        tokenizer: Tokenizer,
+        readiness: Readiness,
+        meters: ServiceMeters,
+        *,
+        queue: int,
+        reconnect: float,
+        shutdown: float,
+    ) -> None:
+        self._opens, self._tokenizer = opens, tokenizer
+        self._readiness, self._meters = readiness, meters
+        self._queue, self._reconnect, self._shutdown = queue, reconnect, shutdown
+        self._line: deque[Reply] = deque()
+        self._arrival = asyncio.Event()
+        self._at_hand: Reply | None = None
+        self._model: OpenModel | None = None
+        self._was_open = self._closing = False
+        self._life: asyncio.Task[None] | None = None
+        self._past_links: dict[tuple[int, str], LinkBytes] = {}
+        self._last_took = 1.0
+        meters.links = self._link_bytes
+
+    async def start(self) -> None:
+        """Begin to open the model; returns at once."""
+        self._life = asyncio.create_task(self._live(), name="service")
+
+    async def ended(self) -> None:
+        """Wait until the service is over.
+
+        Raises:
+            DairllmError: the model cannot be opened, and waiting would not mend it.
+        """
+        if self._life is not None:
+            await asyncio.shield(self._life)
+
+    async def close(self) -> None:
+        """Finish the pass in hand, end all answers, give up the model."""
+        self._closing = True
+        self._readiness.reason = "shutting down"
+        if self._life is None:
+            return
+        self._refuse_all()
+        if self._model is not None:
+            if self._at_hand is not None:
+                self._at_hand.halt(self._unavailable())
+            self._arrival.set()
+            await asyncio.wait({self._life}, timeout=self._shutdown)
+        self._life.cancel()
+        await asyncio.wait({self._life})
+
+    def check(self) -> None:
+        """Whether a request would be taken now.
+
+        Raises:
+            UnavailableError: the model is not there.
+            QueueFullError: the line is full.
+        """
+        if self._readiness.reason is not None:
+            self._meters.requests["unavailable"] += 1
+            raise self._unavailable()
+        if len(self._line) + (self._at_hand is not None) > self._queue:
+            self._meters.requests["queue_full"] += 1
+            raise QueueFullError(len(self._line), min(LONGEST_RETRY, math.ceil(self._last_took)))
+
+    def ask(self, order: Order) -> Reply:
+        """Take a place in line. Who stops reading the reply must `abandon` it. Raises as `check`."""
+        self.check()
+        reply = Reply(order, self._stopped)
+        self._line.append(reply)
+        self._arrival.set()
+        self._count()
+        return reply
+
+    # The model's life.
+
+    async def _live(self) -> None:
+        while not self._closing:
+            self._model = model = await self._open()
+            try:
+                trouble = await self._serve(model)
+                if trouble is not None:
+                    self._meters.losses += 1
+                    log.warning("model lost", reason=trouble)
+                    self._readiness.reason = trouble
+                    self._refuse_all()
+            finally:
+                self._model = None
+                await self._close(model)
+
+    async def _open(self) -> OpenModel:
+        """Try until it succeeds. A mistake that waiting does not mend is raised, unless the model has been open before."""
+        told = None
+        while True:
+            try:
+                model = await self._opens()
+            except DairllmError as error:
+                if not (self._was_open or isinstance(error, NetworkError | RemoteProtocolError)):
+                    raise
+                reason = str(error)
+            except Exception as error:
+                if not self._was_open:
+                    raise
+                log.exception("opening the model failed by a defect of this program")
+                reason = _reason(error)
+            else:
+                self._was_open = True
+                self._readiness.reason = None
+                log.info("ready", nodes=len(model.nodes))
+                return model
+            if reason != told:
+                log.warning("model not available", reason=reason, next_attempt_in=format_duration(self._reconnect))
+            told = self._readiness.reason = reason
+            await asyncio.sleep(self._reconnect)
+
+    async def _close(self, model: OpenModel) -> None:
+        self._past_links = {(link.node, link.address): link for link in self._link_bytes(model)}
+        try:
+            await model.close()
+        except DairllmError as error:
+            log.warning("closing the model failed", reason=str(error))
+        except Exception:
+            log.exception("closing the model failed by a defect of this program")
+
+    # Requests.
+
+    async def _serve(self, model: OpenModel) -> str | None:
+        """Answer one after the other; returns why the model cannot be used any more, or None when the service is being closed."""
+        held = HeldModel(model, self._meters.token_seconds)
+        while not self._closing:
+            if not self._line:
+                self._arrival.clear()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(IDLE_LOOK_SECONDS):
+                        await self._arrival.wait()
+                if (trouble := model.trouble) is not None:
+                    return trouble
+                continue
+            self._at_hand = reply = self._line.popleft()
+            self._count()
+            try:
+                await self._answer(held, reply)
+            finally:
+                self._at_hand = None
+                self._count()
+            if held.failure is not None:
+                return _reason(held.failure)
+        return None
+
+    async def _answer(self, held: HeldModel, reply: Reply) -> None:
+        """All of one answer; whatever goes wrong is the reply's, and is told to its reader."""
+        order, begun = reply.order, time.perf_counter()
+        reply.cached_tokens = held.serve(reply)
+        sampler = Sampler(order.temperature, order.top_p, order.seed)
+        generation = Generation(held, sampler, order.prompt_ids, order.steps, self._tokenizer.eos_ids, held=reply.cached_tokens)
+        answer = Answer(generation, self._tokenizer, order.stop)
+        try:
+            async with contextlib.aclosing(answer.pieces()) as pieces:
+                async for piece in pieces:
+                    reply.n_ids = len(generation.ids)
+                    await reply.put(piece)
+            reply.n_ids = len(generation.ids)
+            reply.complete(answer.finish_reason)
+        except asyncio.CancelledError:
+            reply.stop(self._unavailable())
+            raise
+        except Exception as error:
+            if held.failure is not None:  # the model's, not the request's
+                self._readiness.reason = _reason(error)
+                reply.stop(self._unavailable())
+            if not isinstance(error, DairllmError):
+                log.exception("request failed by a defect of this program")
+            reply.stop(error if isinstance(error, DairllmError) else DairllmError(_reason(error)))
+        finally:
+            self._record(reply, generation, begun)
+
+    def _record(self, reply: Reply, generation: Generation, begun: float) -> None:
+        meters, n_ids, n_prompt = self._meters, len(generation.ids), len(reply.order.prompt_ids)
+        waited, took = begun - reply.asked_at, time.perf_counter() - begun
+        outcome = _outcome(reply)
+        self._last_took = took
+        meters.requests[outcome] += 1
+        meters.prompt_tokens += n_prompt
+        meters.cached_tokens += reply.cached_tokens
+        meters.generated_tokens += n_ids
+        if n_ids:
+            meters.first_token_seconds.observe(waited + generation.prefill_seconds)
+            meters.prefill_rate = generation.prefill_tokens_per_second
+        if n_ids > 1:
+            meters.decode_rate = generation.decode_tokens_per_second
+        if reply.finish_reason is not None:
+            meters.request_seconds.observe(waited + took)
+        log.info(
+            "answered", outcome=outcome, prompt_tokens=n_prompt, cached_tokens=reply.cached_tokens, generated_tokens=n_ids,
+            waited=format_duration(waited), prefill=format_duration(generation.prefill_seconds), took=format_duration(took),
+        )  # fmt: skip
+
+    def _stopped(self, reply: Reply) -> None:
+        """One that waits leaves the line; the one at hand ends by itself at the next pass."""
+        if reply in self._line:
+            self._line.remove(reply)
+            self._meters.requests[_outcome(reply)] += 1
+            self._count()
+
+    def _refuse_all(self) -> None:
+        """Tell all in line that the model is not there."""
+        for reply in list(self._line):
+            reply.stop(self._unavailable())
+
+    def _unavailable(self) -> UnavailableError:
+        return UnavailableError(self._readiness.reason or "the model is not available", min(LONGEST_RETRY, math.ceil(self._reconnect)))
+
+    def _count(self) -> None:
+        self._meters.waiting, self._meters.running = len(self._line), int(self._at_hand is not None)
+
+    def _link_bytes(self, model: OpenModel | None = None) -> Iterator[LinkBytes]:
+        """What was exchanged with each worker since the service began, over all models."""
+        model = model or self._model
+        links = dict(self._past_links)
+        for one in () if model is None else model.nodes:
+            if one.node > 0:
+                key = one.node, one.address
+                past = links.get(key, LinkBytes(*key, 0, 0, 0))
+                sent, received = past.sent + one.bytes_sent, past.received + one.bytes_received
+                links[key] = LinkBytes(*key, sent, received, past.weights + one.weight_bytes_sent)
+        yield from links.values()
+
+
+def _outcome(reply: Reply) -> str:
+    """A label for the meters."""
+    if reply.finish_reason is not None:
+        return reply.finish_reason
+    kinds = ((AbandonedError, "abandoned"), (StalledError, "stalled"), (UnavailableError, "unavailable"))
+    return next((label for kind, label in kinds if isinstance(reply.stopped, kind)), "failed")
+
+
+def _reason(error: BaseException) -> str:
+    """What to say of an error to people who cannot read the log."""
+    return str(error) if isinstance(error, DairllmError) else f"a defect of this program ({type(error).__name__}); its log says more"
