@@ -83,7 +83,9 @@ class Executor:
         return self
 
     def submit(self, program: Program, first_segment: int, end_segment: int, position: int, rows: int, first_row: int = 0) -> None:
-        """Start computing segments first_segment..end_segment-1 for a batch; returns at once. One at a time.
+        """Start computing segments first_segment..end_segment-1 for rows first_row..rows-1 of a batch; returns at once.
+
+        One at a time. `position` is that of row 0; first_row is 0, a multiple of TILE_COLUMNS, or rows - 1.
 
         Raises:
             EngineError: rows, positions or segments that the program does not have, or something is running.

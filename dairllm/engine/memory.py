@@ -195,6 +195,7 @@ class Layout:
                 self.place("cache", i, self.cache_positions(size) * size.x * 4)
             elif role == Role.INDEXES:
                 self.place("indexes", i, self.rows * size.x * 8)
+        self.place("positions", 0, self.rows * 4)
         # what one row's attention leaves between its chunks and their folding; ops take turns
         parts = [self._parts_values(op.config) for segment in node.segments for op in segment.ops if isinstance(op.config, AttentionConfig)]
         self.place("parts", 0, 4 * max((values for values, _ in parts), default=0))
@@ -300,8 +301,8 @@ class Layout:
             size.z,
         )
 
-    def region(self, pipe: int, node: int | None, rows: int) -> list[memoryview]:
-        """The memory of rows 0..rows-1 of a pipe:
+    def region(self, pipe: int, node: int | None, rows: int, first_row: int = 0) -> list[memoryview]:
+        """The memory of rows first_row..rows-1 of a pipe:
 
         of node's slice, or of whole rows. One piece where the layout allows it, else one a row, in order.
         """
@@ -317,5 +318,24 @@ class Layout:
             raise GraphError(f"pipe {self.network.pipes[pipe].name} is kept by slices and has no whole rows")
         view = self._memory.data
         if area.row == length:
-            return [view[start : start + rows * length]]
-        return [view[start + m * area.row : start + m * area.row + length] for m in range(rows)]
+            return [view[start + first_row * length : start + rows * length]]
+        return [view[start + m * area.row : start + m * area.row + length] for m in range(first_row, rows)]
+
+    def slices(self, pipe: int) -> NDArray[np.float32]:
+        """All rows of a pipe of F32 as they lie in memory: [slices, rows, width / slices], one slice where it is not kept by slices."""
+        if self._memory is None:
+            raise RuntimeError("the layout has not been allocated")
+        area = self.pipe_area(pipe)
+        if area.float_type != FloatType.F32:
+            raise GraphError(f"pipe {self.network.pipes[pipe].name} is {area.float_type.name}; expected F32")
+        n = self.network.n_nodes if area.slice_stride else 1
+        start, row_values = area.address - self._base, area.width // n
+        values = self._memory[start : start + n * self.rows * row_values * 4].view(np.float32)
+        return values.reshape(n, self.rows, row_values)
+
+    def positions(self) -> NDArray[np.float32]:
+        """The positions of all rows, [rows]."""
+        if self._memory is None:
+            raise RuntimeError("the layout has not been allocated")
+        start = self._places["positions", 0]
+        return self._memory[start : start + self.rows * 4].view(np.float32)

@@ -129,11 +129,11 @@ class Operands:
         return self._layout.address("indexes", index)
 
     def positions(self, pipe: int) -> int:
-        """Address of the positions, F32 [rows]."""
+        """Address of the positions, F32 [rows]: the program's own, since what ops or other nodes write into the pipe may be anything."""
         self.require(pipe == 0 and len(self._layout.network.pipes) > 0, f"positions come in pipe 0, not in pipe {pipe}")
         area = self._layout.pipe_area(0)
         self.require(area.float_type == FloatType.F32 and area.width == 1, "the position pipe has one F32 value a row")
-        return area.address
+        return self._layout.address("positions", 0)
 
     def weight(self, float_type: FloatType, z: int, y: int, x: int) -> WeightView:
         size = self.op.weight_size

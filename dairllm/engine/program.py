@@ -10,6 +10,7 @@ from dairllm.engine.weights import Weights, WireWeights
 from dairllm.errors import EngineError, GraphError
 from dairllm.graph.build import POSITION_PIPE
 from dairllm.graph.types import FloatType, NetworkConfig, NodeConfig
+from dairllm.kernels.panels import TILE_COLUMNS
 from dairllm.kernels.records import State
 
 __all__ = ["Program", "compile_program", "required_bytes"]
@@ -47,38 +48,65 @@ class Program:
         self.addresses = (self.records.ctypes.data, self.state.ctypes.data, self.barrier.ctypes.data, self.scratch.ctypes.data)
         self.n_batches = layout.network.n_batches
         self.seq_len = self.n_batches if emitter.seq_len is None else emitter.seq_len
-        self._positions = self.values(POSITION_PIPE)
+        self._positions, self._position = layout.positions(), -1
+        self._rows: dict[int, tuple[NDArray[np.float32], NDArray[np.float32]]] = {}
+        """By pipe: its slices [n, rows, width / n], and room for one row."""
 
     @property
     def n_segments(self) -> int:
         return len(self.segments)
 
-    def region(self, pipe: int, node: int | None, rows: int) -> list[memoryview]:
-        """The pipe's own memory for rows 0..rows-1:
+    def region(self, pipe: int, node: int | None, rows: int, first_row: int = 0) -> list[memoryview]:
+        """The pipe's own memory for rows first_row..rows-1:
 
         `node`'s slice of each, or whole rows. One piece where the layout allows it, else one a row, in order.
         """
-        return self._layout.region(pipe, node, rows)
+        return self._layout.region(pipe, node, rows, first_row)
+
+    def row(self, pipe: int, row: int) -> NDArray[np.float32]:
+        """One row of an F32 pipe, [width]: a view where it lies together, else its slices gathered into memory that the
+        next call for this pipe writes again.
+        """
+        if pipe not in self._rows:
+            slices = self._layout.slices(pipe)
+            self._rows[pipe] = slices, np.empty(slices.shape[::2], np.float32)
+        slices, gathered = self._rows[pipe]
+        if len(slices) == 1:
+            view: NDArray[np.float32] = slices[0, row]
+            return view
+        np.copyto(gathered, slices[:, row])
+        return gathered.reshape(-1)
 
     def values(self, pipe: int) -> NDArray[np.float32]:
-        """An F32 pipe that is not kept by slices, as a view [rows, width]."""
-        width = self._layout.network.pipes[pipe].size.x
-        return np.frombuffer(self._layout.region(pipe, None, self._layout.rows)[0], np.float32).reshape(-1, width)
+        """An F32 pipe that is not kept by slices, as a view [rows, width].
+
+        Raises:
+            GraphError: it is kept by slices, or not of F32.
+        """
+        slices = self._layout.slices(pipe)
+        if len(slices) > 1:
+            raise GraphError(f"pipe {self._layout.network.pipes[pipe].name} is kept by slices and has no whole rows")
+        values: NDArray[np.float32] = slices[0]
+        return values
 
     def prepare(self, position: int, rows: int, first_row: int = 0) -> None:
         """Say which rows the next run computes, and their positions: position, position + 1, ... from row 0 on.
 
         Args:
-            first_row: 0, or rows - 1 for the last row alone.
+            first_row: the first of them: 0, a multiple of TILE_COLUMNS, or rows - 1 for the last row alone.
 
         Raises:
             EngineError: rows or positions that this program has no room for.
         """
-        if not 1 <= rows <= self.n_batches or first_row not in (0, rows - 1):
-            raise EngineError(f"rows {first_row} to {rows} of a batch of at most {self.n_batches}")
+        if not 1 <= rows <= self.n_batches or not 0 <= first_row < rows:
+            raise EngineError(f"rows {first_row} to {rows - 1} of a batch of at most {self.n_batches}")
+        if first_row % TILE_COLUMNS and first_row != rows - 1:
+            raise EngineError(f"rows {first_row} to {rows - 1}: many rows begin at a multiple of {TILE_COLUMNS}")
         if position < 0 or position + rows > self.seq_len:
             raise EngineError(f"positions {position} to {position + rows - 1}; there is room for {self.seq_len}")
-        self._positions[:rows, 0] = np.arange(position, position + rows)
+        if position != self._position:
+            self._positions[:] = np.arange(position, position + len(self._positions))
+            self._position = position
         self.state[State.FIRST_ROW], self.state[State.END_ROW] = first_row, rows
 
 

@@ -18,7 +18,7 @@ PACK, MATMUL_Q40, EXPERTS_Q40 = int(Kind.PACK), int(Kind.MATMUL_Q40), int(Kind.E
 
 @njit(nogil=True)
 def pack(kind, record, first_row, end_row, thread, n_threads):
-    """Rows into row panels for a small batch, into tile panels for a large one."""
+    """Rows into row panels where they are few, else into tile panels."""
     x, x_row, x_plane, n, panels, panels_row, panels_plane, tiles, tile_stride, flags, planes = fields(record)[:11]
     a, z = columns(n, thread, n_threads)
     a, z = a // 32, z // 32
@@ -45,13 +45,15 @@ def matmul(kind, record, first_row, end_row, thread, n_threads, scratch):
     panels, panels_row, tiles, tile_stride, weights, weights_row, n_blocks, d, y, y_row = fields(record)[:10]
     a, z = columns(d, thread, n_threads)
     if end_row - first_row > SMALL_BATCH:
-        # a large batch starts at row 0
-        n_tiles = (end_row + TILE_COLUMNS - 1) // TILE_COLUMNS
+        # many rows start with a whole tile (dairllm.engine.program)
+        tile = first_row // TILE_COLUMNS
+        n_tiles = (end_row + TILE_COLUMNS - 1) // TILE_COLUMNS - tile
+        first_tile, out = tiles + tile * tile_stride, y + first_row * y_row
         last = a + (z - a) // TILE_ROWS * TILE_ROWS
         if kind == MATMUL_Q40:
-            tile_rows_q40(y, y_row, tiles, tile_stride, n_tiles, weights, weights_row, n_blocks, a, last, scratch)
+            tile_rows_q40(out, y_row, first_tile, tile_stride, n_tiles, weights, weights_row, n_blocks, a, last, scratch)
         else:
-            tile_rows_q80(y, y_row, tiles, tile_stride, n_tiles, weights, weights_row, n_blocks, a, last, scratch)
+            tile_rows_q80(out, y_row, first_tile, tile_stride, n_tiles, weights, weights_row, n_blocks, a, last, scratch)
         a = last
     if kind == MATMUL_Q40:
         for r in range(a, z):

@@ -8,6 +8,7 @@ longer is handed over, and the threads say through an eventfd, which the loop wa
 
 import asyncio
 import contextlib
+import math
 import time
 from typing import Generic, Protocol, TypeVar
 from weakref import WeakKeyDictionary
@@ -28,19 +29,23 @@ class Computer(Protocol[ProgramT]):
     def eventfd(self) -> int: ...
     @property
     def busy(self) -> bool: ...
-    def submit(self, program: ProgramT, first_segment: int, end_segment: int, position: int, rows: int) -> None: ...
+    def submit(self, program: ProgramT, first_segment: int, end_segment: int, position: int, rows: int, first_row: int = 0) -> None: ...
     def finish(self) -> None: ...
-    def run(self, program: ProgramT, first_segment: int, end_segment: int, position: int, rows: int) -> None: ...
+    def run(self, program: ProgramT, first_segment: int, end_segment: int, position: int, rows: int, first_row: int = 0) -> None: ...
 
 
 class Compute(Generic[P]):
-    """One executor on the running loop, from `open` to `close`. One task at a time computes."""
+    """One executor on the running loop, from `open` to `close`. One task at a time computes.
 
-    def __init__(self, executor: Computer[P]) -> None:
-        self._executor = executor
+    Args:
+        brief_seconds: the longest that a computation may keep the loop; infinite where nothing else needs it.
+    """
+
+    def __init__(self, executor: Computer[P], brief_seconds: float = BRIEF_SECONDS) -> None:
+        self._executor, self._brief = executor, brief_seconds
         self._done: asyncio.Future[None] | None = None
-        self._took: WeakKeyDictionary[P, dict[tuple[int, int, int], float]] = WeakKeyDictionary()
-        """Seconds that segments first .. stop - 1 of a program last took for so many rows."""
+        self._took: WeakKeyDictionary[P, dict[tuple[int, int, int, int], float]] = WeakKeyDictionary()
+        """Seconds that segments first .. stop - 1 of a program last took for rows first_row .. rows - 1."""
 
     def open(self) -> None:
         """Watch the executor, which has been started."""
@@ -51,8 +56,12 @@ class Compute(Generic[P]):
         if self._executor.eventfd >= 0:
             asyncio.get_running_loop().remove_reader(self._executor.eventfd)
 
-    async def run(self, program: P, first: int, stop: int, position: int, rows: int) -> None:
-        """Compute segments first .. stop - 1 for a batch.
+    async def run(self, program: P, first: int, stop: int, position: int, rows: int, first_row: int = 0) -> None:
+        """Compute segments first .. stop - 1 for rows first_row .. rows - 1 of a batch.
+
+        Args:
+            position: of row 0.
+            first_row: 0, a multiple of the tile's 16 rows, or rows - 1.
 
         Even when cancelled it returns only after the threads have left the program's memory.
 
@@ -60,18 +69,18 @@ class Compute(Generic[P]):
             EngineError: the batch does not fit the program, or the computation failed.
         """
         took = self._took.setdefault(program, {})
-        call = first, stop, rows
+        call = first, stop, first_row, rows
         begun = time.perf_counter()
-        if took.get(call, BRIEF_SECONDS) < BRIEF_SECONDS:
-            self._executor.run(program, first, stop, position, rows)
+        if self._brief == math.inf or took.get(call, self._brief) < self._brief:
+            self._executor.run(program, first, stop, position, rows, first_row)
         else:
-            await self._run_beside(program, first, stop, position, rows)
+            await self._run_beside(program, first, stop, position, rows, first_row)
         took[call] = time.perf_counter() - begun
 
-    async def _run_beside(self, program: P, first: int, stop: int, position: int, rows: int) -> None:
+    async def _run_beside(self, program: P, first: int, stop: int, position: int, rows: int, first_row: int) -> None:
         loop = asyncio.get_running_loop()
         self._done = loop.create_future()
-        self._executor.submit(program, first, stop, position, rows)
+        self._executor.submit(program, first, stop, position, rows, first_row)
         try:
             await self._done
         except asyncio.CancelledError:

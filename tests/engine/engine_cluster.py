@@ -39,9 +39,15 @@ class EngineCluster:
             self.programs.append(compile_program(network, node, memory, n_threads=executor.n_threads))
             self.plans.append(token_plan(network, node))
 
-    def run(self, tokens: Sequence[int], position: int, logits_pipe: int = 3) -> npt.NDArray[np.float32]:
-        """One control packet; the root's rows of the logits pipe, float32 [rows, vocab]."""
+    def run(self, tokens: Sequence[int], position: int, logits_pipe: int = 3, ends: Sequence[int] = ()) -> npt.NDArray[np.float32]:
+        """One control packet; the root's rows of the logits pipe, float32 [rows, vocab].
+
+        Args:
+            ends: of the parts that the rows are computed and exchanged in; the last is len(tokens).
+        """
         rows = len(tokens)
+        ends = ends or [rows]
+        parts = list(zip([0, *ends], ends, strict=False))
         self.programs[0].values(TOKEN_PIPE)[:rows, 0] = tokens
         waiting = [list(plan) for plan in self.plans]
         while any(waiting):
@@ -49,13 +55,15 @@ class EngineCluster:
                 step = plan[0] if plan else None
                 if isinstance(step, Run):
                     plan.pop(0)
-                    self.executor.run(program, step.first, step.stop, position, rows)
+                    for first, end in parts:
+                        self.executor.run(program, step.first, step.stop, position, end, first)
             exchanges = [self._next_exchange(plan) for plan in waiting]
             for me, exchange in enumerate(exchanges):
                 for transfer in exchange.receives if exchange else ():
                     assert exchange is not None
-                    source = self.programs[transfer.node].region(exchange.pipe, transfer.slice, rows)
-                    self._copy(source, self.programs[me].region(exchange.pipe, transfer.slice, rows))
+                    for first, end in parts:
+                        source = self.programs[transfer.node].region(exchange.pipe, transfer.slice, end, first)
+                        self._copy(source, self.programs[me].region(exchange.pipe, transfer.slice, end, first))
         return np.frombuffer(b"".join(self._logits(logits_pipe, rows)), np.float32).reshape(rows, -1)
 
     def feed(self, tokens: Sequence[int], batch: int = 1) -> npt.NDArray[np.float32]:
@@ -79,7 +87,4 @@ class EngineCluster:
 
     def _logits(self, pipe: int, rows: int) -> list[bytes]:
         """Row by row, whichever way the pipe is laid out."""
-        n = self.network.n_nodes
-        slices = [b"".join(self.programs[0].region(pipe, node, rows)) for node in range(n)]
-        width = len(slices[0]) // rows
-        return [part[row * width : (row + 1) * width] for row in range(rows) for part in slices]
+        return [self.programs[0].row(pipe, row).tobytes() for row in range(rows)]

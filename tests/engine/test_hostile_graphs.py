@@ -15,9 +15,9 @@ from dairllm.engine.program import Program, compile_program, required_bytes
 from dairllm.engine.weights import WireWeights
 from dairllm.errors import GraphError
 from dairllm.formats.random_model import small_spec
-from dairllm.graph.build import build_graph
+from dairllm.graph.build import POSITION_PIPE, TOKEN_PIPE, build_graph
 from dairllm.graph.model import Architecture
-from dairllm.graph.types import FloatType, NetworkConfig, NodeConfig
+from dairllm.graph.types import FloatType, NetworkConfig, NoConfig, NodeConfig, Op, OpCode, Pointer, PointerSource, PointerType, Size
 from tests.engine.extents import extents
 
 ENOUGH = 64 << 20
@@ -127,6 +127,27 @@ def test_changed_graphs_that_compile_run(executor: Executor) -> None:
             executor.run(program, 0, program.n_segments, program.seq_len - rows, rows)
         ran += 1
     assert ran > 50
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+def test_positions_are_not_what_ops_write_into_their_pipe(rows: int, executor: Executor) -> None:
+    """Caches and tables are addressed by them: a root could reach any memory."""
+    network, (node,) = GRAPHS[0]
+    tokens, positions = (Pointer(PointerSource.PIPE, pipe, PointerType.BATCH) for pipe in (TOKEN_PIPE, POSITION_PIPE))
+    size = Size(FloatType.F32, 0, 0, 0)
+    first = node.segments[0]
+    node = dataclasses.replace(
+        node,
+        segments=(
+            dataclasses.replace(first, ops=(*first.ops, Op(OpCode.CAST, "x", 0, tokens, positions, size, NoConfig()))),
+            *node.segments[1:],
+        ),
+    )
+    program = compiled(network, node)
+    assert program is not None
+    program.values(TOKEN_PIPE)[:] = 1e12
+    executor.run(program, 0, program.n_segments, 3, rows)
+    assert (program.values(POSITION_PIPE)[:rows] == np.float32(1e12)).all()
 
 
 @pytest.fixture(scope="module")

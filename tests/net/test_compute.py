@@ -1,6 +1,7 @@
 """The loop goes on while threads compute, is woken when they are done, and never leaves while they are inside."""
 
 import asyncio
+import math
 import os
 import threading
 import time
@@ -10,7 +11,7 @@ from collections.abc import AsyncIterator, Iterator
 import pytest
 
 from dairllm.errors import EngineError
-from dairllm.net.compute import Compute
+from dairllm.net.compute import BRIEF_SECONDS, Compute
 
 
 class Work:
@@ -26,12 +27,12 @@ class SlowComputer:
     def __init__(self) -> None:
         self.eventfd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.busy = False
-        self.beside: list[tuple[int, int, int, int]] = []
-        self.here: list[tuple[int, int, int, int]] = []
+        self.beside: list[tuple[int, int, int, int, int]] = []
+        self.here: list[tuple[int, int, int, int, int]] = []
         self.error: EngineError | None = None
 
-    def submit(self, program: Work, first_segment: int, end_segment: int, position: int, rows: int) -> None:
-        self.beside.append((first_segment, end_segment, position, rows))
+    def submit(self, program: Work, first_segment: int, end_segment: int, position: int, rows: int, first_row: int = 0) -> None:
+        self.beside.append((first_segment, end_segment, position, rows, first_row))
         self.busy = True
         threading.Thread(target=self._work, args=(program.seconds,), daemon=True).start()
 
@@ -45,8 +46,8 @@ class SlowComputer:
         if self.error is not None:
             raise self.error
 
-    def run(self, program: Work, first_segment: int, end_segment: int, position: int, rows: int) -> None:
-        self.here.append((first_segment, end_segment, position, rows))
+    def run(self, program: Work, first_segment: int, end_segment: int, position: int, rows: int, first_row: int = 0) -> None:
+        self.here.append((first_segment, end_segment, position, rows, first_row))
         time.sleep(program.seconds)
 
 
@@ -58,8 +59,14 @@ def computer() -> Iterator[SlowComputer]:
 
 
 @pytest.fixture
-async def compute(computer: SlowComputer) -> AsyncIterator[Compute[Work]]:
-    made: Compute[Work] = Compute(computer)
+def brief_seconds() -> float:
+    """Set by tests that care."""
+    return BRIEF_SECONDS
+
+
+@pytest.fixture
+async def compute(computer: SlowComputer, brief_seconds: float) -> AsyncIterator[Compute[Work]]:
+    made: Compute[Work] = Compute(computer, brief_seconds)
     made.open()
     yield made
     made.close()
@@ -80,34 +87,40 @@ async def test_the_loop_goes_on_meanwhile(computer: SlowComputer, compute: Compu
     assert ticks >= 5
     await compute.run(slow, 0, 3, 8, 1)
     assert ticks >= 10
-    assert computer.beside == [(0, 3, 7, 1), (0, 3, 8, 1)]
+    assert computer.beside == [(0, 3, 7, 1, 0), (0, 3, 8, 1, 0)]
     assert computer.here == []
     ticking.cancel()
 
 
-async def test_what_was_brief_is_computed_where_it_is_called(
-    computer: SlowComputer, compute: Compute[Work], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("dairllm.net.compute.BRIEF_SECONDS", 10.0)
+@pytest.mark.parametrize("brief_seconds", [10.0])
+async def test_what_was_brief_is_computed_where_it_is_called(computer: SlowComputer, compute: Compute[Work]) -> None:
     quick = Work(0.0)
     await compute.run(quick, 0, 3, 7, 1)
     for position in (8, 9):
         await compute.run(quick, 0, 3, position, 1)
     await compute.run(quick, 0, 3, 10, 32)  # how long a batch takes is not known yet
-    assert computer.beside == [(0, 3, 7, 1), (0, 3, 10, 32)]
-    assert computer.here == [(0, 3, 8, 1), (0, 3, 9, 1)]
+    await compute.run(quick, 0, 3, 10, 32, 16)  # nor how long its second half does
+    await compute.run(quick, 0, 3, 10, 32)
+    assert computer.beside == [(0, 3, 7, 1, 0), (0, 3, 10, 32, 0), (0, 3, 10, 32, 16)]
+    assert computer.here == [(0, 3, 8, 1, 0), (0, 3, 9, 1, 0), (0, 3, 10, 32, 0)]
 
 
-async def test_what_has_become_slow_is_computed_beside_again(
-    computer: SlowComputer, compute: Compute[Work], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("dairllm.net.compute.BRIEF_SECONDS", 0.3)
+@pytest.mark.parametrize("brief_seconds", [0.3])
+async def test_what_has_become_slow_is_computed_beside_again(computer: SlowComputer, compute: Compute[Work]) -> None:
     work = Work(0.0)
     await compute.run(work, 0, 1, 0, 1)
     work.seconds = 0.4
     await compute.run(work, 0, 1, 1, 1)
     await compute.run(work, 0, 1, 2, 1)
-    assert computer.beside == [(0, 1, 0, 1), (0, 1, 2, 1)]
+    assert computer.beside == [(0, 1, 0, 1, 0), (0, 1, 2, 1, 0)]
+
+
+@pytest.mark.parametrize("brief_seconds", [math.inf])
+async def test_where_nothing_else_needs_the_loop_all_is_computed_on_it(computer: SlowComputer, compute: Compute[Work]) -> None:
+    work = Work(0.01)
+    for position in (0, 1):
+        await compute.run(work, 0, 1, position, 1)
+    assert computer.here == [(0, 1, 0, 1, 0), (0, 1, 1, 1, 0)]
 
 
 async def test_programs_are_not_kept(compute: Compute[Work]) -> None:
