@@ -10,10 +10,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from dairllm.config import MemoryAmount, WorkerSettings, load_settings
+from dairllm.config import MemoryAmount, RootSettings, WorkerAddress, WorkerSettings, load_settings
 from dairllm.errors import ConfigError
 
-EXAMPLE = Path(__file__).parent.parent / "configs" / "worker.yaml"
+CONFIGS = Path(__file__).parent.parent / "configs"
+DOCUMENTED = pytest.mark.parametrize(
+    ("schema", "example"), [(WorkerSettings, CONFIGS / "worker.yaml"), (RootSettings, CONFIGS / "root.yaml")], ids=["worker", "root"]
+)
 
 
 @pytest.fixture
@@ -38,16 +41,24 @@ def leaves(model: BaseModel, prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def test_the_documented_file_has_every_key_with_its_default() -> None:
-    written = yaml.safe_load(EXAMPLE.read_text())
-    assert {f"{section}.{key}" for section, keys in written.items() for key in keys} == set(leaves(WorkerSettings()))
-    assert load_settings(WorkerSettings, EXAMPLE, environment={}) == WorkerSettings()
+def root(environment: dict[str, str] | None = None, **flags: tuple[str, object]) -> RootSettings:
+    keys = {key.replace("__", "."): value for key, value in flags.items()}
+    return load_settings(RootSettings, environment=environment or {}, flags=keys)
 
 
-def test_every_key_of_the_documented_file_has_a_comment() -> None:
-    for line in EXAMPLE.read_text().splitlines():
-        if re.match(r" +\w+:", line):
-            assert "# " in line, line
+@DOCUMENTED
+def test_the_documented_file_has_every_key_with_its_default(schema: type[BaseModel], example: Path) -> None:
+    written = yaml.safe_load(example.read_text())
+    assert {f"{section}.{key}" for section, keys in written.items() for key in keys} == set(leaves(schema()))
+    assert load_settings(schema, example, environment={}) == schema()
+
+
+@DOCUMENTED
+def test_every_key_of_the_documented_file_has_a_comment(schema: type[BaseModel], example: Path) -> None:
+    lines = [line for line in example.read_text().splitlines() if re.match(r" +\w+:", line)]
+    assert len(lines) == len(leaves(schema()))
+    for line in lines:
+        assert "# " in line, line
 
 
 def test_precedence_is_flag_environment_file_default(file: Path) -> None:
@@ -167,16 +178,127 @@ def test_the_port_of_metrics_follows_the_workers(port: int, metrics: int | str, 
     assert load(worker__port=("--port", port), metrics__port=("--metrics-port", metrics)).metrics_port == expected
 
 
+@pytest.mark.parametrize(
+    ("text", "host", "port", "written"),
+    [
+        ("10.0.0.2:9998", "10.0.0.2", 9998, "10.0.0.2:9998"),
+        ("Kitchen.local", "kitchen.local", 9990, "kitchen.local:9990"),
+        (" a:1 ", "a", 1, "a:1"),
+        ("[::1]:9998", "::1", 9998, "[::1]:9998"),
+        ("[FD00:0::2]", "fd00::2", 9990, "[fd00::2]:9990"),
+        ("[fe80::1%eth0]:1", "fe80::1%eth0", 1, "[fe80::1%eth0]:1"),
+    ],
+)
+def test_the_address_of_a_worker(text: str, host: str, port: int, written: str) -> None:
+    address = WorkerAddress.parse(text)
+    assert (address.host, address.port, str(address)) == (host, port, written)
+    assert WorkerAddress.parse(written) == address
+
+
+@pytest.mark.parametrize("text", ["a:1,b", ["a:1", "b"], ["a:1,b"], "a:1, b", [WorkerAddress("a", 1), WorkerAddress("b")]])
+def test_workers_are_a_list_or_one_text(text: object) -> None:
+    expected = (WorkerAddress("a", 1), WorkerAddress("b", 9990))
+    assert root(cluster__workers=("--workers", text)).cluster.workers == expected
+    if isinstance(text, str):
+        assert root({"DAIRLLM_CLUSTER__WORKERS": text}).cluster.workers == expected
+
+
+@pytest.mark.parametrize("text", ["[a:1, b]", "a:1,b", '"a:1, b"', "\n    - a:1\n    - b"])
+def test_workers_in_a_file(file: Path, text: str) -> None:
+    file.write_text(f"cluster:\n  workers: {text}\n")
+    assert load_settings(RootSettings, file, environment={}).cluster.workers == (WorkerAddress("a", 1), WorkerAddress("b", 9990))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("cluster.workers", "", "expected a worker's host:port, such as 10.0.0.2:9990, found ''"),
+        ("cluster.workers", "a,,b", "expected a worker's host:port, such as 10.0.0.2:9990, found ''"),
+        ("cluster.workers", "a b", "expected a worker's host:port, such as 10.0.0.2:9990, found 'a b'"),
+        ("cluster.workers", ":9990", "expected a worker's host:port, such as 10.0.0.2:9990, found ':9990'"),
+        ("cluster.workers", "a:", "expected a port from 1 to 65535 after a:, found ''"),
+        ("cluster.workers", "a:0", "expected a port from 1 to 65535 after a:, found '0'"),
+        ("cluster.workers", "a:65536", "expected a port from 1 to 65535 after a:, found '65536'"),
+        ("cluster.workers", "a:9٣", "expected a port from 1 to 65535 after a:, found '9٣'"),
+        ("cluster.workers", "::1", "expected an IPv6 address in brackets, such as [::1]:9990, found '::1'"),
+        ("cluster.workers", "fd00::2:9990", "expected an IPv6 address in brackets, such as [::1]:9990, found 'fd00::2:9990'"),
+        ("cluster.workers", "[a]:1", "expected an IPv6 address in brackets, found '[a]:1'"),
+        ("cluster.workers", "a,b,A:9990", "a:9990 is named twice; a worker is one node"),
+        ("cluster.workers", ["[::1]", "[0::1]:9990"], "[::1]:9990 is named twice; a worker is one node"),
+        ("cluster.workers", 9990, "expected a list of host:port, or one text with commas between them, found 9990"),
+        ("cluster.workers", ["a", 1], "expected a list of host:port, or one text with commas between them, found ['a', 1]"),
+        ("cluster.mode", "layers", "layers is still to come; tensor is the only mode there is"),
+        ("cluster.mode", "tensr", "expected 'tensor', found 'tensr'"),
+        ("cluster.shares", 5, "expected a valid string, found 5"),
+        ("model.max_seq_len", 0, "expected greater than or equal to 1, found 0"),
+        ("model.name", "", "String should have at least 1 character"),
+        ("engine.threads", 0, "expected auto or a whole number from 1 to 1024, found 0"),
+        ("engine.threads", "many", "expected auto or a whole number from 1 to 1024, found 'many'"),
+        ("engine.kernels", "sse", "expected 'auto', 'portable', 'avx2', 'avxvnni' or 'avx512vnni', found 'sse'"),
+        ("engine.sync", "f16", "expected 'auto', 'q80' or 'f32', found 'f16'"),
+        ("sampling.steps", 0, "expected greater than or equal to 1, found 0"),
+        ("sampling.temperature", -0.1, "expected greater than or equal to 0, found -0.1"),
+        ("sampling.temperature", float("nan"), "expected a finite number, found nan"),
+        ("sampling.top_p", 0.0, "expected greater than 0, found 0.0"),
+        ("sampling.top_p", 1.1, "expected less than or equal to 1, found 1.1"),
+        ("sampling.seed", -1, "expected greater than or equal to 0, found -1"),
+        ("sampling.seed", 2**64, "expected less than 18446744073709551616, found 18446744073709551616"),
+        ("server.port", -1, "expected greater than or equal to 0, found -1"),
+        ("server.queue", -1, "expected greater than or equal to 0, found -1"),
+        ("server.request_bytes", "1B", "expected a size from 1KiB to 1GiB, found 1B"),
+        ("server.request_bytes", 5, "expected a size such as 2GiB or 512MiB"),
+        ("deadlines.connect", 5, "expected a time such as 5s"),
+        ("deadlines.reconnect", "25h", "expected a time from 10ms to 24h, found 25h"),
+        ("log.level", "loud", "expected 'auto', 'debug', 'info', 'warning' or 'error', found 'loud'"),
+    ],
+)
+def test_each_value_of_a_root_is_checked(key: str, value: object, message: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^flag --some: {key}: {re.escape(message)}"):
+        load_settings(RootSettings, environment={}, flags={key: ("--some", value)})
+
+
+def test_a_root_and_a_worker_may_share_an_environment() -> None:
+    """As containers that are described together do; each takes what is its own, and a variable that nobody knows is a mistake."""
+    shared = {"DAIRLLM_WORKER__PORT": "1", "DAIRLLM_DEADLINES__MESH": "5s", "DAIRLLM_SERVER__PORT": "2", "DAIRLLM_LOG__LEVEL": "error"}
+    assert root(shared).server.port == 2
+    assert root(shared).log.level == "error"
+    assert load(environment=shared).worker.port == 1
+    assert load(environment=shared).deadlines.mesh == 5.0
+    with pytest.raises(ConfigError, match=r"DAIRLLM_ENGINE__THREAD: engine\.thread: unknown key; did you mean threads\?"):
+        root({"DAIRLLM_ENGINE__THREAD": "3"})
+    with pytest.raises(ConfigError, match=r"DAIRLLM_ENGINE__THREAD: engine: unknown key"):
+        load(environment={"DAIRLLM_ENGINE__THREAD": "3"})
+
+
+def test_a_variable_of_the_other_program_is_no_file_of_ours(file: Path) -> None:
+    file.write_text("worker: {port: 1}\n")
+    with pytest.raises(ConfigError, match=r"line 1: worker: unknown key"):
+        load_settings(RootSettings, file, environment={})
+
+
+def test_the_level_of_logs_follows_who_asks() -> None:
+    assert root().log.level_of(service=True) == "info"
+    assert root().log.level_of(service=False) == "warning"
+    debug = root(log__level=("--log-level", "debug")).log
+    assert debug.level_of(service=True) == debug.level_of(service=False) == "debug"
+
+
 _scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(["auto", "5s", "2GiB", "80%"])
-_keys = st.sampled_from([*WorkerSettings.model_fields, "port", "host", "memory", "mesh", "level"]) | st.text(max_size=5)
+_keys = (
+    st.sampled_from([*WorkerSettings.model_fields, *RootSettings.model_fields])
+    | st.sampled_from(["port", "host", "memory", "mesh", "level", "workers", "shares", "request_bytes"])
+    | st.text(max_size=5)
+)
 _trees = st.recursive(_scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_keys, inner, max_size=4), max_leaves=8)
 
 
 @given(_trees)
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150, deadline=None)
-def test_any_tree_gives_settings_or_one_clear_error(file: Path, tree: object) -> None:
+@pytest.mark.parametrize("schema", [WorkerSettings, RootSettings])
+def test_any_tree_gives_settings_or_one_clear_error(file: Path, schema: type[BaseModel], tree: object) -> None:
+    file.write_text(yaml.safe_dump(tree, allow_unicode=True), encoding="utf-8")
     try:
-        assert isinstance(load(file, yaml.safe_dump(tree, allow_unicode=True)), WorkerSettings)
+        assert isinstance(load_settings(schema, file, environment={}), schema)
     except ConfigError as error:
         assert str(file) in str(error)  # noqa: PT017 - both outcomes are right
 

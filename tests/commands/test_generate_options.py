@@ -1,75 +1,25 @@
 """What `dairllm generate` can be told, and which of it does not go together."""
 
-import re
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
-from pydantic import BaseModel
 
-from dairllm.commands.generate_options import GenerateOptions, GenerateSettings, parse_prompt_ids
+from dairllm.commands.generate_options import GenerateOptions, parse_prompt_ids
+from dairllm.config import RootSettings, WorkerAddress, load_settings
 from dairllm.errors import ConfigError
-
-EXAMPLE = Path(__file__).parent.parent.parent / "configs" / "generate.yaml"
-
-
-def leaves(model: BaseModel, prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name in type(model).model_fields:
-        value = getattr(model, name)
-        found |= leaves(value, f"{prefix}{name}.") if isinstance(value, BaseModel) else {prefix + name: value}
-    return found
+from dairllm.graph.slicing import ShareSize
 
 
-def options(settings: GenerateSettings | None = None, **request: Any) -> GenerateOptions:
+def settings(**flags: object) -> RootSettings:
+    """With `cluster__workers` for the key cluster.workers."""
+    given = {key.replace("__", "."): (key, value) for key, value in {"model__file": "m.m", **flags}.items()}
+    return load_settings(RootSettings, environment={}, flags=given)
+
+
+def options(chosen: RootSettings | None = None, **request: Any) -> GenerateOptions:
     given: dict[str, Any] = {"prompt": None, "prompt_ids": None, "chat": False, "ignore_eos": False, "json": False, "logits": None}
-    return GenerateOptions.of(settings or GenerateSettings.load(None, {"model.file": ("--model", "m.m")}), **(given | request))
-
-
-def test_the_documented_file_has_every_key_with_its_default() -> None:
-    written = yaml.safe_load(EXAMPLE.read_text())
-    assert {f"{section}.{key}" for section, keys in written.items() for key in keys} == set(leaves(GenerateSettings()))
-    assert GenerateSettings.load(EXAMPLE, {}) == GenerateSettings()
-
-
-def test_every_key_of_the_documented_file_has_a_comment() -> None:
-    for line in EXAMPLE.read_text().splitlines():
-        if re.match(r" +\w+:", line):
-            assert "# " in line, line
-
-
-def test_a_workers_variables_are_none_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DAIRLLM_WORKER__PORT", "9990")
-    monkeypatch.setenv("DAIRLLM_ENGINE__THREADS", "3")
-    assert GenerateSettings.load(None, {}).engine.threads == 3
-    monkeypatch.setenv("DAIRLLM_ENGINE__THREAD", "3")
-    with pytest.raises(ConfigError, match=r"DAIRLLM_ENGINE__THREAD: engine\.thread: unknown key; did you mean threads\?"):
-        GenerateSettings.load(None, {})
-
-
-@pytest.mark.parametrize(
-    ("key", "flag", "value"),
-    [
-        ("engine.threads", "--threads", 0),
-        ("engine.threads", "--threads", "many"),
-        ("engine.kernels", "--kernels", "sse"),
-        ("engine.sync", "--sync", "f16"),
-        ("sampling.steps", "--steps", 0),
-        ("sampling.temperature", "--temperature", -0.1),
-        ("sampling.temperature", "--temperature", float("nan")),
-        ("sampling.top_p", "--top-p", 0.0),
-        ("sampling.top_p", "--top-p", 1.1),
-        ("sampling.seed", "--seed", -1),
-        ("sampling.seed", "--seed", 2**64),
-        ("model.max_seq_len", "--max-seq-len", 0),
-        ("log.level", "--log-level", "loud"),
-    ],
-)
-def test_values_out_of_range_name_their_flag(key: str, flag: str, value: object) -> None:
-    with pytest.raises(ConfigError, match=rf"^flag {flag}: {key}: expected .*, found ") as failure:
-        GenerateSettings.load(None, {key: (flag, value)})
-    assert failure.value.exit_code == 2
+    return GenerateOptions.of(chosen or settings(), **(given | request))
 
 
 @pytest.mark.parametrize(
@@ -89,12 +39,12 @@ def test_what_does_not_go_together(request_: dict[str, Any], message: str) -> No
 
 def test_no_model() -> None:
     with pytest.raises(ConfigError, match=r"no model: name its file with --model, or as model\.file"):
-        options(GenerateSettings(), prompt="a")
+        options(RootSettings(), prompt="a")
 
 
 def test_too_many_prompt_ids() -> None:
     with pytest.raises(ConfigError, match="3 --prompt-ids do not fit into --max-seq-len 2"):
-        options(GenerateSettings.load(None, {"model.file": ("", "m.m"), "model.max_seq_len": ("", 2)}), prompt_ids="1,2,3")
+        options(settings(model__max_seq_len=2), prompt_ids="1,2,3")
 
 
 def test_prompt_ids_imply_ignore_eos_and_need_no_tokenizer() -> None:
@@ -104,14 +54,14 @@ def test_prompt_ids_imply_ignore_eos_and_need_no_tokenizer() -> None:
 
 
 def test_the_tokenizer_lies_beside_the_model(tmp_path: Path) -> None:
-    settings = GenerateSettings.load(None, {"model.file": ("--model", str(tmp_path / "a.m"))})
-    assert options(settings, prompt="a").tokenizer == tmp_path / "a.t", "neither is there: opening the model will say so"
+    chosen = settings(model__file=str(tmp_path / "a.m"))
+    assert options(chosen, prompt="a").tokenizer == tmp_path / "a.t", "neither is there: opening the model will say so"
     (tmp_path / "a.m").touch()
     with pytest.raises(ConfigError, match=r"no tokenizer: there is no .*a\.t beside the model; name one with --tokenizer"):
-        options(settings, prompt="a")
-    assert options(settings, prompt_ids="1").tokenizer is None
+        options(chosen, prompt="a")
+    assert options(chosen, prompt_ids="1").tokenizer is None
     (tmp_path / "a.t").touch()
-    assert options(settings, prompt_ids="1").tokenizer == tmp_path / "a.t"
+    assert options(chosen, prompt_ids="1").tokenizer == tmp_path / "a.t"
 
 
 def test_defaults_are_those_of_the_settings() -> None:
@@ -119,6 +69,27 @@ def test_defaults_are_those_of_the_settings() -> None:
     plain = GenerateOptions(chosen.model, chosen.tokenizer, prompt="a", threads=chosen.threads)
     assert chosen == plain
     assert chosen.threads >= 1
+
+
+def test_workers_and_shares() -> None:
+    chosen = options(settings(cluster__workers=["a:1,b", "[::1]:2"], cluster__shares="2/64,1/32,1/32,0/0"), prompt="a")
+    assert chosen.workers == (WorkerAddress("a", 1), WorkerAddress("b", 9990), WorkerAddress("::1", 2))
+    assert chosen.sizes == (ShareSize(2, 64), ShareSize(1, 32), ShareSize(1, 32), ShareSize(0, 0))
+    assert options(settings(cluster__workers="a"), prompt="a").sizes is None
+
+
+@pytest.mark.parametrize(
+    ("workers", "shares", "message"),
+    [
+        ("a,b", "2/64,1/32", "shares for 2 nodes, but there are 3: this one, which comes first, and the --workers"),
+        ([], "2/64,1/32", "shares for 2 nodes, but there are 1: "),
+        ("a", "2/64;1/32", "expected query heads/feed-forward columns of each node, as in 2/64,1/32"),
+        ("a", "", "expected query heads/feed-forward columns of each node"),
+    ],
+)
+def test_shares_that_are_none(workers: object, shares: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        options(settings(cluster__workers=workers, cluster__shares=shares), prompt="a")
 
 
 @pytest.mark.parametrize("text", ["1,,2", "-1", "1.5", "1 2", "0x10", "٣", "99999999999", "1" * 5000])
