@@ -28,6 +28,7 @@ __all__ = [
     "Metrics",
     "RootDeadlines",
     "RootSettings",
+    "Sampling",
     "Threads",
     "Worker",
     "WorkerAddress",
