@@ -40,15 +40,17 @@ class Program:
         self.n_threads = n_threads
         self.segments = segments
         self.records = emitter.recorder.program()
-        self.state = aligned(64).view(np.int64)
+        state = aligned(64).view(np.int64)
+        self._state = state.data  # numpy takes three times as long to write a number
         self.barrier = aligned(128)
         self.scratch_stride = -(-scratch_bytes // 64) * 64 + 64
         self.scratch = aligned(self.scratch_stride * n_threads)
         # taken once: numpy needs a microsecond for each
-        self.addresses = (self.records.ctypes.data, self.state.ctypes.data, self.barrier.ctypes.data, self.scratch.ctypes.data)
+        self.addresses = (self.records.ctypes.data, state.ctypes.data, self.barrier.ctypes.data, self.scratch.ctypes.data)
         self.n_batches = layout.network.n_batches
         self.seq_len = self.n_batches if emitter.seq_len is None else emitter.seq_len
         self._positions, self._position = layout.positions(), -1
+        self._batch: tuple[int, int, int] | None = None
         self._rows: dict[int, tuple[NDArray[np.float32], NDArray[np.float32]]] = {}
         """By pipe: its slices [n, rows, width / n], and room for one row."""
 
@@ -98,6 +100,9 @@ class Program:
         Raises:
             EngineError: rows or positions that this program has no room for.
         """
+        batch = position, rows, first_row
+        if batch == self._batch:
+            return  # as for every segment of a token but the first
         if not 1 <= rows <= self.n_batches or not 0 <= first_row < rows:
             raise EngineError(f"rows {first_row} to {rows - 1} of a batch of at most {self.n_batches}")
         if first_row % TILE_COLUMNS and first_row != rows - 1:
@@ -107,7 +112,8 @@ class Program:
         if position != self._position:
             self._positions[:] = np.arange(position, position + len(self._positions))
             self._position = position
-        self.state[State.FIRST_ROW], self.state[State.END_ROW] = first_row, rows
+        self._state[State.FIRST_ROW], self._state[State.END_ROW] = first_row, rows
+        self._batch = batch
 
 
 def compile_program(network: NetworkConfig, node: NodeConfig, weights: Weights, *, n_threads: int) -> Program:

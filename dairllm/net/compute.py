@@ -10,8 +10,9 @@ import asyncio
 import contextlib
 import math
 import time
+import weakref
+from collections.abc import Callable
 from typing import Generic, Protocol, TypeVar
-from weakref import WeakKeyDictionary
 
 __all__ = ["BRIEF_SECONDS", "Compute", "Computer"]
 
@@ -44,8 +45,10 @@ class Compute(Generic[P]):
     def __init__(self, executor: Computer[P], brief_seconds: float = BRIEF_SECONDS) -> None:
         self._executor, self._brief = executor, brief_seconds
         self._done: asyncio.Future[None] | None = None
-        self._took: WeakKeyDictionary[P, dict[tuple[int, int, int, int], float]] = WeakKeyDictionary()
-        """Seconds that segments first .. stop - 1 of a program last took for rows first_row .. rows - 1."""
+        self._program: Callable[[], P | None] = lambda: None
+        """The last one, as a weak reference: a program may hold gigabytes."""
+        self._took: dict[tuple[int, int, int, int], float] = {}
+        """Seconds that its segments first .. stop - 1 last took for rows first_row .. rows - 1."""
 
     def open(self) -> None:
         """Watch the executor, which has been started."""
@@ -68,14 +71,15 @@ class Compute(Generic[P]):
         Raises:
             EngineError: the batch does not fit the program, or the computation failed.
         """
-        took = self._took.setdefault(program, {})
+        if self._program() is not program:
+            self._program, self._took = weakref.ref(program), {}
         call = first, stop, first_row, rows
         begun = time.perf_counter()
-        if self._brief == math.inf or took.get(call, self._brief) < self._brief:
+        if self._brief == math.inf or self._took.get(call, self._brief) < self._brief:
             self._executor.run(program, first, stop, position, rows, first_row)
         else:
             await self._run_beside(program, first, stop, position, rows, first_row)
-        took[call] = time.perf_counter() - begun
+        self._took[call] = time.perf_counter() - begun
 
     async def _run_beside(self, program: P, first: int, stop: int, position: int, rows: int, first_row: int) -> None:
         loop = asyncio.get_running_loop()
