@@ -12,9 +12,11 @@ the processor lacks ends the process. Numba caches by source file alone, so the 
 everything else that decides the machine code: all kernel sources, versions, the processor's features and the form.
 """
 
+import contextlib
 import hashlib
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -90,8 +92,7 @@ def cache_folder() -> Path | None:
     cpu = _numba.CPU_NAME or llvm.get_host_cpu_name()
     for part in (numba.__version__, llvmlite.__version__, cpu, ",".join(sorted(host_features())), current()):
         digest.update(f"\0{part}".encode())
-    told = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    for root in (Path(told) / "dairllm", Path(tempfile.gettempdir()) / f"dairllm-{os.getuid()}"):
+    for root in _cache_roots():
         folder = root / "kernels" / digest.hexdigest()[:24]
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -102,3 +103,11 @@ def cache_folder() -> Path | None:
         if status.st_uid == os.getuid() and not status.st_mode & 0o022 and os.access(folder, os.W_OK):
             return folder
     return None
+
+
+def _cache_roots() -> Iterator[Path]:
+    """Where caches may lie, best first. A container may have no home, and nothing that can be written to at all."""
+    with contextlib.suppress(RuntimeError):  # no home
+        yield Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dairllm"
+    with contextlib.suppress(FileNotFoundError):  # no folder for temporary files
+        yield Path(tempfile.gettempdir()) / f"dairllm-{os.getuid()}"
