@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from dairllm.formats.tokenizer_file import TokenizerFile
+from dairllm.kernels.forms import FORMS
 from dairllm.text.tokenizer import Tokenizer
 
 DATA = Path(__file__).parent.parent / "data" / "dllama"
@@ -50,7 +52,11 @@ def test_the_ids_of_the_cpp_program() -> None:
     assert found["prefill_tokens_per_second"] > 0
     assert found["decode_tokens_per_second"] > 0
     assert found["peak_rss_bytes"] > 1 << 20
-    assert len(found["nodes"]) == 1
+    assert found["bytes_sent"] == found["bytes_received"] == found["weight_bytes_sent"] == 0
+    (node,) = found["nodes"]
+    assert (node["node"], node["address"], node["heads"], node["kv_heads"], node["ffn"]) == (0, "", 4, 2, 128)
+    assert node["threads"] >= 1
+    assert node["kernels"] in FORMS
 
 
 def test_text_streams_to_stdout_and_nothing_else_does() -> None:
@@ -144,19 +150,47 @@ def test_a_model_that_is_none() -> None:
     assert "golden.json, byte 0: expected magic 0x0a00abcd of a .m model file" in err
 
 
+@pytest.fixture
+def wordy(tmp_path: Path) -> Path:
+    """A tokenizer whose every token is a kilobyte: an answer of 200 does not fit into a pipe that nobody reads."""
+    TokenizerFile([b"%04d " % token * 200 for token in range(320)], [0.0] * 320, None, (), False, None, 1000).write(tmp_path / "wordy.t")
+    return tmp_path / "wordy.t"
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["Ctrl-C", "SIGTERM"])
-def test_an_answer_that_is_cut_short(number: signal.Signals, code: int) -> None:
-    """What has been said so far has been said; nothing else is."""
-    words = command("--prompt-ids", "1,2", "--steps", 10_000_000, "--max-seq-len", 256)
+def test_an_answer_that_is_cut_short(number: signal.Signals, code: int, wordy: Path, tmp_path: Path) -> None:
+    """Though nobody reads on: what has been said so far has been said, the logits of it are kept, and nothing else is."""
+    words = command("--prompt-ids", "1,2", "--steps", 200, "--logits", tmp_path / "l.npy", tokenizer=wordy)
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         assert os.read(process.stdout.fileno(), 1)
         process.send_signal(number)
-        process.stdout.read()
-        end = process.wait(timeout=60)
-        assert end in (code, 0), "0 where it was quicker than the signal"
-        assert b"Traceback" not in process.stderr.read()
+        assert process.wait(timeout=60) == code
+        rest = process.stdout.read()
+        assert rest is not None
+        n_said = -(-len(rest) // 1000)
+        assert 0 < n_said < 200
+        assert [line for line in process.stderr.read().splitlines() if not line.startswith(b"compiling")] == []
+    logits = np.load(tmp_path / "l.npy")
+    assert logits.shape[1] == 320
+    assert n_said <= len(logits) <= n_said + 1, "the last one may not have been said"
+
+
+def test_a_slow_reader_gets_all_of_it(wordy: Path) -> None:
+    with subprocess.Popen(command("--prompt-ids", "1,2", "--steps", 200, tokenizer=wordy), stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        time.sleep(0.5)  # to let the pipe fill, if it will; nothing hangs on it
+        out = process.stdout.read()
+        assert process.wait(timeout=60) == 0
+    assert len(out) == 200 * 1000 + 1
+
+
+def test_the_answer_may_go_into_a_file(tmp_path: Path) -> None:
+    with (tmp_path / "out").open("wb") as file:
+        done = subprocess.run(command("--prompt-ids", "1,2", "--steps", 3, tokenizer=None), stdout=file, timeout=300)
+    assert done.returncode == 0
+    assert len((tmp_path / "out").read_text().split()) == 3
 
 
 def test_a_reader_that_has_gone_is_no_error() -> None:

@@ -66,12 +66,52 @@ def test_a_cancellation_that_no_signal_caused_is_raised() -> None:
         run(main)
 
 
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_cuts_a_command_short(signum: signal.Signals) -> None:
+    order: list[str] = []
+
+    async def main() -> None:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            await asyncio.sleep(0.01)
+            order.append("cleaned")
+
+    soon(lambda: os.kill(os.getpid(), signum))
+    with pytest.raises(SystemExit) as ended:
+        run(main, service=False)
+    assert ended.value.code == 128 + signum
+    assert order == ["cleaned"]
+
+
+def test_a_command_that_ends_by_itself() -> None:
+    async def main() -> None:
+        await asyncio.sleep(0)
+
+    run(main, service=False)
+
+
+def test_handlers_of_signals_are_what_they_were() -> None:
+    async def main() -> None:
+        assert signal.getsignal(signal.SIGTERM) is not ours
+
+    def ours(_signum: int, _frame: object) -> None:
+        pass
+
+    before = signal.signal(signal.SIGTERM, ours), signal.getsignal(signal.SIGINT)
+    try:
+        run(main)
+        assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == (ours, before[1])
+    finally:
+        signal.signal(signal.SIGTERM, before[0])
+
+
 @contextlib.contextmanager
-def process(body: str) -> Iterator["subprocess.Popen[str]"]:
-    """A process that runs `body` as a service and has begun."""
+def process(body: str, how: str = "") -> Iterator["subprocess.Popen[str]"]:
+    """A process that runs `body` as a service, unless told how, and has begun."""
     lines = "\n".join(f"    {line}" for line in body.splitlines())
     head = "import asyncio, time\nfrom dairllm.net.runner import run, in_thread\nasync def main():\n    print('up', flush=True)"
-    code = f"{head}\n{lines}\nrun(main)"
+    code = f"{head}\n{lines}\nrun(main, {how})"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as started:
         try:
             wait_for(started, "up")
@@ -110,12 +150,13 @@ def test_a_second_signal_ends_the_process_at_once() -> None:
         assert stubborn.wait(5) == -signal.SIGTERM
 
 
-def test_a_blocking_call_does_not_keep_the_process_alive() -> None:
-    with process("await in_thread('slow', lambda: time.sleep(60))") as blocked:
+@pytest.mark.parametrize(("how", "code"), [("", 0), ("service=False", 143)])
+def test_a_blocking_call_does_not_keep_the_process_alive(how: str, code: int) -> None:
+    with process("await in_thread('slow', lambda: time.sleep(60))", how) as blocked:
         time.sleep(0.2)
         blocked.send_signal(signal.SIGTERM)
         start = time.monotonic()
-        assert blocked.wait(5) == 0
+        assert blocked.wait(5) == code
         assert time.monotonic() - start < 2
 
 
