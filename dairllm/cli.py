@@ -113,8 +113,13 @@ def _options(
 
 
 @app.command()
-def demo(threads: Threads = None, kernels: Kernels = None) -> None:
-    """Ask a small real model a question: fetches it once (90 MB), converts it, answers."""
+def demo(
+    threads: Annotated[
+        str | None, typer.Option(metavar="auto|N", help="Compute threads of each node.  [default: auto, the processors divided by three]")
+    ] = None,
+    kernels: Kernels = None,
+) -> None:
+    """Ask a small real model a question, shared out to a root and two workers: fetches it once (90 MB), converts it, answers."""
     from dairllm.config import RootSettings, load_settings
     from dairllm.telemetry import configure_logging
 
@@ -124,7 +129,7 @@ def demo(threads: Threads = None, kernels: Kernels = None) -> None:
 
     from dairllm.commands import demo as command
 
-    command.run(threads=engine.n_threads, kernels=engine.kernels)
+    command.run(threads=None if engine.threads == "auto" else engine.threads, kernels=engine.kernels)
 
 
 @app.command()

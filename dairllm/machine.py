@@ -38,18 +38,18 @@ def processors(root: Path = Path("/")) -> int:
     return max(1, math.floor(count + 0.01))
 
 
-def peak_rss_bytes() -> int:
-    """The most memory that this process has held so far (VmHWM), in bytes."""
-    return _own_status("VmHWM:")
+def peak_rss_bytes(process: int | None = None) -> int:
+    """The most memory that a process, by default this one, has held so far (VmHWM), in bytes; 0 where there is no such process."""
+    return _status("VmHWM:", process)
 
 
 def rss_bytes() -> int:
     """The memory that this process holds (VmRSS), in bytes."""
-    return _own_status("VmRSS:")
+    return _status("VmRSS:", None)
 
 
-def _own_status(field: str) -> int:
-    text = _read(Path("/proc/self/status")) or ""
+def _status(field: str, process: int | None) -> int:
+    text = _read(Path("/proc", "self" if process is None else str(process), "status")) or ""
     return next((int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith(field)), 0)
 
 
