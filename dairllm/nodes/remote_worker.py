@@ -14,7 +14,7 @@ from dairllm.net.transport import Connection, dial, resolve
 from dairllm.nodes.report import NodeReport
 from dairllm.nodes.weight_stream import PIECE_BYTES, WeightStream
 from dairllm.protocol.dllama.events import Acknowledged
-from dairllm.protocol.dllama.root import RootSession
+from dairllm.protocol.dllama.root import RootSession, Stage
 from dairllm.units import format_duration
 
 __all__ = ["FAREWELL_SECONDS", "RemoteWorker"]
@@ -24,7 +24,7 @@ FAREWELL_SECONDS = 5.0
 
 
 class RemoteWorker:
-    """From `dial` to `leave` or to the end of its `link`.
+    """From `dial` to `hang_up` or to the end of its `link`.
 
     Args:
         share: what it computes.
@@ -121,8 +121,8 @@ class RemoteWorker:
             progress()
             pieces.reverse()
 
-    async def leave(self) -> None:
-        """Lead it, where that can be done, to the end of an empty session."""
+    async def wind_up(self) -> None:
+        """Lead it, where that can be done, through an empty session, to where nothing but the goodbye is missing."""
         connection, wire = self._connection, self.wire
         if connection is None or connection.has_ended or wire.dead:
             return
@@ -135,11 +135,17 @@ class RemoteWorker:
             while True:
                 if wire.answer_due:
                     await connection.next_event(wire, FAREWELL_SECONDS)
-                data = wire.farewell()
+                data = None if wire.stage is Stage.READY else wire.farewell()
                 if data is None:
                     break
                 connection.send([data])
-            await connection.flushed(FAREWELL_SECONDS)
+
+    def say_goodbye(self) -> None:
+        """Where `wind_up` got so far. Not before it has ended for all: who leaves a mesh that others still make is taken for a stranger."""
+        if self.is_connected and not self.wire.dead and self.wire.stage is Stage.READY:
+            data = self.wire.farewell()
+            if data is not None:
+                self.link.send([data])
 
     async def hang_up(self, patience: float) -> None:
         """End the connection, once all that was sent has gone out or `patience` seconds have passed."""

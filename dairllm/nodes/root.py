@@ -305,7 +305,9 @@ class Cluster:
     async def _leave(self) -> None:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(FAREWELL_SECONDS):
-                await asyncio.gather(*(worker.leave() for worker in self._workers))
+                await asyncio.gather(*(worker.wind_up() for worker in self._workers))
+        for worker in self._workers:
+            worker.say_goodbye()
         await self._hang_up()
 
     async def _hang_up(self) -> None:
