@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import socket
 from collections.abc import Iterator
 
 import uvicorn
@@ -15,6 +16,8 @@ __all__ = ["HttpServer"]
 
 IDLE_SECONDS = 5
 """That a connection is kept after an answer, for the next request."""
+UNREAD_BYTES = 64 << 10
+"""That the system keeps for a client that does not read; it would be megabytes, in which a whole answer vanishes."""
 GRACE_SECONDS = 1
 """For answers that are on their way when the server is closed."""
 
@@ -46,6 +49,7 @@ class HttpServer:
             NetworkError: the address cannot be listened on.
         """
         sock = listening_socket(self._host, self._port)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, UNREAD_BYTES)
         self._task = asyncio.create_task(self._server.serve(sockets=[sock]), name="http server")
         while not self._server.started:
             if self._task.done():

@@ -60,7 +60,7 @@ async def send_stream(reply: Reply, shape: Shape, send: Send, *, include_usage: 
 
     async def say(*events: dict[str, Any]) -> None:
         if include_usage:
-            events = tuple({"usage": None, **event} if "choices" in event else event for event in events)
+            events = tuple({**event, "usage": event.get("usage")} if "choices" in event else event for event in events)
         text = "".join(f"data: {json.dumps(event, ensure_ascii=False, separators=(',', ':'))}\n\n" for event in events)
         await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from dairllm.errors import DairllmError
 
-__all__ = ["AbandonedError", "Order", "Reply", "StalledError"]
+__all__ = ["STALL_SECONDS", "AbandonedError", "Order", "Reply", "StalledError"]
 
 MOST_UNREAD = 256
 """Pieces (about a token each) that may wait for the reader; then the model waits for it."""
@@ -32,7 +32,6 @@ class Order:
         steps: most tokens to generate.
         temperature, top_p, seed: of the sampler.
         stop: strings at which the answer ends.
-        patience: seconds that the model waits for the reader, all waits together.
     """
 
     prompt_ids: Sequence[int]
@@ -41,11 +40,14 @@ class Order:
     top_p: float = 1.0
     seed: int = 0
     stop: tuple[str, ...] = ()
-    patience: float = STALL_SECONDS
 
 
 class Reply:
     """An answer on its way: pieces go in at one end, while the other end reads. What is not read holds the model up, for so long.
+
+    Args:
+        on_stop: told when it ends before its end.
+        patience: seconds that the model waits for the reader, all waits together.
 
     Attributes:
         order: what was asked for.
@@ -57,7 +59,7 @@ class Reply:
         asked_at: time.perf_counter() when it was asked for.
     """
 
-    def __init__(self, order: Order, on_stop: Callable[["Reply"], None]) -> None:
+    def __init__(self, order: Order, on_stop: Callable[["Reply"], None], patience: float = STALL_SECONDS) -> None:
         self.order = order
         self.cached_tokens = self.n_ids = 0
         self.finish_reason: str | None = None
@@ -68,7 +70,7 @@ class Reply:
         self._unread: list[str] = []
         self._complete = False
         self._news, self._read = asyncio.Event(), asyncio.Event()
-        self._patience = order.patience
+        self._patience = patience
 
     # For who reads.
 

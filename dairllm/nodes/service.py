@@ -23,7 +23,7 @@ from dairllm.errors import DairllmError, NetworkError, RemoteProtocolError
 from dairllm.nodes.answer import Answer
 from dairllm.nodes.generation import Generation, Model
 from dairllm.nodes.held_model import HeldModel
-from dairllm.nodes.reply import AbandonedError, Order, Reply, StalledError
+from dairllm.nodes.reply import STALL_SECONDS, AbandonedError, Order, Reply, StalledError
 from dairllm.nodes.report import NodeReport
 from dairllm.telemetry import LinkBytes, Readiness, ServiceMeters
 from dairllm.text.tokenizer import Tokenizer
@@ -80,6 +80,7 @@ class Service:
         queue: requests that may wait.
         reconnect: seconds between attempts to open the model.
         shutdown: seconds that `close` waits for the pass in hand.
+        patience: seconds that an answer may wait for its reader.
     """
 
     def __init__(
@@ -92,10 +93,11 @@ class Service:
         queue: int,
         reconnect: float,
         shutdown: float,
+        patience: float = STALL_SECONDS,
     ) -> None:
         self._opens, self._tokenizer = opens, tokenizer
         self._readiness, self._meters = readiness, meters
-        self._queue, self._reconnect, self._shutdown = queue, reconnect, shutdown
+        self._queue, self._reconnect, self._shutdown, self._patience = queue, reconnect, shutdown, patience
         self._line: deque[Reply] = deque()
         self._arrival = asyncio.Event()
         self._at_hand: Reply | None = None
@@ -151,7 +153,7 @@ class Service:
     def ask(self, order: Order) -> Reply:
         """Take a place in line. Who stops reading the reply must `abandon` it. Raises as `check`."""
         self.check()
-        reply = Reply(order, self._stopped)
+        reply = Reply(order, self._stopped, self._patience)
         self._line.append(reply)
         self._arrival.set()
         self._count()

@@ -1,0 +1,180 @@
+"""What is wrong with a request is told in OpenAI's form, with the field and a reason, and harms nobody."""
+
+import asyncio
+import json
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.api.conftest import Serve
+from tests.api.serving import VOCAB, Serving, dialled
+
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+HELLO = [{"role": "user", "content": "hello"}]
+
+
+def chat(**fields: Any) -> dict[str, Any]:
+    return {"messages": HELLO, **fields}
+
+
+def prompt(**fields: Any) -> dict[str, Any]:
+    return {"prompt": "hello", **fields}
+
+
+CASES: list[tuple[str, Any, str | None, str]] = [
+    # address, body, param, part of the message
+    (CHAT, b"", None, "the body is not JSON"),
+    (CHAT, b"{", None, "the body is not JSON"),
+    (CHAT, b"\xff\xfe", None, "the body is not JSON"),
+    (CHAT, b"[" * 100_000, None, "the body is not JSON: recursion limit exceeded"),
+    (CHAT, b'{"messages": [{"role": "user", "content": "\\ud800"}]}', None, "the body is not JSON"),
+    (CHAT, [], None, "the body is JSON, but no object"),
+    (CHAT, "text", None, "the body is JSON, but no object"),
+    (CHAT, None, None, "the body is JSON, but no object"),
+    (CHAT, {}, "messages", "the field is missing"),
+    (CHAT, {"prompt": "x"}, "messages", "the field is missing"),
+    (CHAT, {"messages": None}, "messages", "expected a valid array, found null"),
+    (CHAT, {"messages": []}, "messages", "expected at least one"),
+    (CHAT, {"messages": "hello"}, "messages", "expected a valid array, found 'hello'"),
+    (CHAT, {"messages": [HELLO[0], 3]}, "messages[1]", "expected an object, found 3"),
+    (CHAT, {"messages": [{"content": "x"}]}, "messages[0].role", "the field is missing"),
+    (CHAT, {"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role", "expected 'system', 'user'"),
+    (CHAT, {"messages": [{"role": "user", "content": 5}]}, "messages[0].content", "expected a string, null or a list of parts"),
+    (CHAT, {"messages": [{"role": "user", "content": ["x"]}]}, "messages[0].content", "part 0: expected an object"),
+    (CHAT, {"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content", "part 0: expected a string"),
+    (CHAT, {"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "messages[0].content", "type 'input_audio'"),
+    (CHAT, chat(model=3), "model", "expected a valid string, found 3"),
+    (CHAT, chat(temperature="warm"), "temperature", "expected a valid number, found 'warm'"),
+    (CHAT, chat(temperature=-1), "temperature", "expected greater than or equal to 0, found -1"),
+    (CHAT, chat(temperature=True), "temperature", "expected a valid number, found True"),
+    (CHAT, b'{"messages": [{"role": "user", "content": "x"}], "temperature": NaN}', "temperature", "expected a finite number"),
+    (CHAT, chat(top_p=1.5), "top_p", "expected less than or equal to 1, found 1.5"),
+    (CHAT, chat(seed="x"), "seed", "expected a valid integer"),
+    (CHAT, chat(seed=2**64), "seed", "expected less than"),
+    (CHAT, chat(max_tokens=0), "max_tokens", "expected greater than or equal to 1, found 0"),
+    (CHAT, chat(max_tokens=2.5), "max_tokens", "expected a valid integer"),
+    (CHAT, chat(max_completion_tokens=-1), "max_completion_tokens", "expected greater than or equal to 1"),
+    (CHAT, chat(stop=["a"] * 5), "stop", "expected up to 4 strings, found 5"),
+    (CHAT, chat(stop=[""]), "stop", "expected strings of 1 to 1024 characters"),
+    (CHAT, chat(stop=[1]), "stop", "expected a string or up to 4 strings"),
+    (CHAT, chat(stop={}), "stop", "expected a string or up to 4 strings"),
+    (CHAT, chat(stream="yes"), "stream", "expected a valid boolean"),
+    (CHAT, chat(stream_options={"include_usage": 1}), "stream_options.include_usage", "expected a valid boolean"),
+    (CHAT, chat(n=2), "n", "more than one answer a request is not supported (only 1 is)"),
+    (CHAT, chat(logprobs=True), "logprobs", "not supported (only false is)"),
+    (CHAT, chat(top_logprobs=3), "top_logprobs", "not supported"),
+    (CHAT, chat(tools=[{"type": "function"}]), "tools", "not supported (only [] is)"),
+    (CHAT, chat(tool_choice="required"), "tool_choice", "not supported"),
+    (CHAT, chat(functions=[{}]), "functions", "not supported"),
+    (CHAT, chat(response_format={"type": "json_object"}), "response_format", 'not supported (only {"type": "text"} is)'),
+    (CHAT, chat(frequency_penalty=0.5), "frequency_penalty", "not supported"),
+    (CHAT, chat(logit_bias={"1": 2}), "logit_bias", "not supported"),
+    (CHAT, chat(audio={"voice": "x"}), "audio", "not supported; leave it out"),
+    (COMPLETIONS, {}, "prompt", "the field is missing"),
+    (COMPLETIONS, {"messages": HELLO}, "prompt", "the field is missing"),
+    (COMPLETIONS, {"prompt": None}, "prompt", "expected a string, or a list of token ids"),
+    (COMPLETIONS, {"prompt": ["a", "b"]}, "prompt", "expected one prompt, found 2"),
+    (COMPLETIONS, {"prompt": [[1], [2]]}, "prompt", "expected one prompt, found 2"),
+    (COMPLETIONS, {"prompt": [1, 2.5]}, "prompt", "expected a string, or a list of token ids"),
+    (COMPLETIONS, {"prompt": [True]}, "prompt", "expected a string, or a list of token ids"),
+    (COMPLETIONS, {"prompt": []}, "prompt", "it has no tokens"),
+    (COMPLETIONS, {"prompt": [1, VOCAB]}, "prompt", f"token 1 is {VOCAB}; the model knows ids 0 to {VOCAB - 1}"),
+    (COMPLETIONS, {"prompt": [-1]}, "prompt", "token 0 is -1"),
+    (COMPLETIONS, prompt(echo=True), "echo", "not supported (only false is)"),
+    (COMPLETIONS, prompt(best_of=2), "best_of", "not supported (only 1 is)"),
+    (COMPLETIONS, prompt(logprobs=0), "logprobs", "not supported; leave it out"),
+    (COMPLETIONS, prompt(suffix="x"), "suffix", "not supported"),
+]
+
+
+def checked(answer: httpx.Response, status: int) -> dict[str, Any]:
+    """The error, which has OpenAI's form."""
+    assert answer.status_code == status, answer.text
+    assert answer.headers["content-type"] == "application/json"
+    body = answer.json()
+    assert set(body) == {"error"}
+    error = body["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert isinstance(error["message"], str)
+    assert "\n" not in error["message"]
+    assert isinstance(error["type"], str)
+    return dict(error)
+
+
+async def test_bad_bodies(serve: Serve) -> None:
+    """One server for all of them: none of them disturbs the next, nor the model."""
+    async with serve() as serving, httpx.AsyncClient(base_url=serving.url) as client:
+        for address, body, param, message in CASES:
+            content = body if isinstance(body, bytes) else json.dumps(body).encode()
+            error = checked(await client.post(address, content=content), 400)
+            case = f"{address} {content[:100]!r}: {error}"
+            assert error["param"] == param, case
+            assert message in error["message"], case
+            assert error["type"] == "invalid_request_error"
+            assert error["code"], case
+            if param is not None:
+                assert error["message"].startswith(f"{param}: "), case
+        assert serving.meters.requests["invalid"] == len(CASES)
+        assert serving.models.last.fed == []
+        assert (await client.post(COMPLETIONS, json=prompt())).status_code == 200
+
+
+async def test_unknown_addresses_and_methods(serve: Serve) -> None:
+    async with serve() as serving, httpx.AsyncClient(base_url=serving.url) as client:
+        for method, path in (("GET", "/"), ("POST", "/v1/embeddings"), ("GET", "/v1/models/"), ("POST", "/v1/completions/")):
+            error = checked(await client.request(method, path), 404)
+            assert error["code"] in ("unknown_url", "model_not_found")
+        for method, path in (("GET", CHAT), ("PUT", COMPLETIONS), ("POST", "/v1/models"), ("DELETE", "/healthz")):
+            answer = await client.request(method, path)
+            error = checked(answer, 405)
+            assert error["message"].startswith(f"{method} {path}: the method is not allowed")
+            assert "allow" in answer.headers
+
+
+@pytest.mark.parametrize("chunked", [False, True], ids=["announced", "chunked"])
+async def test_a_body_that_is_too_large(chunked: bool, serve: Serve) -> None:
+    async with serve(request_bytes=100_000) as serving, httpx.AsyncClient(base_url=serving.url) as client:
+
+        async def pieces() -> Any:
+            for _ in range(30):
+                yield b" " * 10_000
+
+        content = pieces() if chunked else b" " * 300_000
+        error = checked(await client.post(CHAT, content=content), 413)
+        assert error["message"] == "the body is larger than 97.66KiB (server.request_bytes)"
+        assert (await client.post(COMPLETIONS, json=prompt())).status_code == 200
+        just = json.dumps(prompt()).encode()
+        assert (await client.post(COMPLETIONS, content=just + b" " * (100_000 - len(just)))).status_code == 200
+
+
+BEGUN = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{"
+
+
+async def test_a_body_that_does_not_come(serve: Serve) -> None:
+    async with serve(body_seconds=0.2) as serving:
+        async with dialled(serving, BEGUN) as (reader, _), asyncio.timeout(20):
+            head = await reader.readuntil(b"\r\n\r\n")
+            assert head.startswith(b"HTTP/1.1 408 ")
+            error = json.loads(await reader.readuntil(b"}}"))["error"]
+        assert error["code"] == "request_timeout"
+        assert error["message"] == "the body did not come within 200ms"
+
+
+async def test_a_client_that_goes_away_in_its_body(serve: Serve) -> None:
+    async with serve() as serving:
+        async with dialled(serving, BEGUN):
+            await asyncio.sleep(0.05)
+        await serving.until(lambda: serving.meters.requests["abandoned"] == 1)
+        assert await answers(serving)
+
+
+async def answers(serving: Serving) -> bool:
+    return bool((await serving.client.completions.create(model="small", prompt="x", max_tokens=2)).choices)
+
+
+async def test_what_is_no_http(serve: Serve) -> None:
+    async with serve() as serving:
+        async with dialled(serving, b"\x00\x01\x02 hello\r\n\r\n") as (reader, _):
+            assert (await reader.read()).startswith(b"HTTP/1.1 400 ")
+        assert await answers(serving)
