@@ -119,7 +119,9 @@ class Service:
             DairllmError: the model cannot be opened, and waiting would not mend it.
         """
         if self._life is not None:
-            await asyncio.shield(self._life)
+            await asyncio.wait({self._life})
+            if not self._life.cancelled():
+                self._life.result()
 
     async def close(self) -> None:
         """Finish the pass in hand, end all answers, give up the model."""
