@@ -70,7 +70,7 @@ class TensorPass:
         self._program, self._compute, self._meter, self._silence = program, compute, meter, silence
         self._connections, self._links = connections, links
         self._stages = _stages(plan)
-        self._final = self._stages[-1]
+        self._final = self._stages[-1] if self._stages else None  # a session without anything in it is one, too
         self._region = cache(program.region)
         self._due: dict[int, int] = {}
         """By node, the part whose rows are under way from it: one at a time on a link."""

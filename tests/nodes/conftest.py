@@ -26,6 +26,8 @@ from dairllm.graph.plan import Run, token_plan
 from dairllm.graph.types import FloatType
 from dairllm.nodes.worker import Worker
 from dairllm.protocol.dllama.codec import (
+    ACK,
+    HELLO,
     Control,
     Greeting,
     Peer,
@@ -376,6 +378,8 @@ class Proxy:
     """Bytes after which both connections are broken off."""
     stall_after: int | None = None
     """Bytes after which nothing more is passed on, and nothing is closed."""
+    disguise: bool = False
+    """Whether the worker is to look like one of distributed-llama: its answer to the marker becomes an ACK."""
     port: int = 0
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
     _server: asyncio.Server | None = None
@@ -438,7 +442,7 @@ class Proxy:
     async def _pass_back(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError, RuntimeError):  # uvloop's word for writing to what is closed
             while data := await reader.read(1 << 16):
-                writer.write(data)
+                writer.write(data.replace(HELLO, ACK) if self.disguise else data)
                 await writer.drain()
             writer.write_eof()
 

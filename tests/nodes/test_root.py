@@ -26,10 +26,10 @@ from dairllm.net.compute import Compute
 from dairllm.nodes.generation import Generation
 from dairllm.nodes.local import LocalNode
 from dairllm.nodes.root import Cluster
-from dairllm.protocol.dllama.codec import ACK, HELLO, MARKER, Control, encode_node
+from dairllm.protocol.dllama.codec import ACK, MARKER, Control, encode_node
 from dairllm.protocol.dllama.events import NodeReceived
 from dairllm.protocol.dllama.worker import Stage, WorkerSession
-from tests.nodes.conftest import Proxy, Recording, Running, load_recording
+from tests.nodes.conftest import Recording, Running, load_recording
 
 DATA = Path(__file__).parents[1] / "data" / "dllama"
 GOLDEN = json.loads((DATA / "golden.json").read_text())["models"]
@@ -51,11 +51,11 @@ async def make_cluster(compute: Compute[Program]) -> AsyncIterator[MakeCluster]:
     """A root, not opened yet, over a model file and the ports of its workers. All are closed in the end."""
     made: list[tuple[Cluster, ModelFile]] = []
 
-    def make(path: Path, ports: Sequence[int], shares: str | None = None, **deadlines: float) -> Cluster:
+    def make(path: Path, ports: Sequence[int], shares: str | None = None, **deadlines: str) -> Cluster:
         model = ModelFile.open(path)
         workers = [WorkerAddress("127.0.0.1", port) for port in ports]
         sizes = None if shares is None else parse_shares(shares)
-        cluster = Cluster(model, workers, compute, n_threads=1, sizes=sizes, deadlines=RootDeadlines(**deadlines))
+        cluster = Cluster(model, workers, compute, n_threads=1, sizes=sizes, deadlines=RootDeadlines.model_validate(deadlines))
         made.append((cluster, model))
         return cluster
 
@@ -162,9 +162,8 @@ async def test_the_root_says_what_the_cpp_root_said(make_cluster: MakeCluster, n
     expected = recording.offset_of(Stage.CONTROL)
     assert plain(bytes(replay.heard), name) == plain(recording.said[:expected], name)
     prompt, ids = GOLDEN[name]["prompt_ids"], GOLDEN[name]["generated_ids_2_node"]
-    found = [await feed_prompt(cluster, prompt)]
-    for place, token in enumerate(ids[:-1]):
-        found.append(await feed(cluster, [token], len(prompt) + place))
+    await feed_prompt(cluster, prompt[:-1])  # the C++ root computes the last one by itself
+    found = [await feed(cluster, [token], len(prompt) - 1 + place) for place, token in enumerate([prompt[-1], *ids[:-1]])]
     await cluster.close()
     assert replay.controls == recorded_controls(recording)[: len(replay.controls)]
     golden = np.load(DATA / f"{name}.logits-2-node.npy")
@@ -284,58 +283,24 @@ async def until(condition: Callable[[], bool]) -> None:
 # What goes wrong
 
 
-class Disguise:
-    """Makes a worker of ours look like one of distributed-llama: its answer to the marker becomes an ACK."""
-
-    def __init__(self, port: int) -> None:
-        self._target = port
-
-    async def start(self) -> int:
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
-        port: int = self._server.sockets[0].getsockname()[1]
-        return port
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        upstream_reader, upstream = await asyncio.open_connection("127.0.0.1", self._target)
-
-        async def back() -> None:
-            while data := await upstream_reader.read(1 << 16):
-                writer.write(data.replace(HELLO, ACK))
-            writer.close()
-
-        passing = asyncio.create_task(back())
-        with contextlib.suppress(ConnectionError):
-            while data := await reader.read(1 << 16):
-                upstream.write(data)
-            upstream.write_eof()
-        await passing
-        upstream.close()
-
-    async def close(self) -> None:
-        self._server.close()
-        await self._server.wait_closed()
-
-
 @pytest.mark.parametrize("ours", [0, 1])
 async def test_a_q80_model_is_not_for_workers_of_distributed_llama(
-    make_worker: Any, make_cluster: MakeCluster, tmp_path: Path, ours: int
+    make_worker: Any, make_cluster: MakeCluster, make_proxy: Any, tmp_path: Path, ours: int
 ) -> None:
     """The error says how to convert; the workers have heard a session to its end, and serve the next root."""
     spec = small_spec(weight_type=FloatType.Q80, n_heads=3, n_kv_heads=3, dim=96, hidden_dim=192)
     write_random_model(tmp_path / "m.m", spec)
     workers = [await make_worker() for _ in range(2)]
-    disguise = Disguise(workers[1 - ours].port)
+    disguise = await make_proxy(("127.0.0.1", workers[1 - ours].port), disguise=True)
     ports = [workers[ours].port] * 2
-    ports[1 - ours] = await disguise.start()
+    ports[1 - ours] = disguise.port
     cluster = make_cluster(tmp_path / "m.m", ports)
-    # both workers' meshes: the disguised one's peers are dialled directly
     with pytest.raises(
         ConfigError, match=rf"worker 127.0.0.1:{ports[1 - ours]} .* q80: make the model again with `dairllm convert .* q40`"
     ):
         await cluster.open()
     for worker in workers:
         await until(lambda worker=worker: worker.meters.sessions == {"finished": 1})
-    await disguise.close()
     again = make_cluster(tmp_path / "m.m", [worker.port for worker in workers])
     await again.open()
     assert len(await ids_of(again, [1, 2, 3], 4)) == 4
@@ -372,11 +337,10 @@ async def test_a_worker_that_serves_another_root_is_named(make_worker: Any, make
 
 
 @pytest.mark.parametrize("lost", [0, 1])
-async def test_a_worker_lost_in_the_middle_is_named(make_worker: Any, make_cluster: MakeCluster, tmp_path: Path, lost: int) -> None:
+async def test_a_worker_lost_in_the_middle_is_named(make_worker: Any, make_cluster: MakeCluster, make_proxy: Any, tmp_path: Path, lost: int) -> None:
     write_random_model(tmp_path / "m.m", small_spec(weight_type=FloatType.F32, n_heads=3, n_kv_heads=3, dim=96, hidden_dim=192))
     workers = [await make_worker() for _ in range(2)]
-    proxy = Proxy(("127.0.0.1", workers[lost].port))
-    await proxy.start()
+    proxy = await make_proxy(("127.0.0.1", workers[lost].port))
     ports = [worker.port for worker in workers]
     ports[lost] = proxy.port
     cluster = make_cluster(tmp_path / "m.m", ports)
@@ -407,7 +371,7 @@ async def test_a_silent_worker_is_given_up(make_cluster: MakeCluster) -> None:
 
     server = await asyncio.start_server(silent, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
-    cluster = make_cluster(DATA / "llama_f32.m", [port], answer=0.2)
+    cluster = make_cluster(DATA / "llama_f32.m", [port], answer="200ms")
     with pytest.raises(
         NetworkError, match=rf"worker 127.0.0.1:{port} \(node 1\), greeting: .* was silent for 200ms; expecting its ACK to the greeting"
     ):
