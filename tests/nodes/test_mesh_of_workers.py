@@ -2,16 +2,22 @@
 
 import asyncio
 import contextlib
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from dairllm.config import WorkerAddress
+from dairllm.engine.executor import Executor
+from dairllm.errors import ConfigError
 from dairllm.formats.model_file import ModelFile
 from dairllm.formats.random_model import small_spec, write_random_model
 from dairllm.graph.types import FloatType
+from dairllm.net.compute import Compute
 from dairllm.nodes.local import LocalNode
+from dairllm.nodes.root import Cluster
 from dairllm.protocol.dllama.codec import Control, Greeting, Peer, encode_ack, encode_control, encode_greeting
 
 PROMPT = [5, 250, 17, 99, 3, 300, 42, 7]
@@ -36,10 +42,18 @@ def write(tmp_path: Path, n_nodes: int, weight_type: FloatType) -> Path:
     return path
 
 
-def local_logits(path: Path, tokens: list[int], sync: FloatType) -> np.ndarray:
+async def local_logits(path: Path, tokens: list[int], sync: FloatType, executor: Executor) -> np.ndarray:
     """[len(tokens), vocab], one node, fed one token at a time."""
-    with ModelFile.open(path) as model, LocalNode(model, n_threads=1, sync=sync) as node:
-        return np.array([node.feed([token], position).copy() for position, token in enumerate(tokens)])
+    rows = []
+    with ModelFile.open(path) as model:
+        node = LocalNode(model, Compute(executor, math.inf), n_threads=1, sync=sync)
+        await node.open()
+        for position, token in enumerate(tokens):
+            logits = await node.feed([token], position, logits=True)
+            assert logits is not None
+            rows.append(logits.copy())
+        await node.close()
+    return np.array(rows)
 
 
 def away(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
@@ -48,7 +62,7 @@ def away(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize(("n_nodes", "weight_type"), [(3, FloatType.F32), (4, FloatType.F32), (3, FloatType.Q40), (4, FloatType.Q40)])
 async def test_a_cluster_computes_what_one_node_does(
-    make_worker: Any, make_root: Any, tmp_path: Path, n_nodes: int, weight_type: FloatType
+    make_worker: Any, make_root: Any, executors: list[Executor], tmp_path: Path, n_nodes: int, weight_type: FloatType
 ) -> None:
     path = write(tmp_path, n_nodes, weight_type)
     sync = FloatType.F32 if weight_type == FloatType.F32 else FloatType.Q80
@@ -64,7 +78,7 @@ async def test_a_cluster_computes_what_one_node_does(
                 logits.append(await root.feed(tokens[-1:], len(tokens) - 1))
             await root.stop()
             await root.close()
-    expected = local_logits(path, tokens, sync)
+    expected = await local_logits(path, tokens, sync, executors[-1])
     distance = away(np.concatenate(logits), expected)
     if weight_type == FloatType.F32:
         assert distance.max() < 1e-4
@@ -122,7 +136,7 @@ async def test_a_stranger_in_the_mesh_stage_is_closed_and_the_mesh_goes_on(
 
 @pytest.mark.parametrize("when", ["before the peer", "after the peer"])
 async def test_who_speaks_in_the_mesh_stage_gives_its_place_back(
-    make_worker: Any, make_root: Any, logged: Any, tmp_path: Path, when: str
+    make_worker: Any, make_root: Any, executors: list[Executor], logged: Any, tmp_path: Path, when: str
 ) -> None:
     """It comes from an address of the list, takes the place, and speaks while weights are loaded."""
     path = write(tmp_path, 3, FloatType.F32)
@@ -142,7 +156,7 @@ async def test_who_speaks_in_the_mesh_stage_gives_its_place_back(
         await root.load()
         logits = await root.feed(PROMPT, 0)
         await root.stop()
-    expected = local_logits(path, PROMPT, FloatType.F32)
+    expected = await local_logits(path, PROMPT, FloatType.F32, executors[-1])
     assert away(logits, expected).max() < 1e-4
     (refused,) = (entry for entry in logged if entry["event"] == "connection refused")
     assert refused["reason"] == "it spoke before its time: no worker"
@@ -264,3 +278,22 @@ async def test_a_peer_that_dies_ends_the_session_and_the_next_root_is_served(
         await again.begin()
         await again.feed(PROMPT[:4], 0)
         await again.stop()
+
+
+async def test_a_session_that_is_given_up_ends_at_once_however_slow_a_worker_is(
+    make_worker: Any, make_proxy: Any, executors: list[Executor], tmp_path: Path
+) -> None:
+    """Goodbyes are said when all have met: who left earlier would be taken for a stranger, and waited for."""
+    path = write(tmp_path, 3, FloatType.Q80)
+    workers = [await make_worker() for _ in range(2)]
+    slow = await make_proxy(workers[1].address, pause=0.05, disguise=True)  # a Q80 model is not for distributed-llama
+    with ModelFile.open(path) as model:
+        addresses = [WorkerAddress("127.0.0.1", port) for port in (workers[0].port, slow.port)]
+        cluster = Cluster(model, addresses, Compute(executors[-1], math.inf), n_threads=1)
+        with pytest.raises(ConfigError, match="q80"):
+            await cluster.open()
+        await cluster.close()
+    async with asyncio.timeout(5):
+        for worker in workers:
+            while worker.meters.sessions != {"finished": 1}:  # noqa: ASYNC110 - a meter, which nobody can wait for
+                await asyncio.sleep(0.01)
