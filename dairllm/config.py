@@ -186,6 +186,7 @@ class Worker(_Section):
     port: Port = _DEFAULT_PORT
     threads: Threads = "auto"
     kernels: Kernels = "auto"
+    overlap: bool = True
 
     @property
     def n_threads(self) -> int:
@@ -276,6 +277,7 @@ class Engine(_Section):
     threads: Threads = "auto"
     kernels: Kernels = "auto"
     sync: Literal["auto", "q80", "f32"] = "auto"
+    overlap: bool = True
 
     @property
     def n_threads(self) -> int:

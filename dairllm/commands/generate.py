@@ -116,6 +116,7 @@ def _node(options: GenerateOptions, model: ModelFile, compute: Compute[Program])
         n_threads=options.threads,
         sizes=options.sizes,
         sync=sync,
+        overlap=options.overlap,
         deadlines=options.deadlines,
         keepalive=options.keepalive,
     )

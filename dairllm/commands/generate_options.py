@@ -30,6 +30,7 @@ class GenerateOptions:
         kernels: form of the kernels, or "auto".
         max_seq_len: context length; None for the model's.
         sync: what crosses the wire between nodes; None for f32 with F32 weights, else q80.
+        overlap: compute a prompt in parts, one on the wire while the next is computed.
         workers: the other nodes; none to compute all of it here.
         sizes: share of each node, this one's first; None for nearly equal ones.
         deadlines: how long workers may be silent.
@@ -55,6 +56,7 @@ class GenerateOptions:
     kernels: str = "auto"
     max_seq_len: int | None = None
     sync: Literal["q80", "f32"] | None = None
+    overlap: bool = True
     workers: tuple[WorkerAddress, ...] = ()
     sizes: tuple[ShareSize, ...] | None = None
     deadlines: RootDeadlines = field(default_factory=RootDeadlines)
@@ -115,6 +117,7 @@ class GenerateOptions:
             kernels=settings.engine.kernels,
             max_seq_len=settings.model.max_seq_len,
             sync=None if settings.engine.sync == "auto" else settings.engine.sync,
+            overlap=settings.engine.overlap,
             workers=settings.cluster.workers,
             sizes=None if settings.cluster.shares is None else parse_shares(settings.cluster.shares),
             deadlines=settings.deadlines,

@@ -137,6 +137,7 @@ def _node(settings: RootSettings, model: "ModelFile", compute: "Compute[Program]
         n_threads=n_threads,
         sizes=sizes,
         sync=sync,
+        overlap=settings.engine.overlap,
         deadlines=settings.deadlines,
         keepalive=settings.keepalive,
     )

@@ -64,6 +64,7 @@ class Cluster:
         n_threads: of its executor.
         sizes: of each node's share, the root's first; nearly equal ones if None.
         sync: what crosses the wire; `default_sync` if None.
+        overlap: compute large batches in two parts, one on the wire while the other is computed.
 
     Raises:
         ConfigError: no workers, or another number of sizes than of nodes.
@@ -79,6 +80,7 @@ class Cluster:
         n_threads: int,
         sizes: Sequence[ShareSize] | None = None,
         sync: FloatType | None = None,
+        overlap: bool = True,
         deadlines: RootDeadlines | None = None,
         keepalive: Keepalive | None = None,
     ) -> None:
@@ -89,7 +91,7 @@ class Cluster:
             raise ConfigError(f"expected {n_nodes} shares, one for the root and one for each worker, found {len(sizes)}")
         spec = model.spec
         self.seq_len, self.vocab_size = spec.seq_len, spec.vocab_size
-        self._model, self._compute, self._n_threads = model, compute, n_threads
+        self._model, self._compute, self._n_threads, self._overlap = model, compute, n_threads, overlap
         self._deadlines, self._keepalive = deadlines or RootDeadlines(), keepalive or Keepalive()
         shares = deal_shares(spec, nearly_equal_sizes(spec, n_nodes) if sizes is None else sizes)
         self._network = build_network(spec, shares, default_sync(spec.weight_type) if sync is None else sync)
@@ -146,7 +148,9 @@ class Cluster:
         connections = {worker.node: worker.link for worker in self._workers}
         links = {worker.node: worker.wire for worker in self._workers}
         silence = self._deadlines.exchange
-        self._pass = TensorPass(self._program, self._plan, self._compute, connections, links, silence=silence, meter=self._meter)
+        self._pass = TensorPass(
+            self._program, self._plan, self._compute, connections, links, overlap=self._overlap, silence=silence, meter=self._meter
+        )
         self._tokens = self._program.values(TOKEN_PIPE)
         self._usable = True
         log.info("cluster ready", nodes=len(self._workers) + 1, workers=[f"{w.address} ({w.kind})" for w in self._workers])

@@ -136,7 +136,10 @@ class TensorSession:
 
     async def _infer(self, program: Program, plan: tuple[Run | Exchange, ...]) -> None:
         silence = self._settings.deadlines.exchange
-        tensor_pass = TensorPass(program, plan, self._compute, self._connections, self._links, silence=silence, meter=self._meters)
+        overlap = self._settings.worker.overlap
+        tensor_pass = TensorPass(
+            program, plan, self._compute, self._connections, self._links, overlap=overlap, silence=silence, meter=self._meters
+        )
         self._counted = {node: (c.bytes_sent, c.bytes_received) for node, c in self._connections.items()}
         while not self._finishing:
             begun = time.perf_counter()

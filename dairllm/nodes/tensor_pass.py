@@ -52,6 +52,7 @@ class TensorPass:
         compute: open.
         connections: by node number.
         links: what each connection is attached to; rows are due when the pass begins.
+        overlap: compute large batches in two parts.
         silence: seconds without a byte after which a node is given up.
         meter: counts seconds of compute and exchange.
     """
@@ -64,11 +65,13 @@ class TensorPass:
         connections: Mapping[int, Connection],
         links: Mapping[int, RowsFrom],
         *,
+        overlap: bool,
         silence: float,
         meter: Meter,
     ) -> None:
         self._program, self._compute, self._meter, self._silence = program, compute, meter, silence
         self._connections, self._links = connections, links
+        self._parts = _halves if overlap else _whole
         self._stages = _stages(plan)
         self._final = self._stages[-1] if self._stages else None  # a session without anything in it is one, too
         self._region = cache(program.region)
@@ -91,7 +94,7 @@ class TensorPass:
         """
         clock, seconds = time.perf_counter, self._meter.seconds
         before = clock()
-        parts = _parts(rows)
+        parts = self._parts(rows)
         for stage in self._stages:
             for part, (first, stop) in enumerate(parts):
                 if stage.run is not None:
@@ -149,7 +152,11 @@ def _stages(plan: tuple[Run | Exchange, ...]) -> tuple[_Stage, ...]:
     return tuple(stages)
 
 
-def _parts(rows: int) -> tuple[tuple[int, int], ...]:
+def _whole(rows: int) -> tuple[tuple[int, int], ...]:
+    return ((0, rows),)
+
+
+def _halves(rows: int) -> tuple[tuple[int, int], ...]:
     """Halves of whole tiles, where there is more than one: a tile costs the same however few of its rows are wanted."""
     half = -(-rows // (2 * TILE_COLUMNS)) * TILE_COLUMNS
     return ((0, rows),) if rows <= TILE_COLUMNS else ((0, half), (half, rows))
