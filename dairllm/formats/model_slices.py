@@ -4,6 +4,7 @@ Nothing is copied until it is asked for, and then a few rows at a time, into mem
 """
 
 from collections.abc import Iterator, Sequence
+
 import numpy as np
 import numpy.typing as npt
 

@@ -9,15 +9,15 @@ Where a block of quantized weights covers several heads (`unit`), a node's heads
 heads that lie together are tried.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from heapq import heappop, heappush
 from itertools import groupby
 
 __all__ = ["HeadRule", "deal_heads", "even_heads", "most_nodes", "nearest_heads"]
 
-_MAX_STATES = 30_000
-"""Looked at before a search is given up: a second or so."""
+_MAX_TRIES = 300_000
+"""Before a search is given up: half a second or so."""
 
 _State = tuple[int, tuple[int, ...]]  # heads dealt, nodes taken from each queue
 
@@ -74,17 +74,13 @@ def deal_heads(rule: HeadRule, sizes: Sequence[int]) -> list[list[range]] | None
 
 
 def even_heads(rule: HeadRule, n_nodes: int) -> tuple[int, ...]:
-    """Numbers that can be dealt and are as even as can be: the largest as small as possible, then all near the mean; the largest first.
+    """Numbers that can be dealt and are as even as can be: the largest as small as possible, then all near one another; the largest first.
 
     Args:
         n_nodes: at most ``most_nodes``.
     """
-    mean = rule.n_heads // n_nodes
-    for largest in range(max(mean, rule.unit), rule.n_heads + 1):
-        walk = _walk(rule, [[mean] * n_nodes], lambda size, wanted: (size - wanted) ** 2, lambda _: 0, largest)
-        if walk is not None:
-            return tuple(sorted((size for _, size in walk), reverse=True))
-    raise ValueError(f"{n_nodes} nodes for {rule}")
+    walks = (_even_walk(rule, n_nodes, largest) for largest in range(-(-rule.n_heads // n_nodes), rule.n_heads + 1))
+    return tuple(sorted(next(filter(None, walks)), reverse=True))
 
 
 def nearest_heads(rule: HeadRule, sizes: Sequence[int]) -> tuple[int, ...]:
@@ -97,33 +93,37 @@ def nearest_heads(rule: HeadRule, sizes: Sequence[int]) -> tuple[int, ...]:
     """
     wanted = [min(size, rule.n_heads) for size in sizes]  # more cannot be had: the differences beyond are the same for all
     by_size = sorted(range(len(wanted)), key=lambda node: -wanted[node])
-    found: list[tuple[int, tuple[int, ...]]] = []
-    for order in (range(len(wanted)), by_size):  # one queue: in this order
-        walk = _walk(rule, [[wanted[node] for node in order]], _difference, abs, rule.n_heads)
-        if walk is not None:
-            dealt = {node: size for node, (_, size) in zip(order, walk, strict=True)}
-            found.append(_rated(wanted, dealt))
-    queues = [list(same) for _, same in groupby(by_size, key=lambda node: wanted[node])]  # a queue a size: in any order
-    limit = min((cost for cost, _ in found), default=None)
-    walk = _walk(rule, [[wanted[node] for node in queue] for queue in queues], _difference, abs, rule.n_heads, limit)
+    found: list[tuple[int, dict[int, int]]] = []
+    least = abs(sum(wanted) - rule.n_heads)
+    for order in (list(range(len(wanted))), by_size):  # one queue: in this order there is a way for certain
+        limit, walk = least, None
+        while walk is None:
+            walk = _walk(rule, [[wanted[node] for node in order]], limit)
+            limit = 2 * limit + 2
+        found.append(_rated(wanted, [order], walk))
+    best = min(cost for cost, _ in found)
+    queues = _same(by_size, wanted)  # a queue a size: in any order
+    walk = _walk(rule, [[wanted[node] for node in queue] for queue in queues], best - 1)
     if walk is not None:
-        found.append(_rated(wanted, _by_node(queues, walk)))
-    return min(found, key=lambda entry: entry[0])[1]
+        found.append(_rated(wanted, queues, walk))
+    _, dealt = min(found, key=lambda entry: entry[0])
+    return tuple(dealt[node] for node in range(len(wanted)))
 
 
-def _rated(wanted: Sequence[int], dealt: dict[int, int]) -> tuple[int, tuple[int, ...]]:
-    sizes = tuple(dealt[node] for node in range(len(wanted)))
-    return sum(map(_difference, sizes, wanted)), sizes
-
-
-def _difference(size: int, wanted: int) -> int:
-    return abs(size - wanted)
+def _rated(wanted: Sequence[int], queues: Sequence[Sequence[int]], walk: Sequence[tuple[int, int]]) -> tuple[int, dict[int, int]]:
+    dealt = _by_node(queues, walk)
+    return sum(abs(size - wanted[node]) for node, size in dealt.items()), dealt
 
 
 def _by_node(queues: Sequence[Sequence[int]], walk: Sequence[tuple[int, int]]) -> dict[int, int]:
     """Node -> size, in the order of the walk; `queues` hold nodes."""
     waiting = [iter(queue) for queue in queues]
     return {next(waiting[queue]): size for queue, size in walk}
+
+
+def _same(nodes: Sequence[int], sizes: Sequence[int]) -> list[list[int]]:
+    """Nodes in order of size as runs of one size."""
+    return [list(run) for _, run in groupby(nodes, key=lambda node: sizes[node])]
 
 
 def _order(rule: HeadRule, sizes: Sequence[int]) -> list[int] | None:
@@ -138,9 +138,8 @@ def _order(rule: HeadRule, sizes: Sequence[int]) -> list[int] | None:
     if rule.scatters:  # only parts matter
         sizes = [size % rule.group for size in sizes]
     by_size = sorted((node for node, size in enumerate(sizes) if size), key=lambda node: -sizes[node])
-    queues = [list(same) for _, same in groupby(by_size, key=lambda node: sizes[node])]
-    parts = replace(rule, n_heads=sum(sizes))
-    walk = _walk(parts, [[sizes[node] for node in queue] for queue in queues], _difference, abs, parts.n_heads, 0)
+    queues = _same(by_size, sizes)
+    walk = _walk(replace(rule, n_heads=sum(sizes)), [[sizes[node] for node in queue] for queue in queues], 0)
     if walk is None:
         return None
     return [node for node, size in enumerate(sizes) if not size] + list(_by_node(queues, walk))
@@ -174,59 +173,68 @@ def _scattered(rule: HeadRule, sizes: Sequence[int], order: Sequence[int]) -> li
     return heads
 
 
-def _walk(
-    rule: HeadRule,
-    queues: Sequence[Sequence[int]],
-    cost: Callable[[int, int], int],
-    least_cost: Callable[[int], int],
-    largest: int,
-    limit: int | None = None,
-) -> list[tuple[int, int]] | None:
-    """The cheapest walk along all heads: (queue, heads) of each node. None where there is none, or none was found in time.
+def _even_walk(rule: HeadRule, n_nodes: int, largest: int) -> list[int]:
+    """The sizes of a walk of `n_nodes` nodes, none of more than `largest` heads, with the least sum of squares; empty if there is none."""
+    layers: list[dict[int, tuple[int, int]]] = [{0: (0, 0)}]  # heads dealt -> least sum, last size
+    for waiting in range(n_nodes - 1, -1, -1):
+        layer: dict[int, tuple[int, int]] = {}
+        for at, (spent, _) in layers[-1].items():
+            most = min(largest, rule.n_heads - at - waiting * rule.unit)
+            least = rule.n_heads - at - waiting * largest
+            for size in range(rule.unit, most + 1, rule.unit):
+                new = spent + size * size
+                if size >= least and rule.fits(at, size) and new < layer.get(at + size, (new + 1, 0))[0]:
+                    layer[at + size] = new, size
+        layers.append(layer)
+    sizes, at = [], rule.n_heads
+    for layer in layers[:0:-1]:
+        if at not in layer:
+            return []
+        sizes.append(layer[at][1])
+        at -= sizes[-1]
+    return sizes
+
+
+def _walk(rule: HeadRule, queues: Sequence[Sequence[int]], limit: int) -> list[tuple[int, int]] | None:
+    """The walk along all heads with the least sum of differences, at most `limit`: (queue, heads) of each node.
+
+    None where there is none, or none was found in time.
 
     Args:
         queues: what nodes want; the next node is the first of any queue.
-        cost: of (heads had, heads wanted).
-        least_cost: of what is left, where it wants so many heads too many or (negative) too few; never more than it will be.
-        largest: heads that a node may have.
-        limit: a cost that is enough to know of.
     """
     start: _State = (0, (0,) * len(queues))
-    left = [[sum(queue[taken:]) for taken in range(len(queue) + 1)] for queue in queues]
     n_nodes = sum(map(len, queues))
     came_from: dict[_State, tuple[_State, int, int]] = {}
     best = {start: 0}
     done: set[_State] = set()
-    heap = [(0, 0, start)]  # cost at least, nodes left, state
-    while heap and len(done) < _MAX_STATES:
-        _, _, state = heappop(heap)
+    heap = [(0, n_nodes, start, sum(map(sum, queues)))]  # cost at least, nodes left, state, what they want
+    tries = 0
+    while heap and tries < _MAX_TRIES:
+        _, waiting, state, left = heappop(heap)
         if state in done:
             continue
         done.add(state)
         at, taken = state
-        waiting = n_nodes - sum(taken)
         if not waiting:
-            if at == rule.n_heads:
-                return _steps(came_from, state, start)
-            continue
+            return _steps(came_from, state, start)
+        room = limit - best[state]
+        most = rule.n_heads - at - (waiting - 1) * rule.unit
         for number, queue in enumerate(queues):
             if taken[number] == len(queue):
                 continue
             after = (*taken[:number], taken[number] + 1, *taken[number + 1 :])
             wanted = queue[taken[number]]
-            rest = sum(sums[n] for sums, n in zip(left, after, strict=True))
-            most = min(largest, rule.n_heads - at - (waiting - 1) * rule.unit)
-            sizes = range(rule.unit, most + 1, rule.unit) if limit != 0 else [wanted] * (wanted <= most)
-            for size in sizes:
-                if not rule.fits(at, size) or (waiting == 1 and at + size != rule.n_heads):
-                    continue
-                spent = best[state] + cost(size, wanted)
-                least = spent + least_cost(rest - (rule.n_heads - at - size))
+            least = max(wanted - room, 1) if waiting > 1 else most
+            for size in range(-(-least // rule.unit) * rule.unit, min(wanted + room, most) + 1, rule.unit):
+                tries += 1
+                spent = best[state] + abs(size - wanted)
+                in_all = spent + abs(left - wanted - (rule.n_heads - at - size))
                 new = (at + size, after)
-                if (limit is None or least <= limit) and spent < best.get(new, spent + 1):
+                if in_all <= limit and rule.fits(at, size) and spent < best.get(new, spent + 1):
                     best[new] = spent
                     came_from[new] = state, number, size
-                    heappush(heap, (least, waiting - 1, new))
+                    heappush(heap, (in_all, waiting - 1, new, left - wanted))
             if rule.scatters and at % rule.group == 0:
                 break  # whoever comes first begins a group, now or later: groups can change places
     return None
