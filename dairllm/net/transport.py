@@ -19,6 +19,7 @@ import asyncio
 import contextlib
 import ipaddress
 import math
+import select
 import socket
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar, cast
@@ -88,6 +89,15 @@ class Connection(asyncio.BufferedProtocol):
     def has_ended(self) -> bool:
         """Whether the other end will say no more."""
         return self._eof or self._error is not None
+
+    @property
+    def is_hung_up(self) -> bool:
+        """Whether the other end has gone, as the system knows it: true also where nobody reads, so that its end has not come up yet."""
+        if self.has_ended or self._transport is None:
+            return self.has_ended
+        poll = select.poll()
+        poll.register(self._transport.get_extra_info("socket").fileno(), select.POLLRDHUP)
+        return bool(poll.poll(0))
 
     # For those who use it.
 

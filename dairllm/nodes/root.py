@@ -124,8 +124,8 @@ class Cluster:
     @property
     def trouble(self) -> str | None:
         """Why the cluster cannot be used any more, as far as that shows between two passes; None while it can."""
-        gone = any(worker.link.has_ended for worker in self._workers)
-        return f"{self._culprit()} closed the connection" if gone else None
+        gone = [worker.name for worker in self._workers if worker.link.is_hung_up]
+        return f"{', '.join(gone)}: the connection was closed between two passes" if gone else None
 
     async def open(self, progress: Progress | None = None) -> None:
         """Connect, configure, send the weights.

@@ -160,6 +160,27 @@ async def test_a_reset_wakes_who_waits(pair: Pair, feed: Feeding) -> None:
         await waiting
 
 
+@pytest.mark.parametrize("reset", [False, True], ids=["closed", "reset"])
+async def test_that_the_other_end_has_gone_shows_though_nobody_reads(pair: Pair, feed: Feeding, reset: bool) -> None:
+    connection, _, writer = pair
+    connection.attach(feed)
+    writer.write(bytes(READ_AHEAD))
+    async with asyncio.timeout(10):
+        while feed.wants_data:  # noqa: ASYNC110 - until its room is full, and reading pauses
+            await asyncio.sleep(0.01)
+    assert not connection.is_hung_up
+    if reset:
+        linger = struct.pack("ii", 1, 0)
+        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        writer.transport.abort()
+    else:
+        writer.write_eof()
+    async with asyncio.timeout(10):
+        while not connection.is_hung_up:  # noqa: ASYNC110 - it is a question, not an event
+            await asyncio.sleep(0.01)
+    assert not connection.has_ended
+
+
 async def test_after_the_end_sending_fails(pair: Pair) -> None:
     connection, _, _ = pair
     connection.abort()
