@@ -15,7 +15,7 @@ import dairllm
 
 DATA = Path(__file__).parent / "data" / "dllama"
 TINY = DATA / "tiny.t"
-COMMANDS = ("demo", "worker", "health", "generate", "tokenize", "convert", "inspect")
+COMMANDS = ("demo", "worker", "health", "generate", "serve", "tokenize", "convert", "inspect")
 
 
 def command(*words: object) -> list[str]:
@@ -111,6 +111,16 @@ def test_wrong_usage_is_2(words: tuple[str, ...], message: str) -> None:
             "flag --kernels: engine.kernels: expected 'auto', 'portable'",
         ),
         (("generate", "--model", "nonesuch/a.m", "--prompt", "a"), 1, "nonesuch/a.m: "),
+        (("generate", "--workers", "a:1,b:x"), 2, "flag --workers: cluster.workers: expected a port from 1 to 65535 after b:, found 'x'"),
+        (("generate", "--workers", "a", "--workers", "b,a"), 2, "flag --workers: cluster.workers: a:9990 is named twice"),
+        (("generate", "--mode", "layers"), 2, "flag --mode: cluster.mode: layers is still to come; tensor is the only mode there is"),
+        (("generate", "--model", "a.m", "--prompt", "a", "--workers", "b", "--shares", "1"), 2, 'shares "1": expected query heads/'),
+        (("generate", "--model", "a.m", "--prompt", "a", "--shares", "1/1,1/1"), 2, "shares for 2 nodes, but there are 1"),
+        (("serve",), 2, "no model: name its file with --model"),
+        (("serve", "--port", "70000"), 2, "flag --port: server.port: expected "),
+        (("serve", "--queue", "-1"), 2, "flag --queue: server.queue: expected "),
+        (("serve", "--model-name", ""), 2, "flag --model-name: model.name: "),
+        (("serve", "--mode", "layers"), 2, "flag --mode: cluster.mode: layers is still to come"),
         (("generate", "--config", "nonesuch.yaml"), 2, "nonesuch.yaml: cannot be read: No such file or directory"),
         (("demo", "--threads", "0"), 2, "flag --threads: engine.threads: expected auto or a whole number"),
         (("worker", "--port", "70000"), 2, "flag --port: worker.port: expected "),
