@@ -2,8 +2,10 @@
 
     python benchmarks/against_dllama.py local   --dllama PATH --model F.m [--threads 2]
     python benchmarks/against_dllama.py worker  --dllama PATH --model F.m [--threads 1]
+    python benchmarks/against_dllama.py cluster --dllama PATH --model F.m [--threads 1] [--nodes 2]
 
 local: `dllama inference` and `dairllm generate`, one node. worker: a dllama root with one worker, which is dllama's own and ours in turn.
+cluster: our root with our workers, and theirs with theirs, each of `threads`.
 Programs run one after the other, A B A B ..., each when the processors are idle; the figures are medians, the ratios those of pairs. The
 prompt and the number of ids are the same for both; dllama's own figures are read from what it prints.
 """
@@ -17,8 +19,9 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 SENTENCE = "the cat sat on the mat and the other cat is here on it "
@@ -77,16 +80,31 @@ class Bench:
         wait_until_idle()
         return of_dllama(subprocess.run(list(map(str, command)), check=True, capture_output=True, text=True).stdout)
 
-    def dairllm(self) -> Speed:
+    def dairllm(self, extra: list[str] | None = None) -> Speed:
         wait_until_idle()
-        arguments = ["--model", str(self.o.model), "--tokenizer", str(self.tokenizer), "--prompt", self.prompt, "--ignore-eos"]
+        arguments = [
+            *(extra or []),
+            "--model",
+            str(self.o.model),
+            "--tokenizer",
+            str(self.tokenizer),
+            "--prompt",
+            self.prompt,
+            "--ignore-eos",
+        ]
         arguments += ["--steps", str(self.o.steps), "--threads", str(self.o.threads), "--sync", self.o.sync, *self.context, "--json"]
         report = json.loads(self._run(["generate", *arguments]))
         return report["prefill_tokens_per_second"], report["decode_tokens_per_second"]
 
     @contextmanager
-    def worker(self, command: list[str]) -> Iterator[list[str]]:
-        """A worker process; yields the root's flags that name it."""
+    def workers(self, command: list[str]) -> Iterator[list[str]]:
+        """Worker processes, one less than nodes; yields where they listen."""
+        with ExitStack() as stack:
+            yield [stack.enter_context(self.worker(command)) for _ in range(self.o.nodes - 1)]
+
+    @contextmanager
+    def worker(self, command: list[str]) -> Iterator[str]:
+        """A worker process; yields where it listens."""
         port = free_port()
         log = subprocess.DEVNULL
         with subprocess.Popen([*command, "--port", str(port)], stdout=log, stderr=log) as process:
@@ -96,39 +114,47 @@ class Bench:
                     if time.monotonic() > deadline or process.poll() is not None:
                         raise SystemExit(f"the worker did not start: {' '.join(command)}")
                     time.sleep(0.2)
-                yield ["--workers", f"127.0.0.1:{port}"]
+                yield f"127.0.0.1:{port}"
             finally:
                 process.terminate()
 
-    def under_a_root(self, command: list[str]) -> Speed:
-        turbo = ["--net-turbo", str(self.o.turbo)]
-        with self.worker(command + (turbo if command[0] == str(self.o.dllama) else [])) as flags:
-            return self.dllama([*flags, *turbo])
+    @property
+    def their_command(self) -> list[str]:
+        return [str(self.o.dllama), "worker", "--nthreads", str(self.o.threads), "--net-turbo", str(self.o.turbo)]
 
-    def their_worker(self) -> Speed:
-        return self.under_a_root([str(self.o.dllama), "worker", "--nthreads", str(self.o.threads)])
+    @property
+    def our_command(self) -> list[str]:
+        return [sys.executable, "-m", "dairllm", "worker", "--host", "127.0.0.1", "--threads", str(self.o.threads), "--metrics-port", "0"]
 
-    def our_worker(self) -> Speed:
-        return self.under_a_root([sys.executable, "-m", "dairllm", "worker", "--host", "127.0.0.1", "--threads", str(self.o.threads)])
+    def their_root(self, workers: list[str]) -> Speed:
+        with self.workers(workers) as addresses:
+            return self.dllama(["--net-turbo", str(self.o.turbo), "--workers", *addresses])
+
+    def our_root(self, workers: list[str]) -> Speed:
+        with self.workers(workers) as addresses:
+            return self.dairllm(["--workers", ",".join(addresses)])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["local", "worker"])
+    parser.add_argument("what", choices=["local", "worker", "cluster"])
     parser.add_argument("--dllama", type=Path, required=True, help="the program, built")
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--tokenizer", type=Path)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--nodes", type=int, default=2, help="of a cluster, the root included")
     parser.add_argument("--sync", default="q80", choices=["q80", "f32"])
     parser.add_argument("--sentences", type=int, default=6, help="length of the prompt")
     parser.add_argument("--steps", type=int, default=48, help="ids to generate")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--turbo", type=int, default=0, help="whether dllama polls (its --net-turbo)")
     bench = Bench(parser.parse_args())
-    if bench.o.what == "local":
-        ours, theirs = bench.dairllm, lambda: bench.dllama([])
-    else:
-        ours, theirs = bench.our_worker, bench.their_worker
+    what: dict[str, tuple[Callable[[], Speed], Callable[[], Speed]]] = {
+        "local": (bench.dairllm, partial(bench.dllama, [])),
+        "worker": (partial(bench.their_root, bench.our_command), partial(bench.their_root, bench.their_command)),
+        "cluster": (partial(bench.our_root, bench.our_command), partial(bench.their_root, bench.their_command)),
+    }
+    ours, theirs = what[bench.o.what]
     print("dairllm / dllama")
     pairs = []
     for number in range(bench.o.rounds):
