@@ -10,7 +10,7 @@ import structlog
 from prometheus_client.exposition import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from dairllm.telemetry import Histogram, Meters, configure_logging, registry
+from dairllm.telemetry import Histogram, LinkBytes, Meters, ServiceMeters, configure_logging, registry
 
 
 class Terminal(io.StringIO):
@@ -95,7 +95,7 @@ def test_libraries_speak_in_the_same_form_and_only_of_trouble() -> None:
     assert json.loads(line)["level"] == "error"
 
 
-def scrape(meters: Meters) -> dict[str, float]:
+def scrape(meters: Meters | ServiceMeters) -> dict[str, float]:
     text = generate_latest(registry(meters)).decode()
     return {
         sample.name + "".join(f"[{key}={value}]" for key, value in sorted(sample.labels.items())): sample.value
@@ -137,10 +137,36 @@ def test_meters_are_scraped_as_they_stand() -> None:
     assert after["dairllm_peak_rss_bytes"] > 0
 
 
-def test_names_follow_the_conventions() -> None:
-    meters = Meters()
-    meters.sessions["finished"] += 1
-    meters.refused["busy"] += 1
+def test_a_servers_meters_are_scraped_as_they_stand() -> None:
+    meters = ServiceMeters(kernel_form="avx2", running=1, waiting=3, prompt_tokens=50, cached_tokens=20, generated_tokens=7, losses=2)
+    meters.requests.update(["stop", "stop", "queue_full"])
+    meters.prefill_rate, meters.decode_rate = 100.0, 12.5
+    meters.first_token_seconds.observe(0.3)
+    meters.token_seconds.observe(0.02)
+    meters.request_seconds.observe(9)
+    meters.links = lambda: [LinkBytes(1, "10.0.0.2:9990", 5, 6, 7)]
+    found = scrape(meters)
+    assert found["dairllm_kernels_info[form=avx2]"] == 1
+    assert (found["dairllm_num_requests_running"], found["dairllm_num_requests_waiting"]) == (1, 3)
+    assert found["dairllm_requests_total[outcome=stop]"] == 2
+    assert found["dairllm_requests_total[outcome=queue_full]"] == 1
+    assert found["dairllm_prompt_tokens_total"] == found["dairllm_prefix_cache_queries_total"] == 50
+    assert found["dairllm_prefix_cache_hits_total"] == 20
+    assert found["dairllm_generation_tokens_total"] == 7
+    assert found["dairllm_model_losses_total"] == 2
+    assert (found["dairllm_prefill_tokens_per_second"], found["dairllm_decode_tokens_per_second"]) == (100, 12.5)
+    assert found["dairllm_time_to_first_token_seconds_bucket[le=0.25]"] == 0
+    assert found["dairllm_time_to_first_token_seconds_bucket[le=0.5]"] == 1
+    assert found["dairllm_inter_token_latency_seconds_bucket[le=0.025]"] == 1
+    assert found["dairllm_e2e_request_latency_seconds_sum"] == 9
+    assert found["dairllm_worker_bytes_total[address=10.0.0.2:9990][direction=sent][node=1]"] == 5
+    assert found["dairllm_worker_bytes_total[address=10.0.0.2:9990][direction=received][node=1]"] == 6
+    assert found["dairllm_worker_weight_bytes_total[address=10.0.0.2:9990][node=1]"] == 7
+    assert not any(name.startswith("dairllm_sessions") for name in found), "that is a worker's"
+
+
+@pytest.mark.parametrize("meters", [Meters(), ServiceMeters()], ids=["worker", "server"])
+def test_names_follow_the_conventions(meters: Meters | ServiceMeters) -> None:
     for family in registry(meters).collect():
         assert family.name.startswith(("dairllm_", "process_"))
         assert family.documentation.endswith(".")

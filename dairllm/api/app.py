@@ -18,7 +18,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from dairllm.api.completions import BODY_SECONDS, Completions
+from dairllm.api.bodies import BODY_SECONDS, Bodies
+from dairllm.api.completions import Completions
 from dairllm.api.errors import exception_handlers
 from dairllm.api.health import health_routes
 from dairllm.api.prompts import ServedModel
@@ -35,6 +36,8 @@ def serve_app(
     """The application over a service, which somebody else starts and closes."""
     description: dict[str, Any] = {"id": served.name, "object": "model", "created": served.created, "owned_by": "dairllm"}
 
+    bodies = Bodies(served.request_bytes, body_seconds)
+
     async def models(_: Request) -> Response:
         return JSONResponse({"object": "list", "data": [description]})
 
@@ -43,7 +46,7 @@ def serve_app(
         return JSONResponse(description)
 
     def completions(schema: type[ChatRequest] | type[CompletionRequest]) -> Completions:
-        return Completions(schema, served, service, meters, body_seconds)
+        return Completions(schema, served, service, meters, bodies)
 
     app = Starlette(
         routes=[

@@ -16,7 +16,7 @@ from dairllm.nodes.reply import AbandonedError, StalledError
 from dairllm.nodes.service import QueueFullError, UnavailableError
 from dairllm.text.chat import ChatTemplateError
 
-__all__ = ["ApiError", "api_error", "exception_handlers"]
+__all__ = ["SERVER", "ApiError", "api_error", "exception_handlers"]
 
 INVALID, SERVER, RATE_LIMIT = "invalid_request_error", "server_error", "rate_limit_error"
 CLIENT_CLOSED_REQUEST = 499

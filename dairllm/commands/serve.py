@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["run"]
 
 log = structlog.get_logger()
-SPARE_CONNECTIONS = 64
+SPARE_CONNECTIONS = 256
 """Beside those of requests in line: for probes, and for who is told to come again."""
 
 

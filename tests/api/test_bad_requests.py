@@ -1,6 +1,7 @@
 """What is wrong with a request is told in OpenAI's form, with the field and a reason, and harms nobody."""
 
 import asyncio
+import contextlib
 import json
 from typing import Any
 
@@ -167,6 +168,24 @@ async def test_a_client_that_goes_away_in_its_body(serve: Serve) -> None:
             await asyncio.sleep(0.05)
         await serving.until(lambda: serving.meters.requests["abandoned"] == 1)
         assert await answers(serving)
+
+
+async def test_large_bodies_at_once_are_bounded_and_small_ones_come_through(serve: Serve) -> None:
+    most = 100_000
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % most
+    async with serve(request_bytes=most) as serving, httpx.AsyncClient(base_url=serving.url) as client:
+        async with contextlib.AsyncExitStack() as others:
+            readers = [(await others.enter_async_context(dialled(serving, head + b" " * (most - 1))))[0] for _ in range(9)]
+            waiting = [asyncio.create_task(reader.readuntil(b"\r\n")) for reader in readers]
+            (refused,), _ = await asyncio.wait(waiting, timeout=20, return_when=asyncio.FIRST_COMPLETED)
+            assert refused.result().startswith(b"HTTP/1.1 503 ")
+            assert (await client.post(COMPLETIONS, json=prompt())).status_code == 200
+            error = checked(await client.post(COMPLETIONS, content=b" " * most), 503)
+            assert error["code"] == "overloaded"
+            for task in waiting:
+                task.cancel()
+        await serving.until(lambda: serving.meters.requests["abandoned"] == 8)
+        checked(await client.post(COMPLETIONS, content=b" " * most), 400)
 
 
 async def answers(serving: Serving) -> bool:

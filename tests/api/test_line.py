@@ -148,13 +148,24 @@ async def until_closed(reader: asyncio.StreamReader) -> bytes:
     return received
 
 
-async def test_a_client_that_does_not_read_its_stream_is_dropped(serve: Serve) -> None:
-    body = {"prompt": "on", "max_tokens": 4000, "stream": True}
-    async with serve(patience=0.3, connection=Hasty) as serving, reluctant(serving, body) as reader:
+ENDLESS = {"prompt": "on", "max_tokens": 4000, "stream": True}
+
+
+async def test_the_model_does_not_wait_for_ever_for_a_client_that_does_not_read(serve: Serve) -> None:
+    async with serve(patience=0.3) as serving, reluctant(serving, ENDLESS) as reader:
         assert (await complete(serving, "two", max_tokens=3)).usage.completion_tokens == 3
         assert serving.meters.requests == {"stalled": 1, "length": 1}
         assert serving.meters.generated_tokens < 4000
-        await asyncio.sleep(2 * Hasty.stall_seconds)
+        received = b""
+        while b"[DONE]" not in received:
+            received += await reader.read(65536)
+        assert b'"error":{"message":"the answer was not read in time' in received, "for who reads after all"
+
+
+async def test_a_connection_whose_client_does_not_read_is_broken_off(serve: Serve) -> None:
+    async with serve(connection=Hasty) as serving, reluctant(serving, ENDLESS) as reader:
+        assert (await complete(serving, "two", max_tokens=3)).usage.completion_tokens == 3
+        assert serving.meters.requests == {"abandoned": 1, "length": 1}
         received = await until_closed(reader)
         assert received.startswith(b"HTTP/1.1 200 OK")
         assert b"[DONE]" not in received
