@@ -1,6 +1,6 @@
 # Everything a developer or a newcomer does, one verb each. Every verb makes the environment it needs, in .venv, from pyproject.toml.
 #
-#   make demo     ask a small real model a question
+#   make demo     ask a small real model a question, shared out to a root and two workers
 #   make test     style, types, tests: what CI runs
 #   make style | types | tests | format | clean
 #
