@@ -279,7 +279,8 @@ class Cluster:
     def _culprit(self) -> str:
         """Who was gone first, as far as can be told from here: a worker that lost another one goes too."""
         gone = [worker for worker in self._workers if worker.link.has_ended]
-        return min(gone, key=lambda worker: worker.link.ended_at).name if gone else "a worker"
+        awaited = self._pass.awaited  # of several whose end was seen at the same moment
+        return min(gone, key=lambda worker: (worker.link.ended_at, worker.node != awaited)).name if gone else "a worker"
 
     def _put_down(self, task: asyncio.Task[None]) -> None:
         self._in_hand = None

@@ -77,6 +77,8 @@ class TensorPass:
         self._region = cache(program.region)
         self._due: dict[int, int] = {}
         """By node, the part whose rows are under way from it: one at a time on a link."""
+        self.awaited: int | None = None
+        """The node that something was last awaited from: where a pass fails, the one that failed it."""
         self._left: list[dict[int, int]] = [{}, {}]
         """Of each part, by node, how much must have left the connection before the part's memory may be written."""
 
@@ -116,6 +118,7 @@ class TensorPass:
         """Rows of ours set out, those of others may come. Waits only for the rows before them on the same link."""
         left = self._left[part]
         for send in exchange.sends:
+            self.awaited = send.node
             connection = self._connections[send.node]
             connection.send(self._region(exchange.pipe, send.slice, stop, first))
             left[send.node] = connection.bytes_sent
@@ -132,10 +135,12 @@ class TensorPass:
             await self._arrived(node)
         left = self._left[part]
         for node, sent in left.items():
+            self.awaited = node
             await self._connections[node].flushed(self._silence, sent)
         left.clear()
 
     async def _arrived(self, node: int) -> None:
+        self.awaited = node
         await self._connections[node].next_event(self._links[node], self._silence)
         del self._due[node]
 
