@@ -2,8 +2,8 @@
 
     python benchmarks/overlap.py --model F.m [--delay-ms 2] [--mbit 200] [--prompt 256] [--rounds 3]        (as root)
 
-Root and worker each live in a namespace of their own, a third one joins them. There a relay stands in for the wire: it passes bytes on at
-the given rate, and each only after the given delay, in both directions. (Not every kernel has netem.) The same prompt is computed with
+Root and worker each live in a namespace of their own, a third one joins them. There a relay stands in for the wire: it passes bytes on
+at the given rate, and each only after the given delay, in both directions. (Not every kernel has netem.) The same prompt is computed with
 `overlap` on and off, in turn. Off, a node computes all rows, then exchanges them: compute + transfer.
 """
 

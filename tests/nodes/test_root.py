@@ -311,17 +311,13 @@ async def test_a_q80_model_is_not_for_workers_of_distributed_llama(
 
 async def test_a_worker_that_cannot_be_reached_is_named_and_the_others_live(make_worker: Any, make_cluster: MakeCluster) -> None:
     worker: Running = await make_worker()
-    cluster = make_cluster(DATA / "llama_f32.m", [worker.port])
     server = await asyncio.start_server(lambda _r, w: w.close(), "127.0.0.1", 0)
     free = server.sockets[0].getsockname()[1]
     server.close()
     await server.wait_closed()
-    spec = small_spec(weight_type=FloatType.F32, n_heads=6, n_kv_heads=3, dim=96, hidden_dim=192)
-    assert spec
     cluster = make_cluster(DATA / "llama_f32.m", [worker.port, free])
-    with pytest.raises(
-        NetworkError, match=rf"worker 127.0.0.1:{free} \(node 2\) cannot be reached.*is `dairllm worker --port {free}` running there"
-    ):
+    told = rf"worker 127.0.0.1:{free} \(node 2\) cannot be reached.*is `dairllm worker --port {free}` running there"
+    with pytest.raises(NetworkError, match=told):
         await cluster.open()
     await until(lambda: worker.meters.sessions == {"finished": 1})
 
@@ -337,7 +333,9 @@ async def test_a_worker_that_serves_another_root_is_named(make_worker: Any, make
 
 
 @pytest.mark.parametrize("lost", [0, 1])
-async def test_a_worker_lost_in_the_middle_is_named(make_worker: Any, make_cluster: MakeCluster, make_proxy: Any, tmp_path: Path, lost: int) -> None:
+async def test_a_worker_lost_in_the_middle_is_named(
+    make_worker: Any, make_cluster: MakeCluster, make_proxy: Any, tmp_path: Path, lost: int
+) -> None:
     write_random_model(tmp_path / "m.m", small_spec(weight_type=FloatType.F32, n_heads=3, n_kv_heads=3, dim=96, hidden_dim=192))
     workers = [await make_worker() for _ in range(2)]
     proxy = await make_proxy(("127.0.0.1", workers[lost].port))
