@@ -9,7 +9,7 @@ Where a block of quantized weights covers several heads (`unit`), a node's heads
 heads that lie together are tried.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from heapq import heappop, heappush
 from itertools import groupby
@@ -79,8 +79,12 @@ def even_heads(rule: HeadRule, n_nodes: int) -> tuple[int, ...]:
     Args:
         n_nodes: at most ``most_nodes``.
     """
-    walks = (_even_walk(rule, n_nodes, largest) for largest in range(-(-rule.n_heads // n_nodes), rule.n_heads + 1))
-    return tuple(sorted(next(filter(None, walks)), reverse=True))
+    mean = rule.n_heads // n_nodes
+    for largest in range(max(mean, 1), rule.n_heads + 1):
+        sizes = _line(rule, [range(1, largest + 1)] * n_nodes, lambda _, size: (size - mean) ** 2)
+        if sizes:
+            return tuple(sorted(sizes, reverse=True))
+    raise ValueError(f"{n_nodes} nodes for {rule}")
 
 
 def nearest_heads(rule: HeadRule, sizes: Sequence[int]) -> tuple[int, ...]:
@@ -93,26 +97,29 @@ def nearest_heads(rule: HeadRule, sizes: Sequence[int]) -> tuple[int, ...]:
     """
     wanted = [min(size, rule.n_heads) for size in sizes]  # more cannot be had: the differences beyond are the same for all
     by_size = sorted(range(len(wanted)), key=lambda node: -wanted[node])
-    found: list[tuple[int, dict[int, int]]] = []
-    least = abs(sum(wanted) - rule.n_heads)
-    for order in (list(range(len(wanted))), by_size):  # one queue: in this order there is a way for certain
-        limit, walk = least, None
-        while walk is None:
-            walk = _walk(rule, [[wanted[node] for node in order]], limit)
-            limit = 2 * limit + 2
-        found.append(_rated(wanted, [order], walk))
-    best = min(cost for cost, _ in found)
+    found = [_nearest_in_order(rule, wanted, order) for order in (range(len(wanted)), by_size)]
+    best = min(found, key=lambda sizes: _distance(sizes, wanted))
     queues = _same(by_size, wanted)  # a queue a size: in any order
-    walk = _walk(rule, [[wanted[node] for node in queue] for queue in queues], best - 1)
+    walk = _walk(rule, [[wanted[node] for node in queue] for queue in queues], _distance(best, wanted) - 1)
     if walk is not None:
-        found.append(_rated(wanted, queues, walk))
-    _, dealt = min(found, key=lambda entry: entry[0])
-    return tuple(dealt[node] for node in range(len(wanted)))
+        dealt = _by_node(queues, walk)
+        best = [dealt[node] for node in range(len(wanted))]
+    return tuple(best)
 
 
-def _rated(wanted: Sequence[int], queues: Sequence[Sequence[int]], walk: Sequence[tuple[int, int]]) -> tuple[int, dict[int, int]]:
-    dealt = _by_node(queues, walk)
-    return sum(abs(size - wanted[node]) for node, size in dealt.items()), dealt
+def _nearest_in_order(rule: HeadRule, wanted: Sequence[int], order: Sequence[int]) -> list[int]:
+    """The nearest sizes for a walk that takes the nodes in this order; with sizes free, there is one in any order."""
+    reach, found = 2, list[int]()
+    while not found or reach < min(_distance(found, wanted), rule.n_heads):  # no node need be further off than all together
+        reach *= 2
+        choices = [range(max(wanted[node] - reach, 1), wanted[node] + reach + 1) for node in order]
+        sizes = dict(zip(order, _line(rule, choices, lambda place, size: abs(size - wanted[order[place]])), strict=False))
+        found = [sizes[node] for node in sorted(sizes)]
+    return found
+
+
+def _distance(sizes: Sequence[int], wanted: Sequence[int]) -> int:
+    return sum(abs(a - b) for a, b in zip(sizes, wanted, strict=True))
 
 
 def _by_node(queues: Sequence[Sequence[int]], walk: Sequence[tuple[int, int]]) -> dict[int, int]:
@@ -173,26 +180,32 @@ def _scattered(rule: HeadRule, sizes: Sequence[int], order: Sequence[int]) -> li
     return heads
 
 
-def _even_walk(rule: HeadRule, n_nodes: int, largest: int) -> list[int]:
-    """The sizes of a walk of `n_nodes` nodes, none of more than `largest` heads, with the least sum of squares; empty if there is none."""
-    layers: list[dict[int, tuple[int, int]]] = [{0: (0, 0)}]  # heads dealt -> least sum, last size
-    for waiting in range(n_nodes - 1, -1, -1):
+def _line(rule: HeadRule, choices: Sequence[range], cost: Callable[[int, int], int]) -> list[int]:
+    """Sizes of the cheapest walk that takes places in order, each with a size of its range; empty if there is none.
+
+    Args:
+        cost: of (place, size).
+    """
+    unit = rule.unit
+    layers: list[dict[int, tuple[int, int]]] = [{0: (0, 0)}]  # heads dealt -> least cost, last size
+    least_left, most_left = sum(sizes.start for sizes in choices), sum(sizes.stop - 1 for sizes in choices)
+    for place, sizes in enumerate(choices):
+        least_left, most_left = least_left - sizes.start, most_left - sizes.stop + 1
+        priced = [(size, cost(place, size)) for size in sizes if size % unit == 0]
         layer: dict[int, tuple[int, int]] = {}
         for at, (spent, _) in layers[-1].items():
-            most = min(largest, rule.n_heads - at - waiting * rule.unit)
-            least = rule.n_heads - at - waiting * largest
-            for size in range(rule.unit, most + 1, rule.unit):
-                new = spent + size * size
-                if size >= least and rule.fits(at, size) and new < layer.get(at + size, (new + 1, 0))[0]:
-                    layer[at + size] = new, size
+            least, most = rule.n_heads - at - most_left, rule.n_heads - at - least_left
+            for size, price in priced:
+                if least <= size <= most and spent + price < layer.get(at + size, (spent + price + 1, 0))[0] and rule.fits(at, size):
+                    layer[at + size] = spent + price, size
         layers.append(layer)
-    sizes, at = [], rule.n_heads
+    found, at = [], rule.n_heads
     for layer in layers[:0:-1]:
         if at not in layer:
             return []
-        sizes.append(layer[at][1])
-        at -= sizes[-1]
-    return sizes
+        found.append(layer[at][1])
+        at -= found[-1]
+    return found[::-1]
 
 
 def _walk(rule: HeadRule, queues: Sequence[Sequence[int]], limit: int) -> list[tuple[int, int]] | None:
