@@ -167,6 +167,50 @@ def test_unequal_shares_build_too(llama: ModelSpec) -> None:
         assert size_of(z, network, node).x == 32 * share.n_heads
 
 
+def rope_of(node: NodeConfig) -> RopeConfig:
+    (config,) = {replace(op.config, is_q=0) for op in ops(node) if isinstance(op.config, RopeConfig)}
+    return config
+
+
+@pytest.mark.parametrize("sizes", ["6/192", "4/64,2/128", "3/96,3/96", "1/64,1/64,4/64", "2/32,1/32,1/32,1/32,1/64"])
+def test_a_rope_cache_holds_what_q_and_k_read(sizes: str, llama: ModelSpec) -> None:
+    """C++ fills it once, from k's beginning to q's end, and reads q from a shift on, k from its beginning on."""
+    shares = deal_shares(llama, parse_shares(sizes))
+    network = build_network(llama, shares, Q80)
+    for number, share in enumerate(shares):
+        rope = rope_of(build_node(llama, network, number, share))
+        assert (rope.q_dim_0, rope.kv_dim_0) == (32 * share.n_heads, 32 * share.n_kv_heads)
+        assert rope.cache_size.x == rope.slice_dim == rope.q_dim_end - rope.kv_dim_start
+        assert rope.q_shift == rope.q_dim_start - rope.kv_dim_start >= 0
+        assert max(rope.q_shift + rope.q_dim_0, rope.kv_dim_0) <= rope.slice_dim
+        assert rope.q_dim_start % 32 == rope.kv_dim_start % 32 == 0
+        if len(share.heads) == len(share.kv_heads) == 1:
+            assert rope.q_dim_start == 32 * share.heads[0].start
+            assert rope.kv_dim_start == 32 * share.kv_heads[0].start
+
+
+def test_heads_that_lie_apart_are_turned_as_if_they_were_the_first(llama: ModelSpec) -> None:
+    llama = replace(llama, n_heads=9)
+    shares = deal_shares(llama, parse_shares("5/96,4/96"))
+    network = build_network(llama, shares, Q80)
+    first, second = (rope_of(build_node(llama, network, number, share)) for number, share in enumerate(shares))
+    assert (first.q_dim_start, first.q_dim_end, first.kv_dim_start, first.q_shift, first.slice_dim) == (0, 160, 0, 0, 160)
+    assert (second.q_dim_start, second.q_dim_end, second.kv_dim_start, second.q_shift, second.slice_dim) == (0, 128, 0, 0, 128)
+
+
+def test_more_nodes_than_kv_heads(qwen3: ModelSpec) -> None:
+    """Each has a KV head to itself; the classifier's rows are filled up."""
+    qwen3 = replace(qwen3, vocab_size=302)
+    shares = deal_shares(qwen3, parse_shares("1/32,1/32,1/32,1/32,2/64"))
+    network = build_network(qwen3, shares, Q80)
+    assert network.pipes[LOGITS_PIPE].size.x == 5 * 61
+    for number, share in enumerate(shares):
+        node = build_node(qwen3, network, number, share)
+        configs = [op.config for op in ops(node) if isinstance(op.config, AttentionConfig)]
+        assert {(c.n_heads, c.n_heads_0, c.n_kv_heads, c.kv_dim_0) for c in configs} == {(6, share.n_heads, 3, 32)}
+        assert next(op.weight_size for op in ops(node) if op.name == "final_matmul_logits") == Size(Q40, 1, 128, 61)
+
+
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
