@@ -260,9 +260,11 @@ def _rule(spec: ModelSpec, n_nodes: int) -> HeadRule:
     most = min(most_nodes(rule), _ffn_blocks(spec))
     if n_nodes > most:
         at_a_time = f", dealt {unit} at a time" if unit > 1 else ""
+        equal = [str(n) for n in range(most + 1, spec.n_kv_heads + 1) if not _obstacles(spec, n)]  # need no blocks
         raise GraphError(
             f"{n_nodes} nodes cannot share this model, {most} can at most: each needs query heads, of which there are {spec.n_heads}"
             f"{at_a_time}, and a block of {BLOCK_VALUES} feed-forward columns, of which there are {_ffn_blocks(spec)}"
+            + (f"; {' or '.join(equal)} equal nodes can, too" if equal else "")
         )
     return rule
 

@@ -236,6 +236,13 @@ def test_too_many_nodes(smollm2: ModelSpec) -> None:
         nearly_equal_sizes(replace(smollm2, head_dim=16, n_heads=8, n_kv_heads=2), 5)
 
 
+def test_equal_nodes_need_no_blocks(llama: ModelSpec) -> None:
+    slim = replace(llama, weight_type=FloatType.F32, hidden_dim=30)
+    assert written(nearly_equal_sizes(slim, 3)) == "2/10,2/10,2/10"
+    with pytest.raises(GraphError, match=r"2 nodes cannot share this model, 1 can at most: .*; 3 equal nodes can, too$"):
+        nearly_equal_sizes(slim, 2)
+
+
 def test_no_shares_at_all(smollm2: ModelSpec) -> None:
     for refuse in (lambda: nearly_equal_sizes(smollm2, 0), lambda: deal_shares(smollm2, ())):
         with pytest.raises(GraphError, match="one"):
@@ -318,7 +325,7 @@ def test_nearly_equal_shares_keep_every_rule(spec: ModelSpec, data: st.DataObjec
     sizes = nearly_equal_sizes(spec, n_nodes)
     check_shares(spec, sizes, deal_shares(spec, sizes))
     with pytest.raises(GraphError, match=f"{most} can at most"):
-        nearly_equal_sizes(spec, most + 1)
+        nearly_equal_sizes(replace(spec, vocab_size=most), most + 1)  # where no shares are equal
 
 
 @settings(deadline=None)
