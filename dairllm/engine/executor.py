@@ -67,7 +67,7 @@ class Executor:
     def start(self) -> "Executor":
         """Compile or load the kernels (seconds at first run) and start the threads. Blocks: not for the event loop."""
         from dairllm.kernels import interpreter
-        from dairllm.kernels.threads import BARRIER_BYTES
+        from dairllm.kernels.sizes import BARRIER_BYTES
 
         if self._threads:
             return self

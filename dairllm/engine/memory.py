@@ -33,8 +33,8 @@ from dairllm.graph.types import (
     SyncType,
     row_bytes,
 )
-from dairllm.kernels.attention import CHUNK
 from dairllm.kernels.panels import TILE_COLUMNS, row_panel_bytes, tile_panel_bytes
+from dairllm.kernels.sizes import CHUNK
 
 __all__ = ["Area", "Layout", "Packed", "Role", "aligned", "buffer_roles"]
 

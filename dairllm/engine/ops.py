@@ -30,8 +30,8 @@ from dairllm.graph.types import (
     ShiftConfig,
     row_bytes,
 )
-from dairllm.kernels.attention import CHUNK
 from dairllm.kernels.records import ALWAYS_ROWS, Kind
+from dairllm.kernels.sizes import CHUNK
 
 __all__ = ["Emitter"]
 

@@ -12,6 +12,7 @@ from dairllm.graph.build import POSITION_PIPE
 from dairllm.graph.types import FloatType, NetworkConfig, NodeConfig
 from dairllm.kernels.panels import TILE_COLUMNS
 from dairllm.kernels.records import State
+from dairllm.kernels.sizes import attention_scratch_bytes, tile_scratch_bytes
 
 __all__ = ["Program", "compile_program", "required_bytes"]
 
@@ -122,10 +123,6 @@ def compile_program(network: NetworkConfig, node: NodeConfig, weights: Weights, 
     Raises:
         GraphError: the graph contradicts itself or asks for what we cannot compute.
     """
-    # kernels are chosen and imported only where a program is made
-    from dairllm.kernels.attention_steps import attention_scratch_bytes
-    from dairllm.kernels.matmul_tile import tile_scratch_bytes
-
     if not 1 <= n_threads <= MAX_THREADS:
         raise EngineError(f"{n_threads} threads; expected 1 to {MAX_THREADS}")
     if not network.pipes or network.pipes[POSITION_PIPE].size.float_type != FloatType.F32 or network.pipes[POSITION_PIPE].size.x != 1:

@@ -39,11 +39,9 @@ from dairllm.kernels.ir import (
     var,
     void,
 )
+from dairllm.kernels.sizes import CHUNK
 
-__all__ = ["CHUNK", "attend_chunk", "fold_head"]
-
-CHUNK = 64
-"""Positions of a chunk."""
+__all__ = ["attend_chunk", "fold_head"]
 
 
 def _score_tile(heads: int) -> Any:

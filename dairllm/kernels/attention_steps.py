@@ -8,23 +8,12 @@ it computed, in scratch of its own.
 import numpy as np
 from numba import njit
 
-from dairllm.kernels.attention import CHUNK, attend_chunk, fold_head
+from dairllm.kernels.attention import attend_chunk, fold_head
 from dairllm.kernels.ir import load_f
+from dairllm.kernels.sizes import CHUNK
 from dairllm.kernels.steps import fields, part
 
-__all__ = ["attend", "attention_scratch_bytes", "fold"]
-
-
-def attention_scratch_bytes(group: int, head_dim: int, max_chunks: int) -> int:
-    """Scratch of one thread: scores, coefficients, then statistics and parts of one KV head's chunks."""
-    return 4 * (group * CHUNK + _padded(max_chunks) + 2 * group * max_chunks + group * max_chunks * head_dim) + 64
-
-
-def _padded(n: int) -> int:
-    return (n + 15) // 16 * 16
-
-
-_padded_jit = njit(nogil=True)(_padded)
+__all__ = ["attend", "fold"]
 
 
 @njit(nogil=True)
@@ -58,7 +47,7 @@ def attend(record, first_row, end_row, thread, n_threads, scratch):
                 stats + at * stat_bytes,
             )
         return
-    my_stats = coefficients + 4 * _padded_jit(max_chunks)
+    my_stats = coefficients + 4 * ((max_chunks + 15) // 16 * 16)
     my_parts = my_stats + max_chunks * stat_bytes
     for unit in range((end_row - first_row) * n_kv):
         turn = unit % (2 * n_threads)

@@ -39,7 +39,7 @@ from dairllm.kernels.ir import (
 )
 from dairllm.kernels.panels import TILE_BLOCK_BYTES, TILE_COLUMNS
 
-__all__ = ["TILE_ROWS", "tile_rows_q40", "tile_rows_q80", "tile_scratch_bytes"]
+__all__ = ["TILE_ROWS", "tile_rows_q40", "tile_rows_q80"]
 
 PASS_BYTES = 360_000
 """Panel bytes that one pass over the weight rows uses: part of a second-level cache."""
@@ -48,11 +48,6 @@ _GROUPS = TILE_COLUMNS // TILE_LANES
 _VECTOR = vec(F32, TILE_LANES)
 _VECTOR_BYTES = 4 * TILE_LANES
 _SUMS_BYTES = _VECTOR_BYTES * _GROUPS * TILE_ROWS
-
-
-def tile_scratch_bytes(n_blocks: int) -> int:
-    """Scratch of one thread: unpacked bytes and scales of TILE_ROWS rows."""
-    return n_blocks * (32 + 4) * TILE_ROWS
 
 
 def _unpacker(block_bytes: int, emit_bytes: Callable[[Builder, Value, Value], None]) -> Any:

@@ -34,7 +34,7 @@ from dairllm.kernels.ir import (
     vec,
     void,
 )
-from dairllm.kernels.panels import emit_to_row_panel, emit_to_tile_panel
+from dairllm.kernels.panel_stores import emit_to_row_panel, emit_to_tile_panel
 
 __all__ = [
     "add_blocks",

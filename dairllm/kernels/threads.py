@@ -14,7 +14,6 @@ from numba.core import cgutils
 from dairllm.kernels.ir import I32, I64, VOID, Builder, Value, call, i64, ir_function, k64, void
 
 __all__ = [
-    "BARRIER_BYTES",
     "SPINS",
     "atomic_add",
     "atomic_load",
@@ -26,9 +25,6 @@ __all__ = [
     "sleep_while",
     "wake",
 ]
-
-BARRIER_BYTES = 128
-"""A barrier: arrivals at 0; sleepers at 64, on a cache line of their own."""
 
 SPINS = 1000
 _X86 = platform.machine() in ("x86_64", "AMD64")
@@ -97,7 +93,7 @@ def wake(word, sleepers):
 
 @njit(nogil=True)
 def barrier(counter, n_threads):
-    """Returns when all n_threads have called it. `counter`: BARRIER_BYTES of zeros at first, shared by all."""
+    """Returns when all n_threads have called it. `counter`: BARRIER_BYTES (sizes.py) of zeros at first, shared by all."""
     if n_threads > 1:
         seen = atomic_add(counter, 1)
         target = (seen // n_threads + 1) * n_threads

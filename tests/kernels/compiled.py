@@ -19,15 +19,12 @@ from dairllm.engine.executor import Executor
 from dairllm.engine.memory import aligned
 from dairllm.engine.program import Program
 from dairllm.graph.types import FloatType, RopeType, row_bytes
-from dairllm.kernels.attention import CHUNK
-from dairllm.kernels.attention_steps import attention_scratch_bytes
 from dairllm.kernels.elementwise import exp_one
 from dairllm.kernels.ir import load_f, store_f
-from dairllm.kernels.matmul_tile import tile_scratch_bytes
 from dairllm.kernels.panels import TILE_COLUMNS, row_panel_bytes, tile_panel_bytes
 from dairllm.kernels.records import ALWAYS_ROWS, FIELDS, RECORD_WORDS, Kind, State
 from dairllm.kernels.reference import Floats, Row
-from dairllm.kernels.threads import BARRIER_BYTES
+from dairllm.kernels.sizes import BARRIER_BYTES, CHUNK, attention_scratch_bytes, tile_scratch_bytes
 
 __all__ = [
     "Call",
