@@ -320,6 +320,17 @@ def inspect(
     command.run(model, layer=layer, json=json)
 
 
+@app.command()
+def verify(
+    model: Annotated[Path, typer.Argument(metavar="F.m", help="Model file; its digests lie beside it, as F.m.digests.")],
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object, with the digest of each tensor.")] = False,
+) -> None:
+    """Read a model file, say which model it is, and whether a tensor has changed since it was first read."""
+    from dairllm.commands import verify as command
+
+    command.run(model, json=json)
+
+
 def main() -> None:
     """Run the command line and end the process with the code that says how it went."""
     signal.signal(signal.SIGTERM, _terminated)

@@ -5,7 +5,6 @@ Whoever uses addresses keeps the `ModelFile`.
 """
 
 import mmap
-import os
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dairllm.errors import FormatError
+from dairllm.formats.file_stamp import FileStamp
 from dairllm.formats.model_header import MAX_HEADER_BYTES, Header, parse_header
 from dairllm.formats.model_layout import Slice, Tensor, layout_bytes, node_slice, tensor_layout, walk_layout
 from dairllm.formats.model_writer import ModelWriter
@@ -36,10 +36,12 @@ class ModelFile:
         header_bytes: where tensors begin.
         nbytes: length of the file.
         tensors: all of them, in file order.
+        stamp: which file it is, and when it was last written.
     """
 
-    def __init__(self, path: Path, mapped: mmap.mmap, spec: ModelSpec, header: Header) -> None:
+    def __init__(self, path: Path, mapped: mmap.mmap, spec: ModelSpec, header: Header, stamp: FileStamp) -> None:
         self.path = path
+        self.stamp = stamp
         self.spec = spec
         self.file_seq_len = header.spec.seq_len
         self.header_bytes = header.nbytes
@@ -65,7 +67,8 @@ class ModelFile:
             raise FormatError(path, None, "a .m model file", "a folder" if path.is_dir() else "no plain file")
         try:
             with path.open("rb") as file:
-                nbytes = os.fstat(file.fileno()).st_size
+                stamp = FileStamp.of(file.fileno())
+                nbytes = stamp.nbytes
                 header = parse_header(path, file.read(MAX_HEADER_BYTES), nbytes)
                 _check_length(path, header, nbytes)
                 mapped = mmap.mmap(file.fileno(), nbytes, prot=mmap.PROT_READ)
@@ -76,7 +79,7 @@ class ModelFile:
             if max_seq_len < 1:
                 raise ValueError(f"a context of {max_seq_len} positions")
             spec = replace(spec, seq_len=max_seq_len)
-        return cls(path, mapped, spec, header)
+        return cls(path, mapped, spec, header, stamp)
 
     def close(self) -> None:
         """Give up the map. Its memory is unmapped as soon as no view of it is left, which may be at once."""
