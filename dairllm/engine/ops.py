@@ -7,6 +7,7 @@ import numpy as np
 
 from dairllm.engine.memory import Area, Layout
 from dairllm.engine.operands import Operands, planes, rows
+from dairllm.engine.pieces import Piece, matmul_pieces
 from dairllm.engine.recorder import Deal, Recorder, Use, reads, writes
 from dairllm.engine.tables import RopeTables
 from dairllm.engine.weights import Weights
@@ -49,17 +50,22 @@ class Emitter:
         layout: allocated.
         weights: where the ops' weights are.
         tables: RoPE tables.
+        piece_bytes: matmuls whose weights take more of the file are computed in pieces; None: never.
 
     Attributes:
         recorder: the program so far.
+        pieces: (record, piece) of each matmul.
+        embeddings: (record, op) of each embedding.
         max_blocks: blocks of the longest quantized row.
         attention_shapes: (heads a KV head, head_dim, chunks) of each attention.
         seq_len: positions that all ops have room for; None where none has a limit.
     """
 
-    def __init__(self, layout: Layout, weights: Weights, tables: RopeTables) -> None:
-        self.layout, self.weights, self.tables = layout, weights, tables
+    def __init__(self, layout: Layout, weights: Weights, tables: RopeTables, piece_bytes: int | None = None) -> None:
+        self.layout, self.weights, self.tables, self.piece_bytes = layout, weights, tables, piece_bytes
         self.recorder = Recorder()
+        self.pieces: list[tuple[int, Piece]] = []
+        self.embeddings: list[tuple[int, Op]] = []
         self.max_blocks = 1
         self.attention_shapes: list[tuple[int, int, int]] = []
         self.seq_len: int | None = None
@@ -177,7 +183,8 @@ class Emitter:
         o.require(vocab >= 1, "its table is empty")
         table = o.weight(FloatType.F32, 1, vocab, y.width).address
         uses = [reads(o.input), writes(o.output, ("columns", y.width))]
-        self.recorder.add(Kind.EMBED, uses, tokens=tokens.address, table=table, vocab=vocab, n=y.width, **rows("y", y))
+        record = self.recorder.add(Kind.EMBED, uses, tokens=tokens.address, table=table, vocab=vocab, n=y.width, **rows("y", y))
+        self.embeddings.append((record, o.op))
 
     # --------------------------------------------------------------------------------------------------------------------- norms
     def _inv_rms(self, o: Operands) -> None:
@@ -216,18 +223,26 @@ class Emitter:
         o.require(size.x == y.width, f"its weight has {size.x} outputs, its output {y.width} values")
         o.require(y.planes == k and (not experts or 1 <= k <= experts), f"{k} of {experts} experts write {y.planes} planes")
         w = o.weight(size.float_type, max(experts, 1), size.y, size.x)
-        uses = [reads(o.input), writes(o.output, ("columns", y.width))]
-        fields = {"weights": w.address, "weights_row": w.row, "d": size.x, **rows("y", y)}
+        pieces = matmul_pieces(o.op, w, self.piece_bytes)
+        # threads share out each piece anew, so that pieces deal the output otherwise than the ops around them
+        uses = [reads(o.input), writes(o.output, ("columns", y.width) if len(pieces) == 1 else None)]
+        fields = {"weights_row": w.row, "y_row": y.row}
         if experts:
             uses.append(reads(("BUFFER", c.expert_indexes_buffer)))
             indexes = o.expert_indexes(c.expert_indexes_buffer, k)
             fields |= {"weights_expert": w.expert, "y_plane": y.plane, "indexes": indexes, "k": k, "n_experts": experts}
+
+        def add(kind: Kind, **operand: int) -> None:
+            for piece in pieces:
+                place = {"weights": w.address + piece.first * w.row, "y": y.address + 4 * piece.first, "d": piece.count}
+                self.pieces.append((self.recorder.add(kind, uses, **operand, **place, **fields), piece))
+
         if not quantized:
             x = o.values(o.op.input)
             same = (x.width, x.planes) == (size.y, k)
             o.require(same, f"its weight has {size.y} inputs, its input {x.planes} planes of {x.width} values")
             operand = {**rows("x", x), "x_plane": x.plane} if experts else rows("x", x)
-            self.recorder.add(Kind.EXPERTS_F32 if experts else Kind.MATMUL_F32, uses, **operand, n=size.y, **fields)
+            add(Kind.EXPERTS_F32 if experts else Kind.MATMUL_F32, **operand, n=size.y)
             return
         o.require(o.is_packed(o.op.input), f"{size.float_type.name} weights take Q80 activations from a buffer that only matmuls read")
         p, blocks = o.packed(o.op.input), size.y // BLOCK_VALUES
@@ -237,10 +252,10 @@ class Emitter:
         if experts:
             plane = 0 if o.is_repeated(o.op.input) else p.panels_plane
             panels = {"x": p.panels, "x_row": p.panels_row, "x_plane": plane, "n": blocks}
-            self.recorder.add(Kind.EXPERTS_Q80 if q80 else Kind.EXPERTS_Q40, uses, **panels, **fields)
+            add(Kind.EXPERTS_Q80 if q80 else Kind.EXPERTS_Q40, **panels)
         else:
             panels = {"panels": p.panels, "panels_row": p.panels_row, "tiles": p.tiles, "tile_stride": p.tile_stride, "n_blocks": blocks}
-            self.recorder.add(Kind.MATMUL_Q80 if q80 else Kind.MATMUL_Q40, uses, **panels, **fields)
+            add(Kind.MATMUL_Q80 if q80 else Kind.MATMUL_Q40, **panels)
 
     # ----------------------------------------------------------------------------------------------------------------- attention
     def _rope(self, o: Operands) -> None:

@@ -1,15 +1,19 @@
 """A node's graph compiled: records, the memory they work on, and the views of its pipes that others fill and read."""
 
+import copy
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
 from dairllm.engine.memory import Layout, aligned
 from dairllm.engine.ops import Emitter
+from dairllm.engine.pieces import Piece
 from dairllm.engine.tables import RopeTables, table_bytes
 from dairllm.engine.weights import Weights, WireWeights
 from dairllm.errors import EngineError, GraphError
 from dairllm.graph.build import POSITION_PIPE
-from dairllm.graph.types import FloatType, NetworkConfig, NodeConfig
+from dairllm.graph.types import FloatType, NetworkConfig, NodeConfig, Op
 from dairllm.kernels.panels import TILE_COLUMNS
 from dairllm.kernels.records import State
 from dairllm.kernels.sizes import attention_scratch_bytes, tile_scratch_bytes
@@ -40,6 +44,11 @@ class Program:
         self._layout, self._kept = layout, (emitter.weights, emitter.tables)
         self.n_threads = n_threads
         self.segments = segments
+        """(first record, end) of each."""
+        self.pieces: Sequence[tuple[int, Piece]] = tuple(emitter.pieces)
+        """(record, piece) of each matmul, in order."""
+        self.embeddings: Sequence[tuple[int, Op]] = tuple(emitter.embeddings)
+        """(record, op) of each embedding."""
         self.records = emitter.recorder.program()
         state = aligned(64).view(np.int64)
         self._state = state.data  # numpy takes three times as long to write a number
@@ -58,6 +67,12 @@ class Program:
     @property
     def n_segments(self) -> int:
         return len(self.segments)
+
+    def with_segments(self, segments: Sequence[tuple[int, int]]) -> "Program":
+        """The same records and the same memory, cut otherwise: (first record, end) of each segment. Only one of the two may be run."""
+        other = copy.copy(self)
+        other.segments = tuple(segments)
+        return other
 
     def region(self, pipe: int, node: int | None, rows: int, first_row: int = 0) -> list[memoryview]:
         """The pipe's own memory for rows first_row..rows-1:
@@ -117,8 +132,13 @@ class Program:
         self._batch = batch
 
 
-def compile_program(network: NetworkConfig, node: NodeConfig, weights: Weights, *, n_threads: int) -> Program:
+def compile_program(
+    network: NetworkConfig, node: NodeConfig, weights: Weights, *, n_threads: int, piece_bytes: int | None = None
+) -> Program:
     """Allocate and compile. The weights need not have arrived yet.
+
+    Args:
+        piece_bytes: matmuls whose weights take more of the model file become several records (dairllm.engine.pieces); None: never.
 
     Raises:
         GraphError: the graph contradicts itself or asks for what we cannot compute.
@@ -129,7 +149,7 @@ def compile_program(network: NetworkConfig, node: NodeConfig, weights: Weights, 
         raise GraphError("pipe 0 brings the positions: one F32 value a row")
     layout = Layout(network, node)
     layout.allocate()
-    emitter = Emitter(layout, weights, RopeTables(node))
+    emitter = Emitter(layout, weights, RopeTables(node), piece_bytes)
     segments = []
     for segment in node.segments:
         first = len(emitter.recorder)

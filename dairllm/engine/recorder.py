@@ -45,8 +45,8 @@ class Recorder:
     def __len__(self) -> int:
         return len(self._records)
 
-    def add(self, kind: Kind, uses: list[Use], **values: int) -> None:
-        """Append a record, behind a barrier where one is needed. `values`: the kind's FIELDS, all of them."""
+    def add(self, kind: Kind, uses: list[Use], **values: int) -> int:
+        """Append a record, behind a barrier where one is needed; its number. `values`: the kind's FIELDS, all of them."""
         if any(self._conflicts(use) for use in uses):
             self._append(Kind.BARRIER, [])
             self._since_barrier.clear()
@@ -54,6 +54,7 @@ class Recorder:
         self._append(kind, [values.pop(name) for name in FIELDS[kind]])
         if values:
             raise ValueError(f"{kind.name} has no field {', '.join(values)}")
+        return len(self) - 1
 
     def program(self) -> NDArray[np.int64]:
         """int64 [records, RECORD_WORDS]."""

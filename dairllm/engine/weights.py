@@ -20,11 +20,15 @@ __all__ = ["FileWeights", "WeightView", "Weights", "WireWeights"]
 
 @dataclass(frozen=True, slots=True)
 class WeightView:
-    """Rows of a weight: `row` bytes apart; experts `expert` bytes apart."""
+    """Rows of a weight: `row` bytes apart; experts `expert` bytes apart.
+
+    `offset` is where the first byte lies in the model file, with the same strides; None where the weight is in memory of its own.
+    """
 
     address: int
     row: int
     expert: int
+    offset: int | None = None
 
 
 class Weights(Protocol):
@@ -134,7 +138,7 @@ class FileWeights:
         needed, found = op.weight_size.nbytes, place.nbytes * op.weight_size.z
         if needed != found:
             raise GraphError(f"op {op.name} of layer {op.index} needs {needed} bytes of weights; the file has {found}")
-        return WeightView(self._base + place.offset, place.stride, expert)
+        return WeightView(self._base + place.offset, place.stride, expert, place.offset)
 
     def _place(self, tensor: Tensor) -> Slice:
         if self._share is None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from dairllm.engine.paging import PagingSettings
 from dairllm.engine.program import Program, compile_program
 from dairllm.engine.weights import FileWeights
 from dairllm.errors import EngineError
@@ -37,17 +38,26 @@ class LocalNode:
         model: stays the caller's and must stay open; its spec's seq_len is the context length.
         compute: the caller's too; its executor, of `n_threads`, must have been started before `open`.
         sync: type of the pipe ZQ; `default_sync` if None.
+        paging: room for part of the weights; all are used in place if None.
 
     Raises:
         GraphError: the model has a shape that we cannot compute. Told before any kernel is needed.
     """
 
-    def __init__(self, model: ModelFile, compute: Compute[Program], *, n_threads: int, sync: FloatType | None = None) -> None:
+    def __init__(
+        self,
+        model: ModelFile,
+        compute: Compute[Program],
+        *,
+        n_threads: int,
+        sync: FloatType | None = None,
+        paging: PagingSettings | None = None,
+    ) -> None:
         spec = model.spec
         self.seq_len, self.vocab_size = spec.seq_len, spec.vocab_size
         self.n_batches = min(PROMPT_ROWS, spec.seq_len)
         self.n_threads = n_threads
-        self._model, self._compute = model, compute
+        self._model, self._compute, self._paging = model, compute, paging
         self._graph = build_graph(spec, 1, default_sync(spec.weight_type) if sync is None else sync, self.n_batches)
         self._program: Program | None = None
 

@@ -1,0 +1,151 @@
+"""What paging needs and what it is given: blocks of the model file, counted before anything is loaded.
+
+A node that cannot hold its weights keeps some blocks of the file and passes the others through a *ring*: read ahead of their use, given up
+behind it. Room is counted in blocks. What is small or read a row at a time is no block: norms are copied into memory at start, rows of the
+embedding are read one by one.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from dairllm.engine.paging_steps import Block, blocks_of, group_pieces
+from dairllm.engine.pieces import PIECE_BYTES, Piece, segment_pieces
+from dairllm.engine.weights import FileWeights, Weights
+from dairllm.formats.model_file import ModelFile
+from dairllm.graph.slicing import Share
+from dairllm.graph.types import NetworkConfig, NodeConfig, Op, OpCode, row_bytes
+
+__all__ = [
+    "BLOCK_BYTES",
+    "RING_BYTES",
+    "WAYS",
+    "PagingNeeds",
+    "PagingSettings",
+    "Policy",
+    "Way",
+    "block_size",
+    "copied_bytes",
+    "paging_needs",
+    "weights_needs",
+]
+
+BLOCK_BYTES = 2 << 20
+"""The usual block: what one huge page maps, and the largest folio that the page cache reads at once."""
+
+RING_BYTES = 32 << 20
+"""Of the ring that pays: enough for reads and computing not to wait for each other; more takes from what could be kept."""
+
+_LEAST_BLOCK = 64 << 10
+_EXPERT_BLOCKS = 8
+_PAGE = 4096
+
+Way = Literal["auto", "map", "buffered", "direct"]
+Policy = Literal["pinned", "lru"]
+WAYS: tuple[Way, ...] = ("map", "buffered", "direct")
+
+
+@dataclass(frozen=True, slots=True)
+class PagingSettings:
+    """How a node pages.
+
+    Attributes:
+        room_blocks: blocks that may be in memory at once, from the needs' ring_blocks_min on.
+        policy: "pinned": as many blocks as fit stay, evenly spread over the pass, the others pass through a ring.
+            "lru": the least recently used block goes; the wrong one to go in a dense model, whose use is a cycle.
+        way: how blocks come into memory (dairllm.engine.paging_window); "auto" measures the file at start.
+        readers: threads that read; None: as many as the measurement finds best, 1 where there is none.
+        block_bytes: a power of two from 4096 on; None: `block_size` of the weights, which is what the needs were counted in.
+    """
+
+    room_blocks: int
+    policy: Policy = "pinned"
+    way: Way = "auto"
+    readers: int | None = None
+    block_bytes: int | None = None
+
+
+class PagingNeeds(NamedTuple):
+    """What paging a node's weights takes.
+
+    Attributes:
+        blocks_total: blocks that a pass over all segments reads; with so much room nothing is ever read twice.
+        ring_blocks_min: the least room that works.
+        ring_blocks_best: of the ring that pays; room beyond keeps blocks in memory.
+        block_bytes: of one block.
+        copied_bytes: memory beside the blocks: norms, rows of the embedding, weights that lie in memory.
+    """
+
+    blocks_total: int
+    ring_blocks_min: int
+    ring_blocks_best: int
+    block_bytes: int
+    copied_bytes: int
+
+
+def paging_needs(
+    network: NetworkConfig, node: NodeConfig, model: ModelFile, share: Share | None = None, *, block_bytes: int | None = None
+) -> PagingNeeds:
+    """The needs of a node whose weights lie in the model file. Nothing is read or allocated.
+
+    Args:
+        share: of the node; None for the graph of one node.
+        block_bytes: where another size than `block_size` is wanted.
+
+    Raises:
+        GraphError: the file has not the weights that the graph names.
+    """
+    return weights_needs(network, node, FileWeights(model, share), block_bytes=block_bytes)
+
+
+def weights_needs(network: NetworkConfig, node: NodeConfig, weights: Weights, *, block_bytes: int | None = None) -> PagingNeeds:
+    """The same for any weights: those whose views have no offset are in memory already."""
+    size = block_bytes or block_size(node, weights)
+    total: set[Block] = set()
+    widest, expert_room = 1, 0
+    for pieces in segment_pieces(node, weights, PIECE_BYTES):
+        for group in group_pieces(pieces, size):
+            members = [pieces[place] for place in group]
+            total.update(blocks_of(_spans(members), size))
+            if members[0].experts:
+                expert_room = max(expert_room, _active(node) * max(len(blocks_of([span], size)) for span in members[0].spans))
+            else:
+                widest = max(widest, len(blocks_of(_spans(members), size)))
+    least = max(widest, expert_room) + 1
+    best = max(RING_BYTES // size, 2 * widest, least)
+    count = len(total)
+    return PagingNeeds(count, min(least, count), min(best, count), size, copied_bytes(network, node, weights))
+
+
+def _spans(pieces: Iterable[Piece]) -> Iterable[tuple[int, int]]:
+    return (span for piece in pieces for span in piece.spans)
+
+
+def _active(node: NodeConfig) -> int:
+    """Experts of a layer that one row goes through, at most."""
+    return max((op.config.n_active_experts for op in _weighted(node) if op.code == OpCode.MATMUL), default=0)  # type: ignore[union-attr]
+
+
+def _weighted(node: NodeConfig) -> Iterable[Op]:
+    return (op for segment in node.segments for op in segment.ops if op.weight_size.length)
+
+
+def block_size(node: NodeConfig, weights: Weights) -> int:
+    """Bytes of a block: BLOCK_BYTES, or less where experts are small: those that no row goes through are not to be read with others."""
+    strides = [weights.view(op).expert for op in _weighted(node) if op.weight_size.z > 1]
+    size = BLOCK_BYTES
+    while strides and size > _LEAST_BLOCK and size * _EXPERT_BLOCKS > min(strides):
+        size //= 2
+    return size
+
+
+def copied_bytes(network: NetworkConfig, node: NodeConfig, weights: Weights) -> int:
+    """Memory that weights take beside the blocks."""
+    total = weights.nbytes
+    for op in _weighted(node):
+        if op.code == OpCode.EMBEDDING:
+            row = row_bytes(op.weight_size.float_type, op.weight_size.x)
+            total += network.n_batches * (-(-row // _PAGE) + 1) * _PAGE
+        elif op.code != OpCode.MATMUL and weights.view(op).offset is not None:
+            total += -(-op.weight_size.nbytes // 64) * 64
+    return total

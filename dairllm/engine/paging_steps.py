@@ -1,0 +1,59 @@
+"""The unit of computing under paging: a *step*, some records of a segment and the blocks of the model file that they read.
+
+A step reads few blocks, so that little room is needed at once, and a segment's records that read nothing go with the step before them.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from dairllm.engine.pieces import PIECE_BYTES, Piece, Span
+
+__all__ = ["STEP_BYTES", "Block", "Step", "blocks_of", "group_pieces"]
+
+Block = int
+"""Number of a block: it begins at that many times its size in the file."""
+
+STEP_BYTES = PIECE_BYTES
+"""Pieces are computed together up to so many bytes: fewer calls of the compute threads."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Records first .. stop - 1 of a program.
+
+    Attributes:
+        blocks: what they read, in order of first use.
+        experts: for each expert, the blocks that it takes beside them; empty where there are no experts.
+    """
+
+    first: int
+    stop: int
+    blocks: tuple[Block, ...]
+    experts: tuple[tuple[Block, ...], ...] = ()
+
+
+def blocks_of(spans: Iterable[Span], block_bytes: int) -> tuple[Block, ...]:
+    """Blocks that hold any byte of the spans, in their order."""
+    return tuple(
+        dict.fromkeys(
+            block for offset, nbytes in spans for block in range(offset // block_bytes, (offset + nbytes - 1) // block_bytes + 1) if nbytes
+        )
+    )
+
+
+def group_pieces(pieces: Sequence[Piece], block_bytes: int) -> list[list[int]]:
+    """Which pieces of a segment, by their places, make one step: neighbours, while they read few blocks; experts by themselves."""
+    limit = STEP_BYTES // block_bytes + 1
+    groups: list[list[int]] = []
+    held: set[Block] = set()
+    alone = True
+    for place, piece in enumerate(pieces):
+        blocks = set() if piece.experts else set(blocks_of(piece.spans, block_bytes))
+        if groups and not alone and not piece.experts and len(held | blocks) <= limit:
+            groups[-1].append(place)
+            held |= blocks
+        else:
+            groups.append([place])
+            held = blocks
+        alone = piece.experts
+    return groups
