@@ -383,11 +383,13 @@ async def test_a_start_that_is_cancelled_leaves_the_worker_alive(make_worker: An
     """Wherever it is cancelled the worker hears a session to its end, or sees a connection closed; it serves the next root."""
     worker: Running = await make_worker()
     for pause in (0.0, 0.02, 0.06, 0.065, 0.07, 0.08, 0.1):
-        opening = asyncio.create_task(make_cluster(DATA / f"{name}.m", [worker.port]).open())
+        cluster = make_cluster(DATA / f"{name}.m", [worker.port])
+        opening = asyncio.create_task(cluster.open())
         await asyncio.sleep(pause)
         opening.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await opening
+        await cluster.close()  # where it was there already
         await until(lambda: worker.meters.sessions_running == 0)
     cluster = make_cluster(DATA / f"{name}.m", [worker.port])
     await cluster.open()
