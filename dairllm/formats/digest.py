@@ -16,10 +16,9 @@ from dairllm.errors import FormatError
 from dairllm.formats.file_stamp import FileStamp
 from dairllm.formats.model_file import ModelFile
 from dairllm.formats.replaced_file import replaced_file
+from dairllm.graph.references import IDENTITY_BYTES
 
 __all__ = [
-    "DIGEST_BYTES",
-    "NO_MODEL",
     "Digests",
     "Progress",
     "compute_digests",
@@ -28,10 +27,6 @@ __all__ = [
     "kept_digests",
     "model_digests",
 ]
-
-DIGEST_BYTES = 32
-NO_MODEL = bytes(DIGEST_BYTES)
-"""In the place of an identity, where there is no model."""
 
 WORTH_KEEPING = 64 << 20
 """Bytes of a file whose digests take long enough to be kept."""
@@ -144,7 +139,7 @@ def kept_digests(model: ModelFile) -> Digests | None:
         found = Digests(int(kept["bytes"]), int(kept["mtime_ns"]), header, tuple(tensors))
     except (OSError, ValueError, TypeError, KeyError):
         return None
-    whole = len(kept["digests"]) == len(tensors) + 1 and all(len(digest) == DIGEST_BYTES for digest in (header, *tensors))
+    whole = len(kept["digests"]) == len(tensors) + 1 and all(len(digest) == IDENTITY_BYTES for digest in (header, *tensors))
     # the identity guards against a file that was edited, or cut short and mended
     return found if whole and kept.get("identity") == found.identity.hex() else None
 

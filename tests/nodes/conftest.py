@@ -23,6 +23,7 @@ from dairllm.formats.model_file import ModelFile
 from dairllm.formats.model_layout import node_slice
 from dairllm.graph.build import LOGITS_PIPE, TOKEN_PIPE, build_graph
 from dairllm.graph.plan import Run, token_plan
+from dairllm.graph.references import NO_MODEL
 from dairllm.graph.types import FloatType
 from dairllm.nodes.worker import Worker
 from dairllm.protocol.dllama.codec import (
@@ -442,7 +443,7 @@ class Proxy:
     async def _pass_back(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError, RuntimeError):  # uvloop's word for writing to what is closed
             while data := await reader.read(1 << 16):
-                writer.write(data.replace(HELLO, ACK) if self.disguise else data)
+                writer.write(data.replace(HELLO + NO_MODEL, ACK) if self.disguise else data)
                 await writer.drain()
             writer.write_eof()
 

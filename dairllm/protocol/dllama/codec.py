@@ -35,6 +35,7 @@ from dairllm.protocol.stream import Need, Parser, parse_all
 __all__ = [
     "ACK",
     "HELLO",
+    "HELLO_1",
     "KIN",
     "MARKER",
     "Control",
@@ -64,12 +65,16 @@ __all__ = [
 ]
 
 KIN = b"dairllm/"
-MARKER = KIN + b"1"
+MARKER = KIN + b"2"
 """What a root of ours puts behind the NUL of a pipe's name: the version that it speaks. A worker that knows no such version answers with
 the latest that it knows."""
 
-HELLO = b"dai1"
-"""A worker of ours answers a network configuration marked by its `KIN` with this word in place of the ACK."""
+HELLO = b"dai2"
+"""A worker of ours answers a network configuration marked by its `KIN` with this word in place of the ACK, and with the identity of the
+model that it has (``graph.references``)."""
+
+HELLO_1 = b"dai1"
+"""Its word to a root of version 1, or that of a worker of version 1: nothing follows, models are not spoken of."""
 
 _PAIR = struct.Struct("<II")
 _NETWORK = struct.Struct("<III")  # batches, nodes, pipes

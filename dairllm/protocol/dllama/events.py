@@ -4,6 +4,7 @@ own messages."""
 from dataclasses import dataclass
 
 from dairllm.graph.plan import Exchange, Run
+from dairllm.graph.references import NO_MODEL, WeightReference
 from dairllm.graph.types import NetworkConfig, NodeConfig
 from dairllm.protocol.dllama.codec import Control, Greeting, WeightHeader
 
@@ -25,9 +26,12 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Acknowledged:
-    """A worker has answered; `ours`: with the word of a worker of ours, which only the network configuration asks for."""
+    """A worker has answered; `ours`: with the word of a worker of ours, which only the network configuration asks for.
+
+    `model` is then the identity of the model that it has."""
 
     ours: bool
+    model: bytes = NO_MODEL
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +49,14 @@ class NetworkReceived:
 
 @dataclass(frozen=True, slots=True)
 class NodeReceived:
-    """The configuration is complete; `plan` is ``token_plan(network, node)``."""
+    """The configuration is complete; `plan` is ``token_plan(network, node)``.
+
+    `references` are what the root says in place of weights to a worker that has told its model: none where it has another one."""
 
     network: NetworkConfig
     node: NodeConfig
     plan: tuple[Run | Exchange, ...]
+    references: tuple[WeightReference, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,8 @@ class Limits:
     """Of one segment."""
     max_ops: int = 32768
     """Of all segments together; real graphs have about 27 a layer."""
+    max_spans: int = 1024
+    """Of one weight's part: a model's heads, each lying by itself, at most."""
     max_values: int = 1 << 44
     """Of one pipe, buffer or weight."""
     max_weight_bytes: int = 1 << 44

@@ -7,21 +7,25 @@ What the worker says is a word for each ``> Acknowledged``, and rows of pipes af
 bytes of weights are the owner's to send, between its node's acknowledgement and `end_weights`.
 
 *Our own workers.* The network configuration bears a marker where a C++ worker does not look; a worker of ours answers it with a word of its
-own (``codec.HELLO``). Both kinds then go on alike.
+own (``codec.HELLO``) and the identity of the model that it has, if it has one. To such a worker the node configuration is preceded by
+references to its weights, or by none where its model is another. Then both kinds go on alike.
 
 *Leaving.* A C++ worker whose root goes away before the weights are complete ends its process. So a session that is given up is told to its
 end, with nothing in it: see `farewell`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
 from dairllm.errors import LocalProtocolError
 from dairllm.graph.plan import Exchange, Run
+from dairllm.graph.references import IDENTITY_BYTES, NO_MODEL, WeightReference
 from dairllm.graph.types import FloatType, NetworkConfig, NodeConfig, Pipe, Size
 from dairllm.protocol.dllama.codec import (
     ACK,
     HELLO,
+    HELLO_1,
     MARKER,
     Control,
     Greeting,
@@ -34,6 +38,7 @@ from dairllm.protocol.dllama.codec import (
     encode_weights_end,
 )
 from dairllm.protocol.dllama.events import Acknowledged, Filled
+from dairllm.protocol.dllama.references import write_references
 from dairllm.protocol.dllama.rows import RowsLink
 
 __all__ = ["RootSession", "Stage"]
@@ -58,6 +63,8 @@ class _Owed:
 
     to: str
     may_be_hello: bool = False
+    is_model: bool = False
+    """Whether it is what follows a HELLO."""
 
 
 class RootSession(RowsLink):
@@ -77,6 +84,7 @@ class RootSession(RowsLink):
         self._owed: _Owed | None = None
         self._n_workers = 0
         self._alone = False
+        self._model = NO_MODEL
 
     def __repr__(self) -> str:
         return f"<RootSession node {self.node}, {'dead' if self.dead else self._stage.value}, expecting {self.expecting}>"
@@ -110,9 +118,17 @@ class RootSession(RowsLink):
         data = encode_network(network, MARKER)
         return self._say(Stage.GO, Stage.NETWORK, data, _Owed("the network configuration", may_be_hello=True))
 
-    def configure_node(self, node: NodeConfig) -> bytes:
-        """From the acknowledgement on, weights may be sent."""
-        return self._say(Stage.NETWORK, Stage.NODE, encode_node(node), _Owed("the node configuration"))
+    def configure_node(self, node: NodeConfig, references: Sequence[WeightReference] = ()) -> bytes:
+        """From the acknowledgement on, weights may be sent; none where there are `references`.
+
+        Raises:
+            LocalProtocolError: references for a worker that has told no model; or it is not our turn.
+        """
+        has_model = self._model != NO_MODEL
+        if references and not has_model:
+            raise LocalProtocolError("references to weights are for a worker that has told its model")
+        data = (write_references(references) if has_model else b"") + encode_node(node)
+        return self._say(Stage.NETWORK, Stage.NODE, data, _Owed("the node configuration"))
 
     def end_weights(self) -> bytes:
         return self._say(Stage.NODE, Stage.WEIGHTS, encode_weights_end(), _Owed("the end of the weights"))
@@ -164,16 +180,28 @@ class RootSession(RowsLink):
         self._check_alive()
         if self._owed is None:
             return self._next_filled()
+        if self._owed.is_model:
+            return self._next_model()
         word = self._intake.take(len(ACK))
         if word is None:
             return None
-        ours = word == HELLO and self._owed.may_be_hello
+        if word == HELLO and self._owed.may_be_hello:
+            self._owed = _Owed("the network configuration: its model", is_model=True)
+            return self._next_model()
+        ours = word == HELLO_1 and self._owed.may_be_hello
         if not ours and word != ACK:
             raise self._fail(f"expected {self.expecting}, found {word!r}")
         self._owed = None
         if self._stage is Stage.WEIGHTS:
             self._stage = Stage.READY
         return Acknowledged(ours)
+
+    def _next_model(self) -> Acknowledged | None:
+        model = self._intake.take(IDENTITY_BYTES)
+        if model is None:
+            return None
+        self._model, self._owed = model, None
+        return Acknowledged(True, model)
 
     def eof(self) -> None:
         """The worker has closed the connection, which only a goodbye asks it to.

@@ -5,7 +5,7 @@ as the exchange is told, and yields to the session what it waits for:
 
     Need(n)         n bytes from the root
     an event        for the owner
-    _Consent        the owner must ``acknowledge()``: with ACK, or where a root of ours has shown itself, HELLO
+    _Consent        the owner must ``acknowledge()``: with ACK, or where a root of ours has shown itself, HELLO and the model that it has
     _Payload(n)     n bytes whose destination the owner gives with ``receive_into()``
 
     Greeting > ACK | Go | NetworkReceived > ACK | NodeReceived > ACK | (WeightHeader > views | WeightReceived)* | WeightsEnd > ACK |
@@ -20,10 +20,12 @@ from enum import Enum
 
 from dairllm.errors import GraphError, LocalProtocolError, RemoteProtocolError
 from dairllm.graph.plan import ROOT, token_plan
+from dairllm.graph.references import NO_MODEL, WeightReference
 from dairllm.graph.types import NetworkConfig
 from dairllm.protocol.dllama.codec import (
     ACK,
     HELLO,
+    HELLO_1,
     KIN,
     Control,
     Greeting,
@@ -38,6 +40,7 @@ from dairllm.protocol.dllama.codec import (
 from dairllm.protocol.dllama.events import Event, Filled, Go, NetworkReceived, NodeReceived, Stop, WeightReceived, WeightsEnd
 from dairllm.protocol.dllama.limits import DEFAULT_LIMITS, Limits
 from dairllm.protocol.dllama.link import IncomingRows, Link, incoming_rows
+from dairllm.protocol.dllama.references import read_references
 from dairllm.protocol.stream import Need
 
 __all__ = ["Stage", "WorkerSession"]
@@ -83,6 +86,7 @@ class WorkerSession(Link):
         super().__init__("root")
         self._limits = limits
         self._stage = Stage.GREETING
+        self._model = NO_MODEL  # that the root has been told
         self._script = self._conversation()
         self._step: _Step | None = next(self._script)
 
@@ -118,8 +122,11 @@ class WorkerSession(Link):
             case _:  # an event is taken by the call that finds it
                 return "the end of the connection"
 
-    def acknowledge(self) -> bytes:
+    def acknowledge(self, model: bytes = NO_MODEL) -> bytes:
         """The bytes that consent to the last event.
+
+        Args:
+            model: identity of the model that the owner has. Told where the root asks, with its network configuration.
 
         Raises:
             LocalProtocolError: no ACK is due.
@@ -128,8 +135,12 @@ class WorkerSession(Link):
         step = self._step
         if not isinstance(step, _Consent):
             raise LocalProtocolError(f"no ACK is due; expecting {self.expecting}")
+        word = step.word
+        if word == HELLO:
+            self._model = model
+            word += model
         self._advance(b"")
-        return step.word
+        return word
 
     def next_event(self) -> Event | None:
         """What the root said next; None while its bytes have not all come, or while the owner has to act first (ACK, memory)."""
@@ -198,8 +209,11 @@ class WorkerSession(Link):
         if network.n_nodes != greeting.n_workers + 1:
             raise RemoteProtocolError(f"expected a network of {greeting.n_workers + 1} nodes, found {network.n_nodes}")
         yield NetworkReceived(network, marker)
-        yield _Consent("the network configuration", HELLO if marker.startswith(KIN) else ACK)
+        yield _Consent("the network configuration", _word_for(marker))
         self._stage = Stage.NODE
+        references: tuple[WeightReference, ...] = ()
+        if self._model != NO_MODEL:
+            references = yield from read_references(self._limits)
         node = yield from read_node(self._limits)
         if node.node != greeting.node:
             raise RemoteProtocolError(f"expected the configuration of node {greeting.node}, found that of node {node.node}")
@@ -207,7 +221,7 @@ class WorkerSession(Link):
             plan = token_plan(network, node)
         except GraphError as error:
             raise RemoteProtocolError(f"a graph that cannot be run: {error}") from error
-        yield NodeReceived(network, node, plan)
+        yield NodeReceived(network, node, plan, references)
         yield _Consent("the node configuration")
         return network, incoming_rows(network, plan, ROOT)
 
@@ -234,6 +248,13 @@ class WorkerSession(Link):
                 payloads = [_Payload(each.row_bytes * rows, each.describe(rows), end_is_event=True) for each in incoming]
             for payload in payloads:  # noqa: UP028  # a list cannot be sent what a script is sent
                 yield payload
+
+
+def _word_for(marker: bytes) -> bytes:
+    """The answer to a network configuration. A version that we do not know is answered with the latest that we do."""
+    if not marker.startswith(KIN):
+        return ACK
+    return HELLO_1 if marker == KIN + b"1" else HELLO
 
 
 def _describe(header: WeightHeader) -> str:

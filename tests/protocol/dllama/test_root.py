@@ -8,13 +8,18 @@ from dairllm.errors import LocalProtocolError, RemoteProtocolError
 from dairllm.formats.random_model import small_spec
 from dairllm.graph.build import build_graph
 from dairllm.graph.plan import token_plan
+from dairllm.graph.references import NO_MODEL, weight_references
+from dairllm.graph.slicing import equal_shares
 from dairllm.graph.types import FloatType
-from dairllm.protocol.dllama.codec import ACK, HELLO, Control, Greeting, WeightHeader, encode_weight_header
-from dairllm.protocol.dllama.events import Acknowledged, Filled, Stop, WeightReceived, WeightsEnd
+from dairllm.protocol.dllama.codec import ACK, HELLO, HELLO_1, MARKER, Control, Greeting, WeightHeader, encode_weight_header
+from dairllm.protocol.dllama.events import Acknowledged, Filled, NodeReceived, Stop, WeightReceived, WeightsEnd
 from dairllm.protocol.dllama.root import RootSession, Stage
 from dairllm.protocol.dllama.worker import WorkerSession
 
-NETWORK, NODES = build_graph(small_spec(weight_type=FloatType.F32), 2, FloatType.F32)
+SPEC = small_spec(weight_type=FloatType.F32)
+NETWORK, NODES = build_graph(SPEC, 2, FloatType.F32)
+REFERENCES = weight_references(SPEC, equal_shares(SPEC, 2)[1], NODES[1])
+MODEL = bytes(range(32))
 PLAN = token_plan(NETWORK, NODES[0])
 GREETING = Greeting(1, 0, ())
 
@@ -44,10 +49,10 @@ def configured() -> RootSession:
 
 
 class Ear:
-    """A worker that hears a root and answers."""
+    """A worker that hears a root and answers; it has `model`."""
 
-    def __init__(self) -> None:
-        self.wire, self.events = WorkerSession(), list[object]()
+    def __init__(self, model: bytes = NO_MODEL) -> None:
+        self.wire, self.events, self.model = WorkerSession(), list[object](), model
 
     def hear(self, data: bytes) -> bytes:
         answered, at = b"", 0
@@ -56,7 +61,7 @@ class Ear:
             if event is not None:
                 self.events.append(event)
             elif self.wire.ack_due:
-                answered += self.wire.acknowledge()
+                answered += self.wire.acknowledge(self.model)
             elif self.wire.memory_due:
                 self.wire.receive_into(memoryview(bytearray(self.wire.memory_due)))
             elif at == len(data):
@@ -70,8 +75,8 @@ def test_a_session_from_greeting_to_goodbye() -> None:
     assert worker.hear(root.greet(GREETING)) == ACK
     assert hear(root, ACK) == Acknowledged(ours=False)
     assert worker.hear(root.go()) == b""
-    assert worker.hear(root.configure_network(NETWORK)) == HELLO
-    assert hear(root, HELLO) == Acknowledged(ours=True)
+    assert worker.hear(root.configure_network(NETWORK)) == HELLO + NO_MODEL
+    assert hear(root, HELLO + NO_MODEL) == Acknowledged(ours=True)
     assert worker.hear(root.configure_node(NODES[1])) == ACK
     assert hear(root, ACK) == Acknowledged(ours=False)
     header = WeightHeader("block_norm_0", 0, 0, 4)
@@ -88,6 +93,75 @@ def test_a_session_from_greeting_to_goodbye() -> None:
     root.receive_into(memoryview(memory))
     assert hear(root, bytes(range(due % 256)) + bytes(due - due % 256)) == Filled()
     assert worker.events[4:6] == [header, WeightReceived(header)]
+
+
+def configured_network(model: bytes) -> tuple[RootSession, Ear]:
+    """Both ends, after the answer to the network configuration."""
+    root, worker = session(), Ear(model)
+    hear(root, worker.hear(root.greet(GREETING)))
+    worker.hear(root.go())
+    answer = worker.hear(root.configure_network(NETWORK))
+    assert answer == HELLO + model
+    for end in range(len(answer)):  # it may come in pieces
+        assert hear(root, answer[end : end + 1]) == (None if end + 1 < len(answer) else Acknowledged(True, model))
+    return root, worker
+
+
+def test_a_worker_with_the_model_hears_references() -> None:
+    root, worker = configured_network(MODEL)
+    said = root.configure_node(NODES[1], REFERENCES)
+    assert len(said) < 16384
+    assert worker.hear(said) == ACK
+    event = worker.events[-1]
+    assert isinstance(event, NodeReceived)
+    assert event.references == REFERENCES
+    assert event.node == NODES[1]
+    assert hear(root, ACK) == Acknowledged(ours=False)
+    assert worker.hear(root.end_weights()) == ACK
+
+
+def test_a_worker_with_another_model_hears_none() -> None:
+    root, worker = configured_network(MODEL)
+    assert worker.hear(root.configure_node(NODES[1])) == ACK
+    event = worker.events[-1]
+    assert isinstance(event, NodeReceived)
+    assert event.references == ()
+
+
+def test_a_worker_without_a_model_is_not_told_of_references() -> None:
+    root, worker = configured_network(NO_MODEL)
+    with pytest.raises(LocalProtocolError, match="a worker that has told its model"):
+        root.configure_node(NODES[1], REFERENCES)
+    assert worker.hear(root.configure_node(NODES[1])) == ACK
+    assert worker.events[-1] == NodeReceived(NETWORK, NODES[1], token_plan(NETWORK, NODES[1]))
+
+
+def test_a_worker_that_has_told_its_model_can_be_led_to_the_end() -> None:
+    root, worker = configured_network(MODEL)
+    while (data := root.farewell()) is not None:
+        answer = worker.hear(data)
+        if answer:
+            hear(root, answer)
+    assert worker.events[-1] == Stop()
+
+
+def test_the_first_version_knows_no_models() -> None:
+    """A worker of version 1 answers with its word alone, and so does ours to a root of version 1."""
+    root, worker = session(), Ear(MODEL)
+    hear(root, worker.hear(root.greet(GREETING)))
+    worker.hear(root.go())
+    said = root.configure_network(NETWORK)
+    assert MARKER in said
+    assert worker.hear(said.replace(MARKER, b"dairllm/1")) == HELLO_1
+    assert hear(root, HELLO_1) == Acknowledged(ours=True)
+    assert worker.hear(root.configure_node(NODES[1])) == ACK
+
+
+def test_a_later_version_is_answered_with_ours() -> None:
+    root, worker = session(), Ear(MODEL)
+    hear(root, worker.hear(root.greet(GREETING)))
+    worker.hear(root.go())
+    assert worker.hear(root.configure_network(NETWORK).replace(MARKER, b"dairllm/7")) == HELLO + MODEL
 
 
 def test_after_the_goodbye_the_worker_may_leave() -> None:
