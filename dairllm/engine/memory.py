@@ -172,7 +172,7 @@ class Layout:
         self.network, self.node = network, node
         self.rows = -(-network.n_batches // TILE_COLUMNS) * TILE_COLUMNS
         self.roles = buffer_roles(node)
-        self.nbytes = 0
+        self.nbytes = self.cache_bytes = 0  # of all; of KV caches
         self._places: dict[tuple[str, int], int] = {}
         self._memory: NDArray[np.uint8] | None = None
         for i, pipe in enumerate(network.pipes):
@@ -193,6 +193,7 @@ class Layout:
                     self.place("tiles", i, self.rows // TILE_COLUMNS * tiles)
             elif role == Role.CACHE:
                 self.place("cache", i, self.cache_positions(size) * size.x * 4)
+                self.cache_bytes = self.nbytes - self._places["cache", i] + self.cache_bytes
             elif role == Role.INDEXES:
                 self.place("indexes", i, self.rows * size.x * 8)
         self.place("positions", 0, self.rows * 4)
