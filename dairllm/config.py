@@ -26,6 +26,7 @@ __all__ = [
     "Log",
     "MemoryAmount",
     "Metrics",
+    "Paging",
     "RootDeadlines",
     "RootSettings",
     "Sampling",
@@ -284,6 +285,20 @@ class Engine(_Section):
         return thread_count(self.threads)
 
 
+class RootLimits(_Section):
+    """How much of this machine the root may take."""
+
+    memory: Annotated[MemoryAmount, BeforeValidator(MemoryAmount.parse)] = MemoryAmount("80%", share=0.8)
+
+
+class Paging(_Section):
+    """How weights that do not fit into memory are read from the model's file."""
+
+    way: Literal["auto", "map", "buffered", "direct"] = "auto"
+    readers: Annotated[int | Literal["auto"], BeforeValidator(_auto_or(1, 64))] = "auto"
+    policy: Literal["pinned", "lru"] = "pinned"
+
+
 class Sampling(_Section):
     """How the next token is chosen, and of how many an answer may be made: of `generate`, and of a request that says nothing."""
 
@@ -332,6 +347,8 @@ class RootSettings(_Section):
     model: Model = Model()
     cluster: Cluster = Cluster()
     engine: Engine = Engine()
+    limits: RootLimits = RootLimits()
+    paging: Paging = Paging()
     sampling: Sampling = Sampling()
     server: Server = Server()
     deadlines: RootDeadlines = RootDeadlines()
