@@ -110,6 +110,13 @@ class ModelFile:
             raise ValueError(f"{self.path} has been closed")
         return self._raw
 
+    def forget(self, offset: int = 0, nbytes: int | None = None) -> None:
+        """Let go of the memory of part of the map, by default of all of it. Views stay good: what they need comes back from the file."""
+        if self._map is not None:
+            start = offset - offset % mmap.PAGESIZE
+            stop = self.nbytes if nbytes is None else offset + nbytes
+            self._map.madvise(mmap.MADV_DONTNEED, start, stop - start)
+
     def tensor(self, name: str, layer: int = 0, expert: int = 0) -> Tensor:
         """The tensor of that name.
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from dairllm.errors import GraphError
 from dairllm.graph.model import ModelSpec
-from dairllm.graph.slicing import Axis, Share, equal_shares, weight_part
+from dairllm.graph.slicing import Axis, Part, Share, equal_shares, weight_part
 from dairllm.graph.types import FloatType, row_bytes
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "column_slice",
     "layout_bytes",
     "node_slice",
+    "part_slices",
     "row_slice",
     "share_slices",
     "tensor_layout",
@@ -167,7 +168,15 @@ def share_slices(tensor: Tensor, spec: ModelSpec, share: Share) -> tuple[Slice, 
     Raises:
         GraphError: the share cuts a block, or goes beyond the tensor.
     """
-    part = weight_part(spec, share, tensor.name)
+    return part_slices(tensor, weight_part(spec, share, tensor.name))
+
+
+def part_slices(tensor: Tensor, part: Part) -> tuple[Slice, ...]:
+    """A part of a tensor, span after span.
+
+    Raises:
+        GraphError: the part cuts a block, or goes beyond the tensor.
+    """
     if part.spans is None:
         return (whole(tensor),)
     cut = row_slice if part.axis is Axis.ROWS else column_slice

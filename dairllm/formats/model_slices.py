@@ -1,4 +1,4 @@
-"""What a root sends of a model file to a node: each weight's rows as that node will hold them.
+"""Weights of a model file as a node holds them, row by row: what a root sends, and what a node finds in a file of its own.
 
 Nothing is copied until it is asked for, and then a few rows at a time, into memory of the caller's.
 """
@@ -9,10 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 from dairllm.formats.model_file import ModelFile
-from dairllm.formats.model_layout import Slice, share_slices
+from dairllm.formats.model_layout import Slice, Tensor, share_slices
 from dairllm.graph.slicing import Axis, Share, weight_part
 
-__all__ = ["OutgoingWeight", "outgoing_weights"]
+__all__ = ["OutgoingWeight", "file_offset", "outgoing_weights", "sliced_weight"]
 
 
 class OutgoingWeight:
@@ -83,12 +83,39 @@ def outgoing_weights(model: ModelFile, share: Share, logits_rows: int) -> Iterat
         if tensor.name == "embedding":
             continue
         slices = share_slices(tensor, model.spec, share)
-        pieces = [_view(model.raw, piece) for piece in slices] or [np.zeros((0, tensor.row_bytes), np.uint8)]
         axis = weight_part(model.spec, share, tensor.name).axis
         n_rows = logits_rows if tensor.name == "final_matmul_logits" else _rows(slices, axis)
-        weight = OutgoingWeight(tensor.name, tensor.layer, 0, pieces, axis, n_rows)
-        weight.offset = tensor.expert * weight.nbytes
-        yield weight
+        yield sliced_weight(model, tensor, slices, axis, n_rows)
+
+
+def sliced_weight(model: ModelFile, tensor: Tensor, slices: Sequence[Slice], axis: Axis, n_rows: int) -> OutgoingWeight:
+    """A part of a tensor as a node holds it, in place.
+
+    Args:
+        slices: of the tensor, in the node's order; none where all rows are padding.
+        n_rows: of the node; those beyond the slices' are zeros.
+
+    Raises:
+        ValueError: the file has been closed.
+    """
+    pieces = [_view(model.raw, piece) for piece in slices] or [np.zeros((0, tensor.row_bytes), np.uint8)]
+    weight = OutgoingWeight(tensor.name, tensor.layer, 0, pieces, axis, n_rows)
+    weight.offset = tensor.expert * weight.nbytes
+    return weight
+
+
+def file_offset(slices: Sequence[Slice], axis: Axis, row: int, column: int) -> int | None:
+    """Where byte `column` of a node's row lies in the file; None in rows that are padding."""
+    for piece in slices:
+        if axis is Axis.COLUMNS:
+            if column < piece.slice_row_bytes:
+                return piece.offset + row * piece.stride + column
+            column -= piece.slice_row_bytes
+        else:
+            if row < piece.n_rows:
+                return piece.offset + row * piece.stride + column
+            row -= piece.n_rows
+    return None
 
 
 def _rows(slices: Sequence[Slice], axis: Axis) -> int:
