@@ -93,6 +93,16 @@ Sync = Annotated[
     typer.Option(metavar="auto|q80|f32", help="What crosses the wire between nodes.  [default: auto, f32 for F32 weights, else q80]"),
 ]
 MaxSeqLen = Annotated[int | None, typer.Option(metavar="N", help="Context length.  [default: the model's]")]
+MemoryLimit = Annotated[
+    str | None, typer.Option(metavar="SIZE", help="Most that this process may hold, such as 2GiB or 80%.  [default: 80%]")
+]
+PagingWay = Annotated[
+    str | None,
+    typer.Option(
+        "--paging", metavar="auto|map|buffered|direct", help="How weights that do not fit are read.  [default: auto, by measuring the file]"
+    ),
+]
+Readers = Annotated[str | None, typer.Option(metavar="auto|N", help="Threads that read weights ahead.  [default: auto]")]
 LogFormat = Annotated[
     str | None, typer.Option(metavar="auto|console|json", help="How logs are written.  [default: auto, console at a terminal, else json]")
 ]
@@ -137,9 +147,10 @@ def worker(
     config: ConfigFile = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on.  [default: 0.0.0.0]")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on; 0: any free one.  [default: 9990]")] = None,
-    memory_limit: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Most that this process may hold, such as 2GiB or 80%.  [default: 80%]")
+    model: Annotated[
+        Path | None, typer.Option(metavar="F.m", help="The root's model on a disk of this machine: no weights cross the network.")
     ] = None,
+    memory_limit: MemoryLimit = None,
     threads: Threads = None,
     kernels: Kernels = None,
     metrics_port: Annotated[
@@ -148,7 +159,7 @@ def worker(
     log_format: LogFormat = None,
     log_level: LogLevel = None,
 ) -> None:
-    """Serve roots: compute this node's share of a model whose weights the root sends."""
+    """Serve roots: compute this node's share of a model, whose weights the root sends unless they are here already."""
     from dairllm.commands import worker as command
 
     command.run(
@@ -156,6 +167,7 @@ def worker(
         {
             "worker.host": ("--host", host),
             "worker.port": ("--port", port),
+            "worker.model": ("--model", _text(model)),
             "worker.threads": ("--threads", _number_or_word(threads)),
             "worker.kernels": ("--kernels", kernels),
             "limits.memory": ("--memory-limit", memory_limit),
@@ -195,6 +207,9 @@ def generate(
     sync: Sync = None,
     threads: Threads = None,
     kernels: Kernels = None,
+    memory_limit: MemoryLimit = None,
+    paging: PagingWay = None,
+    readers: Readers = None,
     max_seq_len: MaxSeqLen = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object in place of the text.")] = False,
     logits: Annotated[
@@ -218,6 +233,9 @@ def generate(
         "engine.threads": ("--threads", _number_or_word(threads)),
         "engine.kernels": ("--kernels", kernels),
         "engine.sync": ("--sync", sync),
+        "limits.memory": ("--memory-limit", memory_limit),
+        "paging.way": ("--paging", paging),
+        "paging.readers": ("--readers", _number_or_word(readers)),
         "sampling.steps": ("--steps", steps),
         "sampling.temperature": ("--temperature", temperature),
         "sampling.top_p": ("--top-p", top_p),
@@ -250,6 +268,9 @@ def serve(
     sync: Sync = None,
     threads: Threads = None,
     kernels: Kernels = None,
+    memory_limit: MemoryLimit = None,
+    paging: PagingWay = None,
+    readers: Readers = None,
     max_seq_len: MaxSeqLen = None,
     queue: Annotated[int | None, typer.Option(metavar="N", help="Requests that may wait for their turn.  [default: 64]")] = None,
     log_format: LogFormat = None,
@@ -274,6 +295,9 @@ def serve(
             "engine.threads": ("--threads", _number_or_word(threads)),
             "engine.kernels": ("--kernels", kernels),
             "engine.sync": ("--sync", sync),
+            "limits.memory": ("--memory-limit", memory_limit),
+            "paging.way": ("--paging", paging),
+            "paging.readers": ("--readers", _number_or_word(readers)),
             "log.format": ("--log-format", log_format),
             "log.level": ("--log-level", log_level),
         },
@@ -318,6 +342,29 @@ def inspect(
     from dairllm.commands import inspect as command
 
     command.run(model, layer=layer, json=json)
+
+
+@app.command()
+def plan(
+    model: Annotated[Path, typer.Argument(metavar="F.m", help="Model file.")],
+    memory_limit: MemoryLimit = None,
+    nodes: Annotated[int | None, typer.Option(metavar="N", help="Nodes that share the model, the root included.  [default: 1]")] = None,
+    shares: Shares = None,
+    sync: Sync = None,
+    max_seq_len: MaxSeqLen = None,
+    config: ConfigFile = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Show what each node would hold within a memory limit, and how much of the weights it would read for each token."""
+    from dairllm.commands import plan as command
+
+    flags = {
+        "limits.memory": ("--memory-limit", memory_limit),
+        "cluster.shares": ("--shares", shares),
+        "engine.sync": ("--sync", sync),
+        "model.max_seq_len": ("--max-seq-len", max_seq_len),
+    }
+    command.run(model, config, nodes, flags, json=json)
 
 
 @app.command()

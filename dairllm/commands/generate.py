@@ -9,30 +9,27 @@ import select
 import sys
 from collections.abc import AsyncGenerator
 from contextlib import aclosing, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dairllm import machine
 from dairllm.commands.generate_options import GenerateOptions
 from dairllm.commands.logits_file import LogitsFile
 from dairllm.commands.progress import COMPILING, byte_bar, waiting
+from dairllm.commands.root_node import planned_model, root_node
 from dairllm.engine.executor import Executor
 from dairllm.engine.program import Program
 from dairllm.engine.sampler import Sampler
 from dairllm.errors import ConfigError
 from dairllm.formats.model_file import ModelFile
-from dairllm.graph.types import FloatType
 from dairllm.net.compute import BRIEF_SECONDS, Compute
 from dairllm.net.runner import Steps, in_thread
 from dairllm.net.runner import run as run_on_loop
 from dairllm.nodes.answer import Answer
 from dairllm.nodes.generation import Generation, check_prompt
-from dairllm.nodes.local import LocalNode
+from dairllm.nodes.memory_plan import MemoryPlan
 from dairllm.nodes.report import NodeReport
 from dairllm.text.chat import render_chat
 from dairllm.text.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from dairllm.nodes.root import Cluster
 
 __all__ = ["run", "say"]
 
@@ -47,7 +44,7 @@ def run(options: GenerateOptions) -> None:
         DairllmError: files, settings, workers or the computation; one clear line.
         SystemExit: a signal cut it short.
     """
-    with ModelFile.open(options.model, max_seq_len=options.max_seq_len) as model:
+    with planned_model(options.root) as (model, plan):
         tokenizer = None if options.tokenizer is None else Tokenizer.load(options.tokenizer)
         if tokenizer is not None and tokenizer.vocab_size > model.spec.vocab_size:
             raise ConfigError(
@@ -55,7 +52,7 @@ def run(options: GenerateOptions) -> None:
             )
         prompt_ids = _prompt_ids(options, tokenizer)
         check_prompt(prompt_ids, vocab_size=model.spec.vocab_size, seq_len=model.spec.seq_len)
-        run_on_loop(lambda: _generate(options, model, tokenizer, prompt_ids), service=False)
+        run_on_loop(lambda: _generate(options, model, plan, tokenizer, prompt_ids), service=False)
 
 
 def _prompt_ids(options: GenerateOptions, tokenizer: Tokenizer | None) -> list[int]:
@@ -71,23 +68,26 @@ def _prompt_ids(options: GenerateOptions, tokenizer: Tokenizer | None) -> list[i
     return tokenizer.encode(render_chat(tokenizer.chat_template, messages, bos=tokenizer.bos_text, eos=tokenizer.eos_text))
 
 
-async def _generate(options: GenerateOptions, model: ModelFile, tokenizer: Tokenizer | None, prompt_ids: list[int]) -> None:
+async def _generate(
+    options: GenerateOptions, model: ModelFile, plan: MemoryPlan, tokenizer: Tokenizer | None, prompt_ids: list[int]
+) -> None:
     """From checks that need neither kernels nor workers to the last word."""
-    executor = Executor(options.threads, options.kernels)
+    settings = options.root
+    executor, workers = Executor(settings.engine.n_threads, settings.engine.kernels), settings.cluster.workers
     # Without workers nothing else needs the loop: all is computed on this very thread, without two awakenings a pass.
-    compute: Compute[Program] = Compute(executor, BRIEF_SECONDS if options.workers else math.inf)
-    node = _node(options, model, compute)
+    compute: Compute[Program] = Compute(executor, BRIEF_SECONDS if workers else math.inf)
+    node = root_node(settings, model, compute, plan)
 
     async def end_threads() -> None:
         compute.close()
         await asyncio.to_thread(executor.close)
 
     with LogitsFile(options.logits, model.spec.vocab_size) if options.logits else nullcontext() as logits:
-        async with Steps(options.deadlines.shutdown + 2.0) as steps:
+        async with Steps(settings.deadlines.shutdown + 2.0) as steps:
             with waiting(COMPILING):
                 await steps.start("kernels", lambda: in_thread("kernels", executor.start), end_threads)
             compute.open()
-            with byte_bar("sending weights") if options.workers else nullcontext() as progress:
+            with byte_bar("sending weights") if workers else nullcontext() as progress:
                 await steps.start("nodes", lambda: node.open(progress), node.close)
             generation = Generation(
                 node,
@@ -100,26 +100,6 @@ async def _generate(options: GenerateOptions, model: ModelFile, tokenizer: Token
             text = await _stream(generation, tokenizer, quiet=options.json)
             if options.json:
                 await say(json.dumps(_report(generation, text, node.nodes, executor)) + "\n")
-
-
-def _node(options: GenerateOptions, model: ModelFile, compute: Compute[Program]) -> "LocalNode | Cluster":
-    """What computes; GraphError or ConfigError where it cannot be."""
-    sync = None if options.sync is None else FloatType[options.sync.upper()]
-    if not options.workers:
-        return LocalNode(model, compute, n_threads=options.threads, sync=sync)
-    from dairllm.nodes.root import Cluster
-
-    return Cluster(
-        model,
-        options.workers,
-        compute,
-        n_threads=options.threads,
-        sizes=options.sizes,
-        sync=sync,
-        overlap=options.overlap,
-        deadlines=options.deadlines,
-        keepalive=options.keepalive,
-    )
 
 
 async def _stream(generation: Generation, tokenizer: Tokenizer | None, *, quiet: bool) -> str:

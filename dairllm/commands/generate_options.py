@@ -2,11 +2,10 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
-from dairllm.config import MAX_ID, Keepalive, RootDeadlines, RootSettings, WorkerAddress
+from dairllm.config import MAX_ID, RootSettings
 from dairllm.errors import ConfigError
-from dairllm.graph.slicing import ShareSize, parse_shares
+from dairllm.graph.slicing import parse_shares
 
 __all__ = ["GenerateOptions", "parse_prompt_ids", "tokenizer_path"]
 
@@ -52,15 +51,7 @@ class GenerateOptions:
     top_p: float = 0.9
     seed: int | None = None
     ignore_eos: bool = False
-    threads: int = 1
-    kernels: str = "auto"
-    max_seq_len: int | None = None
-    sync: Literal["q80", "f32"] | None = None
-    overlap: bool = True
-    workers: tuple[WorkerAddress, ...] = ()
-    sizes: tuple[ShareSize, ...] | None = None
-    deadlines: RootDeadlines = field(default_factory=RootDeadlines)
-    keepalive: Keepalive = field(default_factory=Keepalive)
+    root: RootSettings = field(default_factory=RootSettings)
     json: bool = False
     logits: Path | None = None
 
@@ -73,13 +64,11 @@ class GenerateOptions:
             raise ConfigError("--chat is for a --prompt: nothing is added to --prompt-ids")
         if self.prompt is not None and self.tokenizer is None:
             raise ConfigError("a --prompt needs a --tokenizer")
-        n_nodes = len(self.workers) + 1
-        if self.sizes is not None and len(self.sizes) != n_nodes:
-            raise ConfigError(
-                f"shares for {len(self.sizes)} nodes, but there are {n_nodes}: this one, which comes first, and the --workers"
-            )
-        if self.max_seq_len is not None and self.prompt_ids is not None and len(self.prompt_ids) > self.max_seq_len:
-            raise ConfigError(f"{len(self.prompt_ids)} --prompt-ids do not fit into --max-seq-len {self.max_seq_len}")
+        n_nodes, shares, context = len(self.root.cluster.workers) + 1, self.root.cluster.shares, self.root.model.max_seq_len
+        if shares is not None and len(sizes := parse_shares(shares)) != n_nodes:
+            raise ConfigError(f"shares for {len(sizes)} nodes, but there are {n_nodes}: this one, which comes first, and the --workers")
+        if context is not None and self.prompt_ids is not None and len(self.prompt_ids) > context:
+            raise ConfigError(f"{len(self.prompt_ids)} --prompt-ids do not fit into --max-seq-len {context}")
 
     @classmethod
     def of(
@@ -113,15 +102,7 @@ class GenerateOptions:
             top_p=settings.sampling.top_p,
             seed=settings.sampling.seed,
             ignore_eos=ignore_eos or ids is not None,
-            threads=settings.engine.n_threads,
-            kernels=settings.engine.kernels,
-            max_seq_len=settings.model.max_seq_len,
-            sync=None if settings.engine.sync == "auto" else settings.engine.sync,
-            overlap=settings.engine.overlap,
-            workers=settings.cluster.workers,
-            sizes=None if settings.cluster.shares is None else parse_shares(settings.cluster.shares),
-            deadlines=settings.deadlines,
-            keepalive=settings.keepalive,
+            root=settings,
             json=json,
             logits=logits,
         )

@@ -17,8 +17,8 @@ from dairllm.telemetry import Readiness, ServiceMeters, configure_logging
 if TYPE_CHECKING:
     from dairllm.engine.program import Program
     from dairllm.formats.model_file import ModelFile
-    from dairllm.net.compute import Compute
     from dairllm.nodes.local import LocalNode
+    from dairllm.nodes.memory_plan import MemoryPlan
     from dairllm.nodes.root import Cluster
     from dairllm.text.tokenizer import Tokenizer
 
@@ -46,10 +46,10 @@ def run(config: Path | None, flags: Mapping[str, tuple[str, object]]) -> None:
     tokenizer_file = tokenizer_path(path, settings.model.tokenizer, needed=True)
     assert tokenizer_file is not None  # noqa: S101 - for the type checker: it was needed
 
-    from dairllm.formats.model_file import ModelFile
+    from dairllm.commands.root_node import planned_model
     from dairllm.text.tokenizer import Tokenizer
 
-    with ModelFile.open(path, max_seq_len=settings.model.max_seq_len) as model:
+    with planned_model(settings) as (model, plan):
         tokenizer = Tokenizer.load(tokenizer_file)
         if tokenizer.vocab_size > model.spec.vocab_size:
             raise ConfigError(
@@ -57,25 +57,26 @@ def run(config: Path | None, flags: Mapping[str, tuple[str, object]]) -> None:
             )
         if tokenizer.chat_template is None:
             log.warning("no chat template: /v1/chat/completions cannot be used with this model", tokenizer=str(tokenizer_file))
-        run_service(lambda: _serve(settings, model, tokenizer))
+        run_service(lambda: _serve(settings, model, plan, tokenizer))
 
 
-async def _serve(settings: RootSettings, model: "ModelFile", tokenizer: "Tokenizer") -> None:
+async def _serve(settings: RootSettings, model: "ModelFile", plan: "MemoryPlan", tokenizer: "Tokenizer") -> None:
     """Checks, then the server, which says what it waits for; then kernels; then the model, as often as it takes."""
     from dairllm.api.app import serve_app
     from dairllm.api.prompts import ServedModel
     from dairllm.api.server import HttpServer
+    from dairllm.commands.root_node import root_node
     from dairllm.engine.executor import Executor
     from dairllm.net.compute import Compute
     from dairllm.nodes.service import Service
 
     executor = Executor(settings.engine.n_threads, settings.engine.kernels)
     compute: Compute[Program] = Compute(executor)
-    _node(settings, model, compute)  # told now, what could be known to fail
+    root_node(settings, model, compute, plan)  # told now, what could be known to fail
     readiness, meters = Readiness("starting"), ServiceMeters(kernel_form=executor.form)
 
     async def opened() -> "LocalNode | Cluster":
-        node = _node(settings, model, compute)
+        node = root_node(settings, model, compute, plan)
         await node.open()
         return node
 
@@ -114,30 +115,3 @@ async def _serve(settings: RootSettings, model: "ModelFile", tokenizer: "Tokeniz
         readiness.reason = f"connecting to {workers}" if workers else "loading the model"
         await steps.start("service", service.start, service.close)
         await service.ended()
-
-
-def _node(settings: RootSettings, model: "ModelFile", compute: "Compute[Program]") -> "LocalNode | Cluster":
-    """What computes, not yet open; ConfigError or GraphError where it cannot be."""
-    from dairllm.graph.slicing import parse_shares
-    from dairllm.graph.types import FloatType
-    from dairllm.nodes.local import LocalNode
-    from dairllm.nodes.root import Cluster
-
-    sync = None if settings.engine.sync == "auto" else FloatType[settings.engine.sync.upper()]
-    sizes = None if settings.cluster.shares is None else parse_shares(settings.cluster.shares)
-    n_threads, workers = settings.engine.n_threads, settings.cluster.workers
-    if sizes is not None and len(sizes) != len(workers) + 1:
-        raise ConfigError(f"shares for {len(sizes)} nodes, but there are {len(workers) + 1}: this one, which comes first, and the workers")
-    if not workers:
-        return LocalNode(model, compute, n_threads=n_threads, sync=sync)
-    return Cluster(
-        model,
-        workers,
-        compute,
-        n_threads=n_threads,
-        sizes=sizes,
-        sync=sync,
-        overlap=settings.engine.overlap,
-        deadlines=settings.deadlines,
-        keepalive=settings.keepalive,
-    )

@@ -76,6 +76,13 @@ class MemoryPlan:
         return self.weights if self.room_blocks is None else self.room_blocks * self.needs.block_bytes
 
     @property
+    def missing(self) -> int:
+        """Weights that a token reads from the disk: what neither fits nor is part of the ring's coming and going."""
+        if self.room_blocks is None:
+            return 0
+        return self.weights - max(0, self.room_blocks - self.needs.ring_blocks_best) * self.needs.block_bytes
+
+    @property
     def total(self) -> int:
         return self.fixed + self.resident
 
@@ -97,7 +104,7 @@ class MemoryPlan:
             ring = min(self.needs.ring_blocks_best, self.room_blocks)
             kept = (self.room_blocks - ring) * self.needs.block_bytes
             weights = [
-                ("weights that stay", kept, f"of {format_size(self.weights)} that a token reads"),
+                ("weights that stay", kept, f"of {format_size(self.weights)}; a token reads {format_size(self.missing)} from the disk"),
                 ("ring of the others", ring * self.needs.block_bytes, f"{ring} blocks of {format_size(self.needs.block_bytes)}"),
             ]
         return [

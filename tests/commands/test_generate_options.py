@@ -66,16 +66,8 @@ def test_the_tokenizer_lies_beside_the_model(tmp_path: Path) -> None:
 
 def test_defaults_are_those_of_the_settings() -> None:
     chosen = options(prompt="a")
-    plain = GenerateOptions(chosen.model, chosen.tokenizer, prompt="a", threads=chosen.threads)
-    assert chosen == plain
-    assert chosen.threads >= 1
+    assert chosen == GenerateOptions(chosen.model, chosen.tokenizer, prompt="a", root=chosen.root)
 
-
-def test_workers_and_shares() -> None:
-    chosen = options(settings(cluster__workers=["a:1,b", "[::1]:2"], cluster__shares="2/64,1/32,1/32,0/0"), prompt="a")
-    assert chosen.workers == (WorkerAddress("a", 1), WorkerAddress("b", 9990), WorkerAddress("::1", 2))
-    assert chosen.sizes == (ShareSize(2, 64), ShareSize(1, 32), ShareSize(1, 32), ShareSize(0, 0))
-    assert options(settings(cluster__workers="a"), prompt="a").sizes is None
 
 
 @pytest.mark.parametrize(
