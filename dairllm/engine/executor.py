@@ -11,27 +11,31 @@ import threading
 from types import TracebackType
 
 import numpy as np
+import structlog
 
 from dairllm.engine.memory import aligned
 from dairllm.engine.program import Program
 from dairllm.errors import EngineError
 from dairllm.kernels import forms
+from dairllm.kernels.entry import Entry, load_entry
+from dairllm.kernels.mailbox import MAILBOX_BYTES, MAILBOX_CALL, MAILBOX_EVENTFD, MAILBOX_STOP
+from dairllm.kernels.sizes import BARRIER_BYTES
 
 __all__ = ["Executor"]
 
+log = structlog.get_logger()
+
 
 class _Mailbox:
-    """Where resident threads wait for calls (dairllm.kernels.interpreter)."""
+    """Where resident threads wait for calls (dairllm.kernels.mailbox)."""
 
-    def __init__(self, eventfd: int) -> None:
-        from dairllm.kernels import interpreter
-
-        self._memory = aligned(interpreter.MAILBOX_BYTES).view(np.int64)
-        self._ring, self._stop_word = interpreter.ring, interpreter.MAILBOX_STOP // 8
-        self._memory[interpreter.MAILBOX_EVENTFD // 8] = eventfd
+    def __init__(self, entry: Entry, eventfd: int) -> None:
+        self._memory = aligned(MAILBOX_BYTES).view(np.int64)
+        self._ring = entry.ring
+        self._memory[MAILBOX_EVENTFD // 8] = eventfd
         self._generation = 0
         self.address = self._memory.ctypes.data
-        self.call = self._memory.data[interpreter.MAILBOX_CALL // 8 :]
+        self.call = self._memory.data[MAILBOX_CALL // 8 :]
         """The call, word by word; numpy takes three times as long to write one."""
 
     def address_to(self, program: Program, end: int) -> None:
@@ -45,7 +49,7 @@ class _Mailbox:
         self._ring(self.address, self._generation)
 
     def stop(self) -> None:
-        self._memory[self._stop_word] = 1
+        self._memory[MAILBOX_STOP // 8] = 1
         self.ring()
 
 
@@ -66,20 +70,20 @@ class Executor:
 
     def start(self) -> "Executor":
         """Compile or load the kernels (seconds at first run) and start the threads. Blocks: not for the event loop."""
-        from dairllm.kernels import interpreter
-        from dairllm.kernels.sizes import BARRIER_BYTES
-
         if self._threads:
             return self
-        self._compute = interpreter.run_threads
+        entry = load_entry()
+        if entry.why_numba is not None:
+            log.warning("the kernels' compiler stays in this process, which takes 100 MB", reason=entry.why_numba)
+        self._compute = entry.run_threads
         self.eventfd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._first, self._others = _Mailbox(self.eventfd), _Mailbox(self.eventfd)
+        self._first, self._others = _Mailbox(entry, self.eventfd), _Mailbox(entry, self.eventfd)
         self._addresses: tuple[int, ...] = ()  # of the program that the mailboxes know
         self._end = aligned(BARRIER_BYTES)  # where threads meet after a call
         self._end_address = self._end.ctypes.data
         self._threads = [
             threading.Thread(
-                target=interpreter.run_threads,
+                target=entry.run_threads,
                 args=((self._others if t else self._first).address, t, self.n_threads, 0),
                 name=f"compute-{t}",
                 daemon=True,

@@ -5,32 +5,17 @@ waits again, spinning for some tens of microseconds before it sleeps. The host w
 rings. Thread 0 has a mailbox of its own, since there are two ways to run: either its resident is rung too, and signals
 the eventfd when all are done, which an event loop can wait for; or the host takes the part of thread 0 itself, as a
 guest, and has the result when it returns: that saves two threads' awakening, 50 to 100 microseconds.
+
+Both functions here are plain until entry.py has them compiled, in this process or in another.
 """
 
-from typing import Any
-
-from numba import njit
-from numba.core import config
-
-from dairllm.kernels import attention_steps, forms, matmul_steps, steps
+from dairllm.kernels import attention_steps, matmul_steps, steps
 from dairllm.kernels.ir import load_i, store_i
+from dairllm.kernels.mailbox import MAILBOX_CALL, MAILBOX_EVENTFD, MAILBOX_SLEEPERS, MAILBOX_STOP
 from dairllm.kernels.records import RECORD_WORDS, Kind, State
 from dairllm.kernels.threads import atomic_load, atomic_store, barrier, clock_cycles, pause, signal_eventfd, sleep_while, wake
 
-__all__ = ["MAILBOX_BYTES", "MAILBOX_CALL", "MAILBOX_EVENTFD", "MAILBOX_STOP", "ring", "run_threads"]
-
-MAILBOX_BYTES = 320
-# Byte offsets: the generation, rung by the host; sleepers; whether to stop; the eventfd; the call: program, first
-# record, end record, state, barrier, scratch, scratch stride, and the barrier of the call's end. (That is not the
-# program's own, since the host may let go of the program while others are still on their way out of it.) What threads
-# write and what the host writes lie on different cache lines.
-MAILBOX_SLEEPERS, MAILBOX_STOP, MAILBOX_EVENTFD, MAILBOX_CALL = 128, 192, 200, 256
-
-_numba: Any = config  # it sets its attributes dynamically
-_folder = forms.cache_folder()
-if _folder is not None:
-    _numba.CACHE_DIR = str(_folder)
-_CACHE = _folder is not None
+__all__ = ["ring", "run_threads"]
 
 (
     BARRIER,
@@ -69,7 +54,6 @@ _FIRST_ROW, _END_ROW, _PROFILE = (8 * int(word) for word in State)
 _SPINS = 2000
 
 
-@njit(["void(int64, int64, int64, int64)"], nogil=True, cache=_CACHE)
 def run_threads(mailbox, thread, n_threads, guest):
     """Thread `thread` of n_threads. A resident returns when it is rung with MAILBOX_STOP set, a guest after the call.
 
@@ -145,7 +129,6 @@ def run_threads(mailbox, thread, n_threads, guest):
             signal_eventfd(load_i(mailbox + MAILBOX_EVENTFD))
 
 
-@njit(["void(int64, int64)"], nogil=True, cache=_CACHE)
 def ring(mailbox, generation):
     """Hand the mailbox's call to those who wait there. generation: one more than the last time, 1 at first."""
     atomic_store(mailbox, generation)

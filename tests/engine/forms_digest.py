@@ -1,9 +1,9 @@
 """Logits of the fixtures and of awkward random models as digests, with one form of the kernels.
 
-    python -m tests.engine.forms_digest FORM FOLDER
+    python -m tests.engine.forms_digest FORM FOLDER [--numba]
 
-FOLDER holds the random models. Prints {model: [digests]}: one digest wherever threads and batches made no difference, which is how it
-must be.
+FOLDER holds the random models. --numba has the kernels compiled in this process, as where their object code cannot be loaded. Prints
+{model: [digests]}: one digest wherever threads and batches made no difference, which is how it must be.
 """
 
 import asyncio
@@ -46,14 +46,27 @@ async def digests(path: Path, tokens: list[int]) -> list[str]:
     return sorted(found)
 
 
-def main(form: str, folder: str) -> None:
+def refuse_object_code() -> None:
+    from dairllm.kernels import entry
+    from dairllm.kernels.object_code import ObjectCodeError
+
+    def refused(*_: object) -> None:
+        raise ObjectCodeError("this test has none")
+
+    entry.ObjectCode = refused  # type: ignore[assignment,misc]
+
+
+def main(form: str, folder: str, *how: str) -> None:
     forms.select(form)
+    if how:
+        refuse_object_code()
     golden = json.loads((DATA / "golden.json").read_text())["models"]
     result = {}
     for model, ids in golden.items():
         result[model] = asyncio.run(digests(DATA / f"{model}.m", (ids["prompt_ids"] + ids["generated_ids_1_node"])[:LENGTH]))
     for path in sorted(Path(folder).glob("*.m")):
         result[path.stem] = asyncio.run(digests(path, [(7 * i * i + 3 * i) % 97 for i in range(LENGTH)]))
+    assert ("numba" in sys.modules) == bool(how), "who computed it"
     print(json.dumps(result))  # noqa: T201 - what the test reads
 
 

@@ -40,11 +40,14 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def find_digests(form: str, models: Path, **environment: str) -> dict[str, list[str]]:
-    command = [sys.executable, "-m", "tests.engine.forms_digest", form, str(models)]
+def find_digests(form: str, models: Path, *how: str, **environment: str) -> dict[str, list[str]]:
+    command = [sys.executable, "-m", "tests.engine.forms_digest", form, str(models), *how]
     run = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    found: dict[str, list[str]] = json.loads(run.stdout)
+    *logged, result = run.stdout.splitlines()
+    assert bool(logged) == bool(how)
+    assert all("the kernels' compiler stays in this process" in line for line in logged)
+    found: dict[str, list[str]] = json.loads(result)
     return found
 
 
@@ -67,6 +70,10 @@ def test_the_bits_are_those_of_every_other_machine(best: dict[str, list[str]]) -
 @pytest.mark.parametrize("form", forms.available()[1:])
 def test_each_form_of_this_processor_gives_the_same_bits(form: str, best: dict[str, list[str]], models: Path) -> None:
     assert find_digests(form, models) == best
+
+
+def test_loaded_object_code_gives_the_bits_that_numba_gives(best: dict[str, list[str]], models: Path) -> None:
+    assert find_digests(forms.available()[0], models, "--numba") == best
 
 
 def test_a_processor_without_vectors_of_its_own_gives_the_same_bits(best: dict[str, list[str]], models: Path) -> None:

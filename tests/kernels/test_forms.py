@@ -113,16 +113,3 @@ def test_features_hidden_from_numba_are_not_used(hidden, left):
     environment = os.environ | {"NUMBA_CPU_FEATURES": hidden, "NUMBA_CPU_NAME": "generic"}
     found = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     assert tuple(found.stdout.split()) == left
-
-
-def test_where_nothing_can_be_written_nothing_is_kept(monkeypatch, tmp_path):
-    """A container whose file systems are all read-only: kernels are compiled at each start."""
-    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
-    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
-    assert forms.cache_folder() == next((tmp_path / f"dairllm-{os.getuid()}" / "kernels").iterdir())
-
-    def none_usable():
-        raise FileNotFoundError("No usable temporary directory found")
-
-    monkeypatch.setattr("tempfile.gettempdir", none_usable)
-    assert forms.cache_folder() is None

@@ -1,0 +1,102 @@
+"""The functions by which Python enters the kernels: `run_threads` and `ring` of interpreter.py, compiled.
+
+They are object code, kept from an earlier start or made by another process, in memory without the compiler that made it. Where it cannot be
+loaded, numba compiles in this process: 100 MB more, the same numbers.
+"""
+
+import ctypes
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from dairllm.errors import EngineError
+from dairllm.kernels.object_code import ObjectCode, ObjectCodeError
+from dairllm.kernels.object_code_cache import ObjectCodeCache, Objects
+from dairllm.kernels.object_code_compiler import SIGNATURES, compile_objects
+
+__all__ = ["Entry", "load_entry"]
+
+_loaded: "Entry | None" = None
+_loading = threading.Lock()
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What the kernels offer. Both are called without the interpreter lock.
+
+    Attributes:
+        run_threads: (mailbox, thread, n_threads, guest), see interpreter.py.
+        ring: (mailbox, generation).
+        why_numba: why numba had to be loaded into this process; None where it was not.
+    """
+
+    run_threads: Callable[[int, int, int, int], None]
+    ring: Callable[[int, int], None]
+    why_numba: str | None
+
+
+def load_entry() -> Entry:
+    """The entry of this process, in its form. Compiles where nobody has: seconds at first run on a machine.
+
+    Raises:
+        EngineError: there is not enough memory to compile.
+    """
+    global _loaded
+    with _loading:
+        if _loaded is None:
+            cache = ObjectCodeCache()
+            try:
+                _loaded = _called_as_c(_objects(cache))
+            except ObjectCodeError as error:
+                _loaded = _compiled_here(cache, str(error))
+        return _loaded
+
+
+def _objects(cache: ObjectCodeCache) -> Objects:
+    objects = cache.read()
+    if objects is None:
+        with cache.alone():
+            objects = cache.read()  # whoever was waited for has compiled them
+            if objects is None:
+                objects = compile_objects()
+                cache.write(objects)
+    return objects
+
+
+def _called_as_c(objects: Objects) -> Entry:
+    made: dict[str, Callable[..., None]] = {}
+    for name, signature in SIGNATURES.items():
+        symbol, raw = objects.get(name, ("", b""))
+        made[name] = _function(ObjectCode(raw, f"object code of {name}"), symbol, signature.count("int64"))
+    return Entry(made["run_threads"], made["ring"], None)
+
+
+def _function(code: ObjectCode, symbol: str, n_args: int) -> Callable[..., None]:
+    """numba's convention: addresses where a result and an exception would be put, then the arguments; returns a status."""
+    unused = (ctypes.c_int64 * 8)()
+    put = ctypes.c_void_p(ctypes.addressof(unused))
+    kind = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int64] * n_args)
+    function = kind(code.function(symbol))
+
+    def call(*args: int, kept: tuple[Any, ...] = (code, unused)) -> None:
+        if status := function(put, put, *args):
+            raise EngineError(f"the kernels ended with status {status}")
+
+    return call
+
+
+def _compiled_here(cache: ObjectCodeCache, why: str) -> Entry:
+    from numba import njit
+    from numba.core import config
+
+    from dairllm.kernels import interpreter
+
+    folder = cache.folder()
+    if folder is not None:
+        numba: Any = config  # it sets its attributes dynamically
+        numba.CACHE_DIR = str(folder)
+    functions = {
+        name: njit([signature], nogil=True, cache=folder is not None)(getattr(interpreter, name)) for name, signature in SIGNATURES.items()
+    }
+    return Entry(functions["run_threads"], functions["ring"], why)

@@ -1,0 +1,77 @@
+"""Compiling the kernels in a process of its own, which ends when it has: numba and LLVM would take 100 MB of this one for good.
+
+The other process is this module's `main`. It says nothing but a file of objects (object_code_cache.py), to its standard output.
+"""
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from dairllm.errors import EngineError
+from dairllm.kernels import forms
+from dairllm.kernels.object_code import ObjectCodeError
+from dairllm.kernels.object_code_cache import Objects, decode, encode
+
+__all__ = ["SIGNATURES", "compile_objects", "main"]
+
+SIGNATURES = {"run_threads": "void(int64, int64, int64, int64)", "ring": "void(int64, int64)"}
+"""The functions of dairllm.kernels.interpreter by which Python enters the kernels."""
+
+_PROGRAM = "import sys; sys.path[:] = sys.argv[3:]; from dairllm.kernels.object_code_compiler import main; main(*sys.argv[1:3])"
+_END_WITH_PARENT = 1  # PR_SET_PDEATHSIG
+
+
+def compile_objects() -> Objects:
+    """The objects of this process's form; some ten seconds, and 250 MB of the other process.
+
+    Raises:
+        ObjectCodeError: the compiler cannot be run, fails, or says something else.
+        EngineError: it was killed.
+    """
+    command = [sys.executable, "-c", _PROGRAM, forms.current(), str(os.getpid()), *sys.path]
+    try:
+        # a session of its own: an interrupt at the terminal is for this process, with which it ends
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, start_new_session=True, check=False)  # noqa: S603
+    except (OSError, ValueError) as error:
+        raise ObjectCodeError(f"compiling the kernels: {sys.executable!r} cannot be run: {error}") from error
+    if done.returncode < 0:
+        raise EngineError(
+            f"compiling the kernels, once on a machine, was ended by {signal.Signals(-done.returncode).name}; it needs 300 MB of memory"
+        )
+    if done.returncode:
+        said = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
+        raise ObjectCodeError(f"compiling the kernels failed: {said or f'exit code {done.returncode}'}")
+    return decode(done.stdout, "what the kernels' compiler made")
+
+
+def main(form: str, parent: str) -> None:
+    """Compile the kernels of a form and write their objects to standard output."""
+    ctypes.CDLL(None).prctl(_END_WITH_PARENT, signal.SIGKILL)
+    if os.getppid() != int(parent):
+        return  # it ended before
+    with contextlib.suppress(OSError):
+        # where memory is short it is this process that the system should end, not the one that waits for it
+        Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
+    out = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what else is said does not belong there
+    forms.select(form)
+    from numba import njit
+
+    from dairllm.kernels import interpreter
+
+    # What numba wraps around a function, so that Python can call it, would need numba at hand.
+    bare: Any = {"nogil": True, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+    objects = {}
+    for name, signature in SIGNATURES.items():
+        dispatcher = njit(**bare)(getattr(interpreter, name))
+        dispatcher.compile(signature)
+        (result,) = dispatcher.overloads.values()
+        _, _, (raw, _) = result.library.serialize_using_object_code()
+        objects[name] = result.fndesc.llvm_func_name, raw
+    with out:
+        out.write(encode(objects))
