@@ -185,6 +185,7 @@ class Worker(_Section):
 
     host: str = Field("0.0.0.0", min_length=1)  # noqa: S104 - a worker that other machines cannot reach is of no use; the C++ worker listens so too
     port: Port = _DEFAULT_PORT
+    model: str | None = None
     threads: Threads = "auto"
     kernels: Kernels = "auto"
     overlap: bool = True

@@ -1,8 +1,10 @@
 """`dairllm worker`: the parts of a worker, started in order and stopped in reverse."""
 
 import asyncio
+import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import structlog
 
@@ -10,10 +12,16 @@ from dairllm.config import WorkerSettings, load_settings
 from dairllm.net.runner import Steps, in_thread
 from dairllm.net.runner import run as run_service
 from dairllm.telemetry import Meters, Readiness, configure_logging
+from dairllm.units import format_size
+
+if TYPE_CHECKING:
+    from dairllm.nodes.own_model import OwnModel
 
 __all__ = ["run", "serve"]
 
 log = structlog.get_logger()
+TELLING_SECONDS = 5.0
+"""Between two log lines of something that takes long."""
 
 
 def run(config: Path | None, flags: Mapping[str, tuple[str, object]]) -> None:
@@ -21,6 +29,7 @@ def run(config: Path | None, flags: Mapping[str, tuple[str, object]]) -> None:
 
     Raises:
         ConfigError: a setting is wrong, or this processor cannot run the kernels that were asked for.
+        FormatError: the worker's own model is no whole model file.
         NetworkError: an address cannot be listened on.
     """
     settings = load_settings(WorkerSettings, config, flags=flags)
@@ -48,10 +57,30 @@ async def serve(settings: WorkerSettings) -> None:
         meters.kernel_form = executor.form
         log.info("kernels ready", form=executor.form, threads=executor.n_threads)
 
-        worker = Worker(settings, executor, meters)
+        own = None
+        if settings.worker.model is not None:
+            readiness.reason = "finding out which model it has"
+            own = await in_thread("model", lambda: _open_model(settings.worker.model or ""))
+            log.info("model found", model=settings.worker.model, identity=own.identity.hex())
+        worker = Worker(settings, executor, meters, own)
         await steps.start("listener", worker.start, worker.close)
         readiness.reason = None
         try:
             await asyncio.get_running_loop().create_future()  # until it is cancelled
         finally:
             readiness.reason = "shutting down"
+
+
+def _open_model(path: str) -> "OwnModel":
+    """Open the worker's own model, and tell the log how far its reading is, where it must be read."""
+    from dairllm.nodes.own_model import OwnModel
+
+    told = time.monotonic()
+
+    def progress(label: str, done: int, total: int) -> None:
+        nonlocal told
+        if time.monotonic() - told > TELLING_SECONDS:
+            told = time.monotonic()
+            log.info("reading the model", model=path, at=label, done=format_size(done), of=format_size(total))
+
+    return OwnModel.open(path, progress)

@@ -131,10 +131,10 @@ class LocatedWeights:
         """(name, index) of every weight."""
         yield from self._found
 
-    def experts(self, name: str, index: int) -> Iterator[OutgoingWeight]:
-        """An op's weight as the op sees it, an expert at a time."""
+    def experts(self, name: str, index: int, first: int = 0, stop: int | None = None) -> Iterator[OutgoingWeight]:
+        """An op's weight as the op sees it, an expert at a time, from expert `first` on."""
         found = self._found[name, index]
-        for expert, tensor in enumerate(found.tensors):
+        for expert, tensor in list(enumerate(found.tensors))[first:stop]:
             yield sliced_weight(self._model, tensor, found.slices_of(expert), found.axis, found.n_rows)
 
 

@@ -36,6 +36,8 @@ class RemoteWorker:
         self._deadlines, self._keepalive = deadlines, keepalive
         self._connection: Connection | None = None
         self.kind: Literal["dairllm", "dllama"] = "dllama"
+        self.has_model = False
+        """Whether it has the root's model on a disk of its own."""
         self.weight_bytes = 0
         """Of weights sent so far, headers included."""
         self._weight_left = 0  # what the weight that was sent last still lacks
@@ -43,6 +45,11 @@ class RemoteWorker:
     @property
     def name(self) -> str:
         return f"worker {self.address} (node {self.node})"
+
+    @property
+    def description(self) -> str:
+        """For the log."""
+        return f"{self.address} ({self.kind}{', with the model' if self.has_model else ''})"
 
     @property
     def is_connected(self) -> bool:

@@ -2,6 +2,9 @@
 
     checks > dial all > greet all > go > network, and who is of our kind > node > weights > pass after pass > goodbye
 
+A worker of our kind says which model it has on a disk of its own. Where that is this one, it is told which parts of it are its weights, and
+none is sent.
+
 What can be known to fail is found before anybody is dialled: a worker of distributed-llama does not survive a root that goes away before it
 has all its weights. Where it goes wrong nevertheless, those that can still be reached are led to the end of an empty session.
 """
@@ -20,10 +23,12 @@ from dairllm.config import Keepalive, RootDeadlines, WorkerAddress
 from dairllm.engine.program import Program, compile_program
 from dairllm.engine.weights import FileWeights
 from dairllm.errors import ConfigError, DairllmError, EngineError, NetworkError, RemoteProtocolError
+from dairllm.formats.digest import model_digests
 from dairllm.formats.model_file import ModelFile
 from dairllm.graph.build import LOGITS_PIPE, TOKEN_PIPE, build_network, build_node
 from dairllm.graph.model import ModelSpec
 from dairllm.graph.plan import token_plan
+from dairllm.graph.references import NO_MODEL, weight_references
 from dairllm.graph.slicing import ShareSize, deal_shares, nearly_equal_sizes
 from dairllm.graph.types import FloatType
 from dairllm.net.compute import Compute
@@ -41,7 +46,7 @@ __all__ = ["Cluster", "Progress"]
 log = structlog.get_logger()
 
 Progress = Callable[[str, int, int], None]
-"""Told what is at hand, bytes of weights sent, bytes in all."""
+"""Told what is at hand, bytes of it done, bytes in all: the model is read, where its digests are not known yet; weights are sent."""
 
 AFTER_DIALLING = 0.05
 """Seconds in which a worker that is taken closes a new connection. Before they are over nobody has been greeted."""
@@ -136,6 +141,7 @@ class Cluster:
             ConfigError: a worker of distributed-llama cannot compute this model; says how to convert it.
             EngineError: the root's own share cannot be computed.
         """
+        self._identity = await in_thread("digests", lambda: self._identify(progress))
         self._program = await in_thread("compile", self._compile)
         try:
             await self._dial()
@@ -153,7 +159,7 @@ class Cluster:
         )
         self._tokens = self._program.values(TOKEN_PIPE)
         self._usable = True
-        log.info("cluster ready", nodes=len(self._workers) + 1, workers=[f"{w.address} ({w.kind})" for w in self._workers])
+        log.info("cluster ready", nodes=len(self._workers) + 1, workers=[worker.description for worker in self._workers])
 
     async def feed(self, tokens: Sequence[int], position: int, *, logits: bool) -> NDArray[np.float32] | None:
         """Compute up to `n_batches` tokens at position, position + 1, ...; the logits after the last of them, float32 [vocab], valid until
@@ -193,6 +199,15 @@ class Cluster:
 
     # The stages of `open`.
 
+    def _identify(self, progress: Progress | None) -> bytes:
+        """Which model it is: known from its digests, or found out by reading it. Before anybody waits for us."""
+
+        def tell(label: str, done: int, total: int) -> None:
+            if progress is not None:
+                progress(f"reading {label}", done, total)
+
+        return model_digests(self._model, tell).identity
+
     def _compile(self) -> Program:
         return compile_program(self._network, self._node, FileWeights(self._model, self._share), n_threads=self._n_threads)
 
@@ -229,10 +244,16 @@ class Cluster:
         async def network(worker: RemoteWorker) -> None:
             acknowledged = await worker.tell(worker.wire.configure_network(self._network))
             worker.kind = "dairllm" if acknowledged.ours else "dllama"
+            worker.has_model = acknowledged.model == self._identity
+            if not worker.has_model:
+                has = "none" if acknowledged.model == NO_MODEL else "another"
+                log.info("weights are to be sent", worker=str(worker.address), kind=worker.kind, own_model=has)
 
         async def node(worker: RemoteWorker) -> None:
-            graph = build_node(self._model.spec, self._network, worker.node, worker.share)
-            await worker.tell(worker.wire.configure_node(graph))
+            spec = self._model.spec
+            graph = build_node(spec, self._network, worker.node, worker.share)
+            references = weight_references(spec, worker.share, graph) if worker.has_model else ()
+            await worker.tell(worker.wire.configure_node(graph, references))
 
         await self._all(network)
         obstacle = _dllama_obstacle(self._model.spec)
@@ -243,18 +264,21 @@ class Cluster:
         await self._all(node)
 
     async def _send_weights(self, progress: Progress | None) -> None:
-        """Each worker at its own pace."""
-        streams = [await in_thread("weights", partial(self._stream, worker)) for worker in self._workers]
-        total = sum(stream.nbytes for stream in streams)
+        """Each worker at its own pace; to those that have the model, nothing but that this is all."""
+        streams = {
+            worker.node: await in_thread("weights", partial(self._stream, worker)) for worker in self._workers if not worker.has_model
+        }
+        total = sum(stream.nbytes for stream in streams.values())
 
         async def send(worker: RemoteWorker) -> None:
-            stream = streams[worker.node - 1]
+            stream = streams.get(worker.node)
 
             def tell() -> None:
-                if progress is not None:
+                if progress is not None and stream is not None:
                     progress(f"{worker.address}, {stream.at_hand}", sum(w.weight_bytes for w in self._workers), total)
 
-            await worker.send_weights(stream, tell)
+            if stream is not None:
+                await worker.send_weights(stream, tell)
             await worker.tell(worker.wire.end_weights())
 
         await self._all(send)

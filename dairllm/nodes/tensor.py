@@ -13,18 +13,22 @@ import structlog
 
 from dairllm import machine
 from dairllm.config import WorkerSettings
+from dairllm.engine.located_weights import LocatedWeights
 from dairllm.engine.program import Program, compile_program, required_bytes
 from dairllm.engine.weights import WireWeights
 from dairllm.errors import LimitError, LocalProtocolError, RemoteProtocolError
 from dairllm.graph.plan import ROOT, Exchange, Run
-from dairllm.graph.types import NetworkConfig, NodeConfig
+from dairllm.graph.references import NO_MODEL
 from dairllm.net.compute import Compute
 from dairllm.net.mesh import Mesh
 from dairllm.net.runner import in_thread
 from dairllm.net.transport import Connection
+from dairllm.nodes.own_model import OwnModel
 from dairllm.nodes.tensor_pass import TensorPass
-from dairllm.protocol.dllama.codec import Control, WeightHeader
-from dairllm.protocol.dllama.events import Event, Go, NetworkReceived, NodeReceived, WeightReceived, WeightsEnd
+from dairllm.nodes.weight_check import CHECK_BYTES, WeightCheck
+from dairllm.nodes.weight_intake import WeightIntake
+from dairllm.protocol.dllama.codec import Control
+from dairllm.protocol.dllama.events import Event, Go, NetworkReceived, NodeReceived
 from dairllm.protocol.dllama.peer import PeerLink
 from dairllm.protocol.dllama.worker import Stage, WorkerSession
 from dairllm.telemetry import Meters
@@ -42,6 +46,7 @@ class TensorSession:
     Args:
         root: its connection; `wire` is attached to it, and has given the greeting.
         mesh: made of the greeting, still to be connected.
+        own: the model that this node has on its disk, or None.
     """
 
     def __init__(
@@ -53,8 +58,9 @@ class TensorSession:
         settings: WorkerSettings,
         compute: Compute[Program],
         meters: Meters,
+        own: OwnModel | None = None,
     ) -> None:
-        self._root, self._wire, self._mesh = root, wire, mesh
+        self._root, self._wire, self._mesh, self._own = root, wire, mesh, own
         self._settings, self._compute, self._meters = settings, compute, meters
         self._connections: dict[int, Connection] = {ROOT: root}  # by node number, as all below
         self._links: dict[int, WorkerSession | PeerLink] = {ROOT: wire}
@@ -70,10 +76,10 @@ class TensorSession:
             DairllmError: whoever did something wrong: RemoteProtocolError, NetworkError, LimitError, GraphError, EngineError.
         """
         await self._join()
-        received = await self._configure()
-        program, weights = await in_thread("prepare", lambda: self._prepare(received.network, received.node))
+        received, marker, model = await self._configure()
+        program, weights = await in_thread("prepare", lambda: self._prepare(received, marker, model))
         self._acknowledge()
-        await self._load(weights)
+        await self._load(received, weights)
         await self._meet(received)
         self._acknowledge()
         await self._infer(program, received.plan)
@@ -94,38 +100,50 @@ class TensorSession:
         await self._expect(Go, self._settings.deadlines.handshake)
         await self._mesh.connect(self._root.own_address)
 
-    async def _configure(self) -> NodeReceived:
+    async def _configure(self) -> tuple[NodeReceived, bytes, bytes]:
+        """What to compute; what the root has left in the network configuration; the identity of our own model, as it was told."""
         silence = self._settings.deadlines.configuration
-        await self._expect(NetworkReceived, silence)
-        self._acknowledge()
-        return await self._expect(NodeReceived, silence)
+        marker = (await self._expect(NetworkReceived, silence)).marker
+        model = NO_MODEL if self._own is None else self._own.identity
+        self._root.send([self._wire.acknowledge(model)])
+        return await self._expect(NodeReceived, silence), marker, model
 
-    def _prepare(self, network: NetworkConfig, node: NodeConfig) -> tuple[Program, WireWeights]:
-        """Nothing is allocated before all of it is allowed. Takes a while: not for the event loop."""
-        needed, held, limit = required_bytes(network, node), machine.rss_bytes(), self._settings.limits.memory
+    def _prepare(self, received: NodeReceived, marker: bytes, model: bytes) -> tuple[Program, WireWeights | LocatedWeights]:
+        """Weights are in our own file, or in memory that the root is to fill. Nothing is allocated before all of it is allowed.
+
+        Takes a while: not for the event loop.
+        """
+        network, node = received.network, received.node
+        located = None if self._own is None else self._own.weights(received, marker, model)
+        weights = WireWeights(node) if located is None else located
+        if self._own is not None:
+            self._own.file.forget()  # pages of it that are in memory could go at any time, and are counted as held
+        needed, held, limit = required_bytes(network, node, weights), machine.rss_bytes(), self._settings.limits.memory
+        if isinstance(weights, LocatedWeights) and not received.references:
+            needed += CHECK_BYTES
         if held + needed > limit.resolve():
             raise LimitError(
                 f"the root's graph needs {format_size(needed)}, beside {format_size(held)} that this process holds: more than "
                 f"limits.memory allows ({limit}, which is {format_size(limit.resolve())}); {format_size(held + needed)} would do"
             )
-        weights = WireWeights(node)
         weights.allocate()
         program = compile_program(network, node, weights, n_threads=self._settings.worker.n_threads)
         log.info("configured", node=node.node, nodes=network.n_nodes, memory=format_size(needed), seq_len=program.seq_len)
         return program, weights
 
-    async def _load(self, weights: WireWeights) -> None:
-        """Weights arrive in the memory that the kernels will read."""
-        begun = time.perf_counter()
-        while not isinstance(event := await self._next(self._settings.deadlines.weights), WeightsEnd):
-            if isinstance(event, WeightHeader):
-                self._wire.receive_into(weights.into(event.name, event.index, event.offset, event.nbytes))
-            elif isinstance(event, WeightReceived):
-                self._meters.weight_bytes += event.header.nbytes
-        missing = weights.missing()
-        if missing:
-            raise RemoteProtocolError(f"the root ended the weights; missing {len(missing)}, the first {missing[0]}")
-        log.info("weights received", size=format_size(weights.nbytes), took=format_duration(time.perf_counter() - begun))
+    async def _load(self, received: NodeReceived, weights: WireWeights | LocatedWeights) -> None:
+        """They come into the memory that the kernels will read; or they are here: named by the root, or compared with what it sends."""
+        begun, silence = time.perf_counter(), self._settings.deadlines.weights
+        intake = WeightIntake(self._wire, lambda: self._next(silence))
+        if self._own is None or isinstance(weights, WireWeights):
+            assert isinstance(weights, WireWeights)  # noqa: S101 - for the type checker: weights are located in a model that we have
+            came, done = await intake.receive(weights), "weights received"
+        elif received.references:
+            came, done = await intake.nothing(), "weights are in the own model"
+        else:
+            came, done = await intake.compare(WeightCheck(self._own.file, weights)), "weights compared with the own model"
+        self._meters.weight_bytes += came
+        log.info(done, size=format_size(came), held=format_size(weights.nbytes), took=format_duration(time.perf_counter() - begun))
 
     async def _meet(self, received: NodeReceived) -> None:
         """Peers may speak once we have acknowledged the weights: their links are attached before, and nothing is waited for between."""

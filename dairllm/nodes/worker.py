@@ -18,6 +18,7 @@ from dairllm.errors import DairllmError, NetworkError, RemoteProtocolError
 from dairllm.net.compute import Compute
 from dairllm.net.mesh import Mesh
 from dairllm.net.transport import Connection, listening_socket
+from dairllm.nodes.own_model import OwnModel
 from dairllm.nodes.tensor import TensorSession
 from dairllm.protocol.dllama.codec import Greeting
 from dairllm.protocol.dllama.limits import Limits
@@ -38,10 +39,11 @@ class Worker:
     Args:
         executor: started, with as many threads as the settings say.
         meters: counts what happens.
+        own: the model that this node has on its disk, or None. It stays the caller's.
     """
 
-    def __init__(self, settings: WorkerSettings, executor: Executor, meters: Meters) -> None:
-        self._settings, self._meters = settings, meters
+    def __init__(self, settings: WorkerSettings, executor: Executor, meters: Meters, own: OwnModel | None = None) -> None:
+        self._settings, self._meters, self._own = settings, meters, own
         self._compute: Compute[Program] = Compute(executor)
         self._limits = Limits(max_workers=settings.limits.nodes - 1)
         self._server: asyncio.Server | None = None
@@ -138,7 +140,9 @@ class Worker:
         log.info("root connected", peer=root.peer, node=greeting.node, nodes=greeting.n_workers + 1)
         try:
             self._mesh = await Mesh.of(greeting, self._settings.keepalive, self._settings.deadlines.mesh, self._refuse)
-            self._session = TensorSession(root, wire, self._mesh, settings=self._settings, compute=self._compute, meters=self._meters)
+            self._session = TensorSession(
+                root, wire, self._mesh, settings=self._settings, compute=self._compute, meters=self._meters, own=self._own
+            )
             await self._session.run()
             log.info("session finished", peer=root.peer, rows=self._session.rows)
         except asyncio.CancelledError:
