@@ -100,7 +100,7 @@ def test_sections_may_be_empty_and_files_too(file: Path) -> None:
         ("limits:\n  memory: 0B\n", r"line 2: limits\.memory: expected more than nothing"),
         ("deadlines:\n  mesh: 5\n", r"line 2: deadlines\.mesh: expected a time such as 5s .*found 5"),
         ("deadlines:\n  mesh: 1ms\n", r"line 2: deadlines\.mesh: expected a time from 10ms to 24h, found 1ms"),
-        ("worker: 5\n", r"line 1: worker: expected keys \(host, port, threads, kernels, overlap\), found '5'"),
+        ("worker: 5\n", r"line 1: worker: expected keys \(host, port, model, threads, kernels, overlap\), found '5'"),
         ("- worker\n", r"line 1: the file: expected keys \(worker, .*\), found a list"),
         ("worker:\n  port: 1\n  host: a\n  port: 2\n", r"line 4: worker\.port: given twice, first in line 2"),
         ("worker:\n  ? [a]\n  : 1\n", r"line 2: worker\.a list: unknown key"),
