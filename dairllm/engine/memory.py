@@ -5,6 +5,8 @@ that only matmuls read lie packed in panels, a RoPE cache is a table that ops sh
 The *role* of each buffer follows from the ops that use it.
 """
 
+import contextlib
+import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
@@ -87,6 +89,17 @@ def aligned(nbytes: int) -> NDArray[np.uint8]:
     raw = np.zeros(nbytes + _LINE, np.uint8)
     offset = -raw.ctypes.data % _LINE
     return raw[offset : offset + nbytes]
+
+
+def _sparse(nbytes: int) -> NDArray[np.uint8]:
+    """As `aligned`, in small pages.
+
+    A cache keeps its positions head by head, megabytes apart. In huge pages, which numpy asks for, the first token would take all of them.
+    """
+    memory = mmap.mmap(-1, max(nbytes, 1), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without huge pages
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return np.frombuffer(memory, np.uint8, nbytes)
 
 
 def _uses(op: Op) -> Iterator[tuple[int, Role]]:
@@ -240,7 +253,7 @@ class Layout:
         self.nbytes += -(-nbytes // _LINE) * _LINE
 
     def allocate(self) -> None:
-        self._memory = aligned(self.nbytes)
+        self._memory = _sparse(self.nbytes)
         self._base = self._memory.ctypes.data
 
     def address(self, kind: str, index: int) -> int:

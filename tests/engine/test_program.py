@@ -1,7 +1,9 @@
 """A program: its life, and the rows and positions that it takes."""
 
 import gc
+import re
 import weakref
+from pathlib import Path
 
 import pytest
 
@@ -51,6 +53,17 @@ def test_a_refused_graph_leaves_nothing() -> None:
         assert gone() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="this kernel has no huge pages")
+def test_caches_are_in_small_pages() -> None:
+    """Else the first position of each head would take two megabytes."""
+    program, _ = compiled()
+    address = program.values(0).ctypes.data
+    regions = re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text(), flags=re.MULTILINE)
+    spans = {tuple(int(end, 16) for end in text.split(" ", 1)[0].split("-")): text for text in regions if text}
+    (found,) = [text for (first, end), text in spans.items() if first <= address < end]
+    assert re.search(r"^VmFlags:.* nh\b", found, re.MULTILINE)
 
 
 def test_what_it_needs_is_known_before() -> None:
