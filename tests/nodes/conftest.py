@@ -25,6 +25,7 @@ from dairllm.graph.build import LOGITS_PIPE, TOKEN_PIPE, build_graph
 from dairllm.graph.plan import Run, token_plan
 from dairllm.graph.references import NO_MODEL
 from dairllm.graph.types import FloatType
+from dairllm.nodes.own_model import OwnModel
 from dairllm.nodes.worker import Worker
 from dairllm.protocol.dllama.codec import (
     ACK,
@@ -88,19 +89,25 @@ MakeWorker = Callable[..., Awaitable[Running]]
 
 @pytest.fixture
 async def make_worker(executors: list[Executor]) -> AsyncIterator[MakeWorker]:
-    """Starts a worker; named arguments are settings: ``deadlines={"mesh": "1s"}``. All are closed in the end."""
+    """Starts a worker, with a model of its own where a file is given; named arguments are settings: ``deadlines={"mesh": "1s"}``. All are
+    closed in the end."""
     running: list[Running] = []
+    models: list[OwnModel] = []
 
-    async def make(host: str = "127.0.0.1", **sections: dict[str, object]) -> Running:
+    async def make(host: str = "127.0.0.1", own: Path | None = None, **sections: dict[str, object]) -> Running:
         values = {"worker": {"host": host, "port": 0, "threads": 1}, **sections}
         meters = Meters()
-        worker = Worker(WorkerSettings.model_validate(values), executors[len(running)], meters)
+        if own is not None:
+            models.append(OwnModel.open(own))
+        worker = Worker(WorkerSettings.model_validate(values), executors[len(running)], meters, models[-1] if own is not None else None)
         running.append(Running(worker, await worker.start(), meters, host))
         return running[-1]
 
     yield make
     for one in running:
         await one.worker.close()
+    for model in models:
+        model.close()
 
 
 @pytest.fixture
