@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from dairllm.formats.digest import compute_digests
+from dairllm.formats.model_file import ModelFile
 from tests.commands.worker_process import WorkerProcess
 
 DATA = Path(__file__).parents[1] / "data" / "dllama"
@@ -85,6 +87,27 @@ def test_a_worker_from_start_to_end(start: Any) -> None:
         line["event"] for line in worker.lines()
     }
     assert "Traceback" not in worker.text()
+
+
+def test_a_worker_with_a_model_of_its_own(start: Any, tmp_path: Path) -> None:
+    """It finds out which model it has before it listens; what a root of distributed-llama sends is compared with it."""
+    own = DATA / "llama_q40.m"
+    worker = start("--model", str(own))
+    with socket.create_connection(("127.0.0.1", worker.port)) as root:
+        root.sendall(said())
+        answered = b"".join(iter(lambda: root.recv(1 << 20), b""))
+    assert answered.startswith(4 * ACK)
+    with ModelFile.open(own) as model:
+        assert worker.wait_for("model found")["identity"] == compute_digests(model).identity.hex()
+    assert worker.wait_for("weights compared with the own model")["held"] == "0B"
+    assert worker.stop()[0] == 0
+
+
+def test_a_model_that_is_none_is_told_in_a_line(start: Any, tmp_path: Path) -> None:
+    (tmp_path / "m.m").write_bytes(bytes(100))
+    worker = start("--model", str(tmp_path / "m.m"))
+    assert worker.process.wait(60) == 1
+    assert worker.text().splitlines()[-1].startswith(f"dairllm: error: {tmp_path / 'm.m'}, byte 0: expected ")
 
 
 STAGES = {"waiting for a root": 0, "in the greeting": 4, "before the go": 8, "in the configuration": 500, "in the weights": 12_000}

@@ -35,6 +35,7 @@ from dairllm.net.compute import Compute
 from dairllm.nodes.generation import Generation, Model
 from dairllm.nodes.local import LocalNode
 from dairllm.nodes.root import Cluster
+from tests.commands.worker_process import WorkerProcess
 
 DLLAMA = os.environ.get("DAIRLLM_TEST_DLLAMA", "")
 DATA = Path(__file__).parents[1] / "data" / "dllama"
@@ -149,7 +150,94 @@ async def test_a_mesh_of_both_kinds(make_worker: Any, cpp_worker: Any, tmp_path:
     assert await generate(model, tokenizer, "f32", ports) == expected
 
 
+# A worker with a model of its own: what the C++ root sends is compared, and dropped
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+async def test_a_worker_with_the_model_under_their_root(make_worker: Any, name: str, logged: Any) -> None:
+    model, sync = DATA / f"{name}.m", "f32" if name.endswith("f32") else "q80"
+    found = [await generate(model, DATA / "tiny.t", sync, [(await make_worker(own=own)).port]) for own in (None, model)]
+    assert found[0] == found[1]
+    (compared,) = (entry for entry in logged if entry["event"] == "weights compared with the own model")
+    assert compared["held"] == "0B"
+
+
+async def test_their_root_over_a_mesh_of_workers_with_and_without_the_model(make_worker: Any, cpp_worker: Any, tmp_path: Path) -> None:
+    model, tokenizer = random_model(tmp_path, 4, weight_type=FloatType.F32)
+    expected = await generate(model, tokenizer, "f32", [await cpp_worker() for _ in range(3)])
+    ports = [(await make_worker(own=model)).port, await cpp_worker(), (await make_worker()).port]
+    for _ in range(2):
+        assert await generate(model, tokenizer, "f32", ports) == expected
+
+
+async def test_their_roots_weights_take_no_memory_where_they_are_here(tmp_path: Path) -> None:
+    """Two processes, one with the model: what each comes to hold of its own, sampled while the root sends and asks."""
+    spec = small_spec(dim=1024, n_heads=8, n_kv_heads=8, head_dim=128, hidden_dim=8192, n_layers=8, vocab_size=320)
+    model, tokenizer = tmp_path / "m.m", tmp_path / "m.t"
+    write_random_model(model, spec, seed=5)
+    byte_vocabulary(spec.vocab_size).write(tokenizer)
+    share = model.stat().st_size // 2
+    held, pieces = [], []
+    for arguments in (["--model", str(model)], []):
+        worker = WorkerProcess(tmp_path / f"{len(held)}.log", *arguments)
+        try:
+            port = await asyncio.to_thread(lambda worker=worker: worker.port)
+            before, generating = anonymous_bytes(worker), asyncio.create_task(generate(model, tokenizer, "q80", [port]))
+            most = before
+            while not generating.done():
+                most = max(most, anonymous_bytes(worker))
+                await asyncio.sleep(0.01)
+            pieces.append(await generating)
+            held.append(most - before)
+        finally:
+            worker.process.kill()
+            worker.process.wait(10)
+    assert pieces[0] == pieces[1]
+    assert held[1] > share * 0.9
+    assert held[0] < share * 0.25
+
+
+def anonymous_bytes(worker: WorkerProcess) -> int:
+    """Memory of a process that is no file's."""
+    status = Path(f"/proc/{worker.process.pid}/status").read_text()
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon:")) * 1024
+
+
+@pytest.mark.parametrize("tensor", [("block_matmul_w2", 1), ("block_matmul_k", 0), ("final_matmul_logits", 0)])
+async def test_a_file_that_differs_from_their_roots_ends_the_session(
+    make_worker: Any, cpp_worker: Any, tmp_path: Path, logged: Any, tensor: tuple[str, int]
+) -> None:
+    own = tmp_path / "own.m"
+    raw = bytearray((DATA / "llama_q40.m").read_bytes())
+    with ModelFile.open(DATA / "llama_q40.m") as model:
+        place = model.tensor(*tensor)
+    raw[place.offset + place.nbytes - 1] ^= 1
+    own.write_bytes(raw)
+    worker = await make_worker(own=own)
+    with pytest.raises(AssertionError):  # it says what went wrong there, and ends
+        await generate(DATA / "llama_q40.m", DATA / "tiny.t", "q80", [worker.port])
+    (failed,) = (entry for entry in logged if entry["event"] == "session failed")
+    assert failed["kind"] == "FormatError"
+    assert f"{own}, byte {place.offset + place.nbytes - 1}: expected what the root sends of {place.label}" in failed["error"]
+    own.write_bytes((DATA / "llama_q40.m").read_bytes())  # mended, and taken from the wire until the worker starts again
+    assert len(await generate(DATA / "llama_q40.m", DATA / "tiny.t", "q80", [worker.port])) > 10
+
+
 # Our root
+
+
+async def test_our_root_over_a_worker_with_the_model_beside_one_of_theirs(
+    make_worker: Any, cpp_worker: Any, compute: Compute[Program], tmp_path: Path
+) -> None:
+    """Heads that lie apart in the file among them."""
+    spec = small_spec(weight_type=FloatType.F32, n_heads=9, n_kv_heads=3, dim=144, head_dim=16, hidden_dim=192, vocab_size=322)
+    write_random_model(tmp_path / "m.m", spec, seed=4)
+    expected = await one_node(tmp_path / "m.m", compute, IDS, 12)
+    with_model = [(await make_worker(own=tmp_path / "m.m")).port for _ in range(2)]
+    for ports in ([with_model[0], await cpp_worker(), with_model[1]], [await cpp_worker(), *with_model]):
+        async with our_root(compute, tmp_path / "m.m", ports, "4/32,2/64,2/32,1/64") as cluster:
+            assert [node.weight_bytes_sent == 0 for node in cluster.nodes[1:]] == [port in with_model for port in ports]
+            assert await ids_of(cluster, IDS, 12) == expected
 
 
 @pytest.fixture
