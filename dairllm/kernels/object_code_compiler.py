@@ -40,9 +40,9 @@ def compile_objects() -> Objects:
     except (OSError, ValueError) as error:
         raise ObjectCodeError(f"compiling the kernels: {sys.executable!r} cannot be run: {error}") from error
     if done.returncode < 0:
-        raise EngineError(
-            f"compiling the kernels, once on a machine, was ended by {signal.Signals(-done.returncode).name}; it needs 300 MB of memory"
-        )
+        name = signal.Signals(-done.returncode).name
+        hint = ", as where memory is short: it takes 300 MB, once on a machine" if name == "SIGKILL" else ""
+        raise EngineError(f"compiling the kernels was ended by {name}{hint}")
     if done.returncode:
         said = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
         raise ObjectCodeError(f"compiling the kernels failed: {said or f'exit code {done.returncode}'}")
