@@ -2,8 +2,8 @@
 
     python -m tests.kernels.start_kernels FOLDER [SECONDS]
 
-Prints whether this process compiled, why numba is in it, and what a call leaves in a mailbox. With SECONDS the compiler is not the real one but
-takes so long, and the objects of FOLDER's file; it leaves a line in FOLDER's log.
+Prints whether this process compiled, why numba is in it, and what a call leaves in a mailbox. With SECONDS the compiler is not the
+real one but takes so long, and the objects of FOLDER's file; it leaves a line in FOLDER's log.
 """
 
 import json
