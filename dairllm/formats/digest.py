@@ -19,6 +19,7 @@ from dairllm.formats.replaced_file import replaced_file
 from dairllm.graph.references import IDENTITY_BYTES
 
 __all__ = [
+    "WORTH_KEEPING",
     "Digests",
     "Progress",
     "compute_digests",
@@ -70,6 +71,10 @@ class Digests:
         return header + [tensor.label for tensor, mine, theirs in pairs if mine != theirs]
 
 
+_unkept: dict[FileStamp, Digests] = {}
+"""Computed by this process and not to be kept: a root that tries again is not to read the file again."""
+
+
 def model_digests(model: ModelFile, progress: Progress | None = None) -> Digests:
     """Those kept beside the model, else computed, which takes as long as to read the file, and kept where that can be done.
 
@@ -78,13 +83,16 @@ def model_digests(model: ModelFile, progress: Progress | None = None) -> Digests
     Raises:
         FormatError: the file cannot be read, or changes meanwhile.
     """
-    kept = kept_digests(model)
+    kept, known = kept_digests(model), _unkept.get(model.stamp)
     if kept is not None and kept.fits(model.stamp):
         return kept
+    if known is not None:
+        return known
     found = compute_digests(model, progress)
-    contradicted = kept is not None and kept.identity != found.identity
-    if not contradicted and model.nbytes >= WORTH_KEEPING:
-        keep_digests(model, found)
+    if model.nbytes >= WORTH_KEEPING:
+        contradicted = kept is not None and kept.identity != found.identity
+        if contradicted or not keep_digests(model, found):
+            _unkept[model.stamp] = found
     return found
 
 

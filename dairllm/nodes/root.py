@@ -23,7 +23,7 @@ from dairllm.config import Keepalive, RootDeadlines, WorkerAddress
 from dairllm.engine.program import Program, compile_program
 from dairllm.engine.weights import FileWeights
 from dairllm.errors import ConfigError, DairllmError, EngineError, NetworkError, RemoteProtocolError
-from dairllm.formats.digest import model_digests
+from dairllm.formats.digest import WORTH_KEEPING, model_digests
 from dairllm.formats.model_file import ModelFile
 from dairllm.graph.build import LOGITS_PIPE, TOKEN_PIPE, build_network, build_node
 from dairllm.graph.model import ModelSpec
@@ -40,6 +40,7 @@ from dairllm.nodes.tensor_pass import TensorPass
 from dairllm.nodes.weight_stream import WeightStream
 from dairllm.protocol.dllama.codec import Control, Greeting, Peer
 from dairllm.protocol.dllama.root import RootSession, Stage
+from dairllm.units import format_size
 
 __all__ = ["Cluster", "Progress"]
 
@@ -203,6 +204,8 @@ class Cluster:
         """Which model it is: known from its digests, or found out by reading it. Before anybody waits for us."""
 
         def tell(label: str, done: int, total: int) -> None:
+            if not done and total >= WORTH_KEEPING:
+                log.info("reading the model, to know which it is", model=str(self._model.path), size=format_size(total))
             if progress is not None:
                 progress(f"reading {label}", done, total)
 
