@@ -175,14 +175,18 @@ def _wants_rows(node: NodeConfig, buffer: int) -> bool:
 class Layout:
     """Places for everything a node's graph holds. Built twice: to count (`nbytes`), then, once that is known to be allowed, to `allocate`.
 
+    Args:
+        kv_cache: F32, or Q80: K and V rows kept as blocks, in little more than a quarter of the memory.
+
     Raises:
-        GraphError: a size that no row of the graph can have.
+        GraphError: a size that no row of the graph can have, or heads that are not whole blocks.
     """
 
-    def __init__(self, network: NetworkConfig, node: NodeConfig) -> None:
+    def __init__(self, network: NetworkConfig, node: NodeConfig, kv_cache: FloatType = FloatType.F32) -> None:
         if not 0 <= node.node < network.n_nodes:
             raise GraphError(f"node {node.node} of a network of {network.n_nodes} nodes")
-        self.network, self.node = network, node
+        self.network, self.node, self.kv_cache = network, node, kv_cache
+        self._check_caches()
         self.rows = -(-network.n_batches // TILE_COLUMNS) * TILE_COLUMNS
         self.roles = buffer_roles(node)
         self.nbytes = self.cache_bytes = 0  # of all; of KV caches
@@ -205,7 +209,7 @@ class Layout:
                 if size.z == 1:
                     self.place("tiles", i, self.rows // TILE_COLUMNS * tiles)
             elif role == Role.CACHE:
-                self.place("cache", i, self.cache_positions(size) * size.x * 4)
+                self.place("cache", i, self.cache_positions(size) * self.cache_row_bytes(size.x))
                 self.cache_bytes = self.nbytes - self._places["cache", i] + self.cache_bytes
             elif role == Role.INDEXES:
                 self.place("indexes", i, self.rows * size.x * 8)
@@ -232,9 +236,25 @@ class Layout:
         if size.x < 1 or size.z < 1 or size.y != self.network.n_batches:
             raise GraphError(f"{what} is {size.z} x {size.y} x {size.x}; expected {self.network.n_batches} rows of at least one value")
 
+    def _check_caches(self) -> None:
+        if self.kv_cache not in (FloatType.F32, FloatType.Q80):
+            raise GraphError(f"KV caches are kept as F32 or Q80, not as {self.kv_cache.name}")
+        for op in (op for segment in self.node.segments for op in segment.ops):
+            head_dim = op.config.head_dim if isinstance(op.config, AttentionConfig) else 0
+            if self.kv_cache == FloatType.Q80 and head_dim % BLOCK_VALUES:
+                raise GraphError(
+                    f"op {op.name} of layer {op.index} has heads of {head_dim} values; a KV cache of Q80 blocks needs a multiple of "
+                    f"{BLOCK_VALUES}: keep the KV cache as F32"
+                )
+
     @staticmethod
     def cache_positions(size: Size) -> int:
         return -(-size.y // CHUNK) * CHUNK
+
+    def cache_row_bytes(self, values: int) -> int:
+        """Of so many values at one position; what is left of a block counts as one."""
+        whole = values if self.kv_cache == FloatType.F32 else -(-values // BLOCK_VALUES) * BLOCK_VALUES
+        return row_bytes(self.kv_cache, whole)
 
     @staticmethod
     def _row_stride(size: Size) -> int:

@@ -38,10 +38,11 @@ def planes(name: str, area: Area) -> dict[str, int]:
 
 
 class Cache:
-    """A KV cache: [head][position][head_dim] F32."""
+    """A KV cache: [head][position][head_dim], F32 or Q80 blocks. `head_stride` in bytes."""
 
-    def __init__(self, address: int, width: int, positions: int, head_stride: int) -> None:
+    def __init__(self, address: int, width: int, positions: int, head_stride: int, float_type: FloatType) -> None:
         self.address, self.width, self.positions, self.head_stride = address, width, positions, head_stride
+        self.float_type = float_type
 
 
 class Operands:
@@ -148,7 +149,8 @@ class Operands:
         self.require(size.float_type == FloatType.F32 and size.z == 1 and size.x >= 1, "a cache is one plane of F32 rows")
         heads = head_dim >= 8 and head_dim % 8 == 0 and size.x % head_dim == 0
         self.require(heads, f"cache rows of {size.x} values are not whole heads of {head_dim}, a multiple of 8")
-        return Cache(self._layout.address("cache", index), size.x, size.y, self._layout.cache_positions(size) * head_dim * 4)
+        head_stride = self._layout.cache_positions(size) * self._layout.cache_row_bytes(head_dim)
+        return Cache(self._layout.address("cache", index), size.x, size.y, head_stride, self._layout.kv_cache)
 
     def head_dim(self, cache: int) -> int:
         """The head size that the attention op which reads a cache gives it."""

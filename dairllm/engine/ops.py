@@ -297,6 +297,7 @@ class Emitter:
             cache=cache.address,
             head_stride=cache.head_stride,
             positions=o.positions(c.position_pipe),
+            cache_type=cache.float_type,
         )
 
     def _attention(self, o: Operands) -> None:
@@ -329,6 +330,7 @@ class Emitter:
             "parts": o.scratch("parts"),
             "stats": o.scratch("stats"),
             "max_chunks": chunks,
+            "cache_type": keys.float_type,
         }
         taken = [reads(("BUFFER", i)) for i in (c.query_buffer, c.key_cache_buffer, c.value_cache_buffer)]
         parts = "parts", 0

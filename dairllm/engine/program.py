@@ -23,18 +23,19 @@ __all__ = ["Program", "compile_program", "required_bytes"]
 MAX_THREADS = 1024
 
 
-def required_bytes(network: NetworkConfig, node: NodeConfig, weights: Weights | None = None) -> int:
+def required_bytes(network: NetworkConfig, node: NodeConfig, weights: Weights | None = None, *, kv_cache: FloatType = FloatType.F32) -> int:
     """Bytes that running this graph takes: weights in memory, pipes, buffers, KV caches, tables. Nothing is allocated;
     the threads' small scratch is not counted.
 
     Args:
         weights: where the weights will be; from the wire if None.
+        kv_cache: F32 or Q80.
 
     Raises:
-        GraphError: sizes that no graph can have.
+        GraphError: sizes that no graph can have, or a KV cache that its heads cannot have.
     """
     held = (weights or WireWeights(node)).nbytes
-    return held + Layout(network, node).nbytes + table_bytes(node)
+    return held + Layout(network, node, kv_cache).nbytes + table_bytes(node)
 
 
 class Program:
@@ -133,12 +134,19 @@ class Program:
 
 
 def compile_program(
-    network: NetworkConfig, node: NodeConfig, weights: Weights, *, n_threads: int, piece_bytes: int | None = None
+    network: NetworkConfig,
+    node: NodeConfig,
+    weights: Weights,
+    *,
+    n_threads: int,
+    piece_bytes: int | None = None,
+    kv_cache: FloatType = FloatType.F32,
 ) -> Program:
     """Allocate and compile. The weights need not have arrived yet.
 
     Args:
         piece_bytes: matmuls whose weights take more of the model file become several records (dairllm.engine.pieces); None: never.
+        kv_cache: F32, or Q80: a quarter of the memory, and logits that differ a little (docs/arithmetic.md). A node's own choice.
 
     Raises:
         GraphError: the graph contradicts itself or asks for what we cannot compute.
@@ -147,7 +155,7 @@ def compile_program(
         raise EngineError(f"{n_threads} threads; expected 1 to {MAX_THREADS}")
     if not network.pipes or network.pipes[POSITION_PIPE].size.float_type != FloatType.F32 or network.pipes[POSITION_PIPE].size.x != 1:
         raise GraphError("pipe 0 brings the positions: one F32 value a row")
-    layout = Layout(network, node)
+    layout = Layout(network, node, kv_cache)
     layout.allocate()
     emitter = Emitter(layout, weights, RopeTables(node), piece_bytes)
     segments = []

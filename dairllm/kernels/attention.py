@@ -1,10 +1,11 @@
-"""Attention over a KV cache laid out [kv head][position][head_dim], F32, positions padded to whole chunks.
+"""Attention over a KV cache laid out [kv head][position][head_dim], F32 or Q80 blocks, positions padded to whole chunks.
 
 The order (docs/arithmetic.md): chunks of CHUNK positions; within a chunk scores q.k by acc[i mod 8], times 1 /
 sqrt(head_dim); the chunk's maximum; e = exp(score - maximum), their sum by acc[position mod 8]; out[d] = fma(e, v[d],
 out[d]) in position order. Chunks are then folded in order by their maxima. So neither the number of threads nor the
-batch changes a bit. The query heads that share a KV head are computed together, and K and V of a chunk fit the
-first-level cache.
+batch changes a bit. The query heads that share a KV head are computed together, and K or V of a chunk fits the
+first-level cache. A cache of blocks is read as the values of its blocks: a chunk is dequantized into a thread's own
+memory and then goes the same way.
 """
 
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
+from dairllm.graph.types import FloatType
 from dairllm.kernels.elementwise import exp_one
 from dairllm.kernels.ir import (
     F32,
@@ -39,9 +41,12 @@ from dairllm.kernels.ir import (
     var,
     void,
 )
+from dairllm.kernels.quantize import blocks_to_values
 from dairllm.kernels.sizes import CHUNK
 
 __all__ = ["attend_chunk", "fold_head"]
+
+Q80 = int(FloatType.Q80)
 
 
 def _score_tile(heads: int) -> Any:
@@ -142,17 +147,14 @@ _NEG_INF = np.float32(-np.inf)
 
 
 @njit(nogil=True)
-def attend_chunk(q, keys, values, head_bytes, heads, count, scale, scratch, out, stats):
-    """One KV head, the `heads` query heads that use it, `count` <= CHUNK positions: out[head][head_dim], stats[head] = (maximum, sum).
-
-    scratch: CHUNK floats a head. head_dim is a multiple of 8. Keys are read up to the next multiple of 4 positions.
-    """
+def _score_chunk(q, keys, head_bytes, heads, count, scale, scores, stats):
+    """scores[head][position] = exp(score - maximum), stats[head] = (maximum, sum). Keys are read up to the next multiple of 4 positions."""
     stride = CHUNK * 4
     for p in range(0, count, 4):
         h = 0
         while h < heads:
             left = heads - h
-            a, s = q + h * head_bytes, scratch + h * stride + 4 * p
+            a, s = q + h * head_bytes, scores + h * stride + 4 * p
             if left == 3:
                 _score_3(a, keys + p * head_bytes, head_bytes, s, stride, scale)
                 h += 3
@@ -164,16 +166,22 @@ def attend_chunk(q, keys, values, head_bytes, heads, count, scale, scratch, out,
                 h += 1
     vectors = (count + 7) // 8
     for h in range(heads):
-        s = scratch + h * stride
+        s = scores + h * stride
         for p in range(count, vectors * 8):
             store_f(s + 4 * p, _NEG_INF)  # lanes beyond the last position
         top = _vector_max(s, vectors)
         store_f(stats + 8 * h, top)
         store_f(stats + 8 * h + 4, _vector_exp(s, vectors, top))
+
+
+@njit(nogil=True)
+def _weigh_chunk(scores, values, head_bytes, heads, count, out):
+    """out[head][head_dim] = sum over positions of score * value."""
+    stride = CHUNK * 4
     h = 0
     while h < heads:
         left = heads - h
-        s, o = scratch + h * stride, out + h * head_bytes
+        s, o = scores + h * stride, out + h * head_bytes
         taken = min(left, 4)
         step = 64 if taken == 4 else 128
         d = 0
@@ -191,6 +199,48 @@ def attend_chunk(q, keys, values, head_bytes, heads, count, scale, scratch, out,
             for e in range(d, head_bytes, 32):
                 _value_narrow(s + i * stride, stride, values + e, head_bytes, count, o + i * head_bytes + e)
         h += taken
+
+
+@njit(nogil=True)
+def _count(positions, row, first):
+    """How many positions of the chunk that begins at `first` a row attends to; none is 0 or less."""
+    return min(int(load_f(positions + 4 * row)) + 1 - first, CHUNK)
+
+
+@njit(nogil=True)
+def _as_values(cache, cache_type, count, head_bytes, room):
+    """Address of `count` positions' rows as F32: where they lie, or in `room`, as which they are read."""
+    if cache_type != Q80:
+        return cache
+    blocks_to_values(cache, 0, count * (head_bytes // 128), room)
+    return room
+
+
+@njit(nogil=True)
+def attend_chunk(
+    q, q_row, rows, positions, keys, values, cache_type, first, head_bytes, heads, scale, scores, room, out, out_row, stats, stats_row
+):
+    """One KV head's chunk of positions from `first` on, for `rows` rows and the `heads` query heads that use it.
+
+    A row that attends to any of them gets out[head][head_dim] and stats[head] = (maximum, sum). Several rows share what
+    is brought into the cache and turned into values.
+
+    scores: CHUNK floats a row and head; room: CHUNK rows of a head. head_dim is a multiple of 8, for blocks of 32.
+    """
+    most = 0
+    for i in range(rows):
+        most = max(most, _count(positions, i, first))
+    row_scores = heads * CHUNK * 4
+    k = _as_values(keys, cache_type, most, head_bytes, room)
+    for i in range(rows):
+        count = _count(positions, i, first)
+        if count > 0:
+            _score_chunk(q + i * q_row, k, head_bytes, heads, count, scale, scores + i * row_scores, stats + i * stats_row)
+    v = _as_values(values, cache_type, most, head_bytes, room)
+    for i in range(rows):
+        count = _count(positions, i, first)
+        if count > 0:
+            _weigh_chunk(scores + i * row_scores, v, head_bytes, heads, count, out + i * out_row)
 
 
 @njit(nogil=True)

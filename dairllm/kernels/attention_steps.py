@@ -1,80 +1,116 @@
 """One thread's part of attention. See steps.py for the calling convention.
 
 One row: (KV head, chunk) pairs are dealt out in contiguous runs, then, behind a barrier, the heads whose chunks are
-folded. A batch: (row, KV head) pairs are dealt to and fro, since later rows attend to more, and each thread folds what
-it computed, in scratch of its own.
+folded. A batch: pairs of some rows and a KV head are dealt to and fro, since later rows attend to more, and each thread
+folds what it computed, in scratch of its own.
 """
 
 import numpy as np
 from numba import njit
 
+from dairllm.graph.types import FloatType
 from dairllm.kernels.attention import attend_chunk, fold_head
 from dairllm.kernels.ir import load_f
-from dairllm.kernels.sizes import CHUNK
+from dairllm.kernels.sizes import CHUNK, attention_rows_together
 from dairllm.kernels.steps import fields, part
 
 __all__ = ["attend", "fold"]
+
+Q80 = int(FloatType.Q80)
+_rows_together = njit(nogil=True)(attention_rows_together)
+
+
+@njit(nogil=True)
+def _head_bytes(cache_type, head_dim):
+    """Of one position's row in a cache."""
+    return head_dim // 32 * 34 if cache_type == Q80 else 4 * head_dim
 
 
 @njit(nogil=True)
 def attend(record, first_row, end_row, thread, n_threads, scratch):
     q, q_row, n_heads, group, head_dim, keys, values, head_stride, positions, y, y_row, parts, stats, max_chunks = fields(record)[:14]
-    head_bytes = 4 * head_dim
+    cache_type = fields(record)[14]
+    head_bytes, chunk_bytes = 4 * head_dim, CHUNK * _head_bytes(cache_type, head_dim)
     part_bytes, stat_bytes = group * head_bytes, group * 8
     scale = np.float32(1) / np.sqrt(np.float32(head_dim))
-    n_kv = (n_heads + group - 1) // group
-    coefficients = scratch + group * CHUNK * 4
-    if end_row - first_row == 1:
-        length = int(load_f(positions + 4 * first_row)) + 1
-        chunks = (length + CHUNK - 1) // CHUNK
+    n_kv, n_rows = (n_heads + group - 1) // group, end_row - first_row
+    together = _rows_together(group, head_dim, max_chunks)
+    room = scratch + 4 * ((max_chunks + 15) // 16 * 16)
+    scores = room + CHUNK * head_bytes
+    my_parts = scores + together * group * CHUNK * 4
+    my_stats = my_parts + together * max_chunks * part_bytes
+    if n_rows == 1:
+        chunks = (int(load_f(positions + 4 * first_row)) + CHUNK) // CHUNK
         a, z = part(n_kv * chunks, thread, n_threads)
         for unit in range(a, z):
             kv, c = unit // chunks, unit % chunks
-            o = kv * head_stride + c * CHUNK * head_bytes
+            o = kv * head_stride + c * chunk_bytes
             at = kv * max_chunks + c
-            heads = min(group, n_heads - kv * group)
-            count = min(CHUNK, length - c * CHUNK)
             attend_chunk(
                 q + first_row * q_row + kv * part_bytes,
+                q_row,
+                1,
+                positions + 4 * first_row,
                 keys + o,
                 values + o,
+                cache_type,
+                c * CHUNK,
                 head_bytes,
-                heads,
-                count,
+                min(group, n_heads - kv * group),
                 scale,
-                scratch,
+                scores,
+                room,
                 parts + at * part_bytes,
+                0,
                 stats + at * stat_bytes,
+                0,
             )
         return
-    my_stats = coefficients + 4 * ((max_chunks + 15) // 16 * 16)
-    my_parts = my_stats + max_chunks * stat_bytes
-    for unit in range((end_row - first_row) * n_kv):
+    together = min(together, max(1, n_rows * n_kv // (2 * n_threads)))  # enough units for all threads
+    row_parts, row_stats = max_chunks * part_bytes, max_chunks * stat_bytes
+    for unit in range((n_rows + together - 1) // together * n_kv):
         turn = unit % (2 * n_threads)
         if thread != min(turn, 2 * n_threads - 1 - turn):
             continue
-        m, kv = first_row + unit // n_kv, unit % n_kv
-        length = int(load_f(positions + 4 * m)) + 1
-        chunks = (length + CHUNK - 1) // CHUNK
-        heads = min(group, n_heads - kv * group)
-        for c in range(chunks):
-            o = kv * head_stride + c * CHUNK * head_bytes
-            count = min(CHUNK, length - c * CHUNK)
+        m, kv = first_row + unit // n_kv * together, unit % n_kv
+        rows, heads = min(together, end_row - m), min(group, n_heads - kv * group)
+        most = 0
+        for i in range(m, m + rows):
+            most = max(most, (int(load_f(positions + 4 * i)) + CHUNK) // CHUNK)
+        for c in range(most):
+            o = kv * head_stride + c * chunk_bytes
             attend_chunk(
                 q + m * q_row + kv * part_bytes,
+                q_row,
+                rows,
+                positions + 4 * m,
                 keys + o,
                 values + o,
+                cache_type,
+                c * CHUNK,
                 head_bytes,
                 heads,
-                count,
                 scale,
-                scratch,
+                scores,
+                room,
                 my_parts + c * part_bytes,
+                row_parts,
                 my_stats + c * stat_bytes,
+                row_stats,
             )
-        for h in range(heads):
-            out = y + m * y_row + (kv * group + h) * head_bytes
-            fold_head(my_parts + h * head_bytes, part_bytes, my_stats + 8 * h, stat_bytes, chunks, head_bytes, coefficients, out)
+        for i in range(rows):
+            chunks = (int(load_f(positions + 4 * (m + i))) + CHUNK) // CHUNK
+            for h in range(heads):
+                fold_head(
+                    my_parts + i * row_parts + h * head_bytes,
+                    part_bytes,
+                    my_stats + i * row_stats + 8 * h,
+                    stat_bytes,
+                    chunks,
+                    head_bytes,
+                    scratch,
+                    y + (m + i) * y_row + (kv * group + h) * head_bytes,
+                )
 
 
 @njit(nogil=True)
@@ -95,6 +131,6 @@ def fold(record, first_row, end_row, thread, n_threads, scratch):
             8 * group,
             chunks,
             head_bytes,
-            scratch + group * CHUNK * 4,
+            scratch,
             y + first_row * y_row + head * head_bytes,
         )

@@ -95,6 +95,7 @@ _ATTEND = (
     "parts",
     "stats",
     "max_chunks",
+    "cache_type",
 )
 
 FIELDS: dict[Kind, tuple[str, ...]] = {
@@ -117,7 +118,7 @@ FIELDS: dict[Kind, tuple[str, ...]] = {
     Kind.EXPERTS_Q80: _EXPERTS,
     Kind.ROPE_NEIGHBOURS: _ROPE,
     Kind.ROPE_HALVES: _ROPE,
-    Kind.SHIFT: ("x", "x_row", "n", "head_dim", "cache", "head_stride", "positions"),
+    Kind.SHIFT: ("x", "x_row", "n", "head_dim", "cache", "head_stride", "positions", "cache_type"),
     Kind.ATTEND: _ATTEND,
     Kind.FOLD: _ATTEND,
     Kind.SILU: _MAP,

@@ -1,6 +1,6 @@
 """Sizes of the memory that kernels work on, known without the kernels, whose modules bring their compiler along."""
 
-__all__ = ["BARRIER_BYTES", "CHUNK", "MAX_TILE_ROWS", "attention_scratch_bytes", "tile_scratch_bytes"]
+__all__ = ["BARRIER_BYTES", "CHUNK", "MAX_TILE_ROWS", "attention_rows_together", "attention_scratch_bytes", "tile_scratch_bytes"]
 
 BARRIER_BYTES = 128
 """A barrier: arrivals at 0; sleepers at 64, on a cache line of their own."""
@@ -17,7 +17,13 @@ def tile_scratch_bytes(n_blocks: int) -> int:
     return n_blocks * (32 + 4) * MAX_TILE_ROWS
 
 
+def attention_rows_together(group: int, head_dim: int, max_chunks: int) -> int:
+    """Rows of a batch that one thread takes through a chunk together: 4, fewer where their parts would take more than 4 MiB."""
+    return min(4, max(1, (4 << 20) // (4 * group * max_chunks * head_dim)))
+
+
 def attention_scratch_bytes(group: int, head_dim: int, max_chunks: int) -> int:
-    """Scratch of one thread: scores, coefficients, then statistics and parts of one KV head's chunks."""
+    """Scratch of one thread: coefficients, a chunk as values, scores, then parts and statistics of some rows' chunks of one KV head."""
+    rows = attention_rows_together(group, head_dim, max_chunks)
     padded = -(-max_chunks // 16) * 16
-    return 4 * (group * CHUNK + padded + 2 * group * max_chunks + group * max_chunks * head_dim) + 64
+    return 4 * (padded + CHUNK * head_dim + rows * group * (CHUNK + max_chunks * (head_dim + 2))) + 64

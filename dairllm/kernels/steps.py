@@ -7,6 +7,7 @@ barriers (dairllm.engine.ops). The order of the sums within an output never depe
 import numpy as np
 from numba import njit
 
+from dairllm.graph.types import FloatType
 from dairllm.kernels import elementwise
 from dairllm.kernels.ir import load_f, load_i, store_f
 from dairllm.kernels.matmul_f32 import sum_squares
@@ -34,6 +35,7 @@ __all__ = [
 COPY, TO_BLOCKS, FROM_BLOCKS, SILU, GELU, MUL = (
     int(k) for k in (Kind.COPY, Kind.TO_BLOCKS, Kind.FROM_BLOCKS, Kind.SILU, Kind.GELU, Kind.MUL)
 )
+Q80 = int(FloatType.Q80)
 MERGE_ADD_BLOCKS, ROPE_HALVES = int(Kind.MERGE_ADD_BLOCKS), int(Kind.ROPE_HALVES)
 
 
@@ -174,16 +176,20 @@ def rope(kind, record, first_row, end_row, thread, n_threads):
 
 @njit(nogil=True)
 def shift(record, first_row, end_row, thread, n_threads):
-    """A row of K or V into the cache, [head][position][head_dim]."""
-    x, x_row, n, head_dim, cache, head_stride, positions = fields(record)[:7]
+    """A row of K or V into the cache, [head][position][head_dim], of values or of blocks: then UNITs are whole blocks."""
+    x, x_row, n, head_dim, cache, head_stride, positions, cache_type = fields(record)[:8]
     a, z = columns(n, thread, n_threads)
     for m in range(first_row, end_row):
-        at = cache + int(load_f(positions + 4 * m)) * head_dim * 4
+        position = int(load_f(positions + 4 * m))
         c = a
         while c < z:
             head, d = c // head_dim, c % head_dim
             run = min(head_dim - d, z - c)
-            elementwise.copy(at + head * head_stride + 4 * d, run, x + m * x_row + 4 * c)
+            source, out = x + m * x_row + 4 * c, cache + head * head_stride
+            if cache_type == Q80:
+                values_to_blocks(source, 0, run // 32, out + (position * head_dim + d) // 32 * 34)
+            else:
+                elementwise.copy(out + 4 * (position * head_dim + d), run, source)
             c += run
 
 

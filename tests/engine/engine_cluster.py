@@ -9,7 +9,7 @@ from dairllm.engine.executor import Executor
 from dairllm.engine.program import compile_program
 from dairllm.engine.weights import WireWeights
 from dairllm.graph.plan import Exchange, Run, token_plan
-from dairllm.graph.types import NetworkConfig, NodeConfig
+from dairllm.graph.types import FloatType, NetworkConfig, NodeConfig
 from tests.engine.oracle import TOKEN_PIPE, Weights
 
 __all__ = ["EngineCluster"]
@@ -23,9 +23,17 @@ class EngineCluster:
         nodes: in order; node 0 is the root.
         weights: as the oracle takes them; they reach the programs as bytes, as if over the wire.
         executor: running.
+        kv_cache: how all nodes keep their KV caches.
     """
 
-    def __init__(self, network: NetworkConfig, nodes: Sequence[NodeConfig], weights: Weights, executor: Executor) -> None:
+    def __init__(
+        self,
+        network: NetworkConfig,
+        nodes: Sequence[NodeConfig],
+        weights: Weights,
+        executor: Executor,
+        kv_cache: FloatType = FloatType.F32,
+    ) -> None:
         self.network, self.executor = network, executor
         self.programs = []
         self.plans = []
@@ -36,7 +44,7 @@ class EngineCluster:
                 raw = np.ascontiguousarray(weights(node.node, op)).reshape(-1).view(np.uint8)
                 memory.into(op.name, op.index, 0, raw.size)[:] = raw.data
             assert not memory.missing()
-            self.programs.append(compile_program(network, node, memory, n_threads=executor.n_threads))
+            self.programs.append(compile_program(network, node, memory, n_threads=executor.n_threads, kv_cache=kv_cache))
             self.plans.append(token_plan(network, node))
 
     def run(self, tokens: Sequence[int], position: int, logits_pipe: int = 3, ends: Sequence[int] = ()) -> npt.NDArray[np.float32]:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from dairllm.engine.program import Program
+from dairllm.graph.types import FloatType
 from dairllm.kernels.records import FIELDS, Kind
 
 __all__ = ["extents"]
@@ -84,7 +85,7 @@ def _operands(kind: Kind, f: dict[str, int], rows: int, seq_len: int) -> Iterato
             yield positions()
         case Kind.SHIFT:
             yield matrix("x", f["n"] * F32)
-            yield "cache", f["cache"], (f["n"] // f["head_dim"] - 1) * f["head_stride"] + seq_len * f["head_dim"] * F32
+            yield "cache", f["cache"], (f["n"] // f["head_dim"] - 1) * f["head_stride"] + seq_len * _cache_row(f)
             yield positions()
         case Kind.ATTEND | Kind.FOLD:
             n_kv, chunks = -(-f["n_heads"] // f["group"]), -(-seq_len // CHUNK)
@@ -92,7 +93,7 @@ def _operands(kind: Kind, f: dict[str, int], rows: int, seq_len: int) -> Iterato
             yield matrix("q", f["n_heads"] * f["head_dim"] * F32)
             yield matrix("y", f["n_heads"] * f["head_dim"] * F32)
             for name in ("keys", "values"):
-                yield name, f[name], (n_kv - 1) * f["head_stride"] + chunks * CHUNK * f["head_dim"] * F32
+                yield name, f[name], (n_kv - 1) * f["head_stride"] + chunks * CHUNK * _cache_row(f)
             heads = n_kv * f["max_chunks"] * f["group"]
             yield "parts", f["parts"], heads * f["head_dim"] * F32
             yield "stats", f["stats"], heads * 2 * F32
@@ -105,6 +106,11 @@ def _operands(kind: Kind, f: dict[str, int], rows: int, seq_len: int) -> Iterato
             yield "indexes", f["indexes"], rows * f["k"] * 8
     if "n_experts" in f:
         yield "indexes", f["indexes"], rows * f["k"] * 8
+
+
+def _cache_row(f: dict[str, int]) -> int:
+    """One head's row at one position."""
+    return f["head_dim"] * F32 if f["cache_type"] == FloatType.F32 else f["head_dim"] // 32 * 34
 
 
 def _panel(blocks: int) -> int:

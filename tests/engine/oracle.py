@@ -5,6 +5,7 @@ configuration names, ops are calls of dairllm.kernels.reference (any order of su
 bit), and syncs copy rows between nodes.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
@@ -77,10 +78,22 @@ def _allocate(size: Size) -> Array:
 class OracleNode:
     """One node's pipes, buffers and ops."""
 
-    def __init__(self, network: NetworkConfig, node: NodeConfig, weights: Weights, arithmetic: ModuleType) -> None:
-        self.network, self.node, self.arithmetic = network, node, arithmetic
+    def __init__(
+        self, network: NetworkConfig, node: NodeConfig, weights: Weights, arithmetic: ModuleType, kv_cache: FloatType = FloatType.F32
+    ) -> None:
+        self.network, self.node, self.arithmetic, self.kv_cache = network, node, arithmetic, kv_cache
         self.pipes = [_allocate(pipe.size) for pipe in network.pipes]
-        self.buffers = [_allocate(buffer.size) for buffer in node.buffers]
+        caches = {
+            index
+            for segment in node.segments
+            for op in segment.ops
+            if isinstance(op.config, AttentionConfig)
+            for index in (op.config.key_cache_buffer, op.config.value_cache_buffer)
+        }
+        self.buffers = [
+            _allocate(dataclasses.replace(buffer.size, float_type=kv_cache) if i in caches else buffer.size)
+            for i, buffer in enumerate(node.buffers)
+        ]
         self._get_weight, self._weights = weights, dict[tuple[str, int], Array]()
         self._tables: dict[RopeConfig, Array] = {}
         self._ops: Mapping[OpCode, Callable[[Op, int], None]] = {
@@ -195,15 +208,15 @@ class OracleNode:
         assert op.output.type == PointerType.RAW
         x = self._values(op.input, rows)[0]
         cache, _ = self._place(op.output)
-        self.arithmetic.shift(cache.reshape(-1, x.shape[1]), x, self._positions(op.config.position_pipe, rows))
+        self.arithmetic.shift(cache[0], x, self._positions(op.config.position_pipe, rows), self.kv_cache)
 
     def _attention(self, op: Op, rows: int) -> None:
         c = op.config
         assert isinstance(c, AttentionConfig)
-        keys, values = (self.buffers[i].reshape(-1, c.kv_dim_0) for i in (c.key_cache_buffer, c.value_cache_buffer))
+        keys, values = (self.buffers[i][0] for i in (c.key_cache_buffer, c.value_cache_buffer))
         query = self.buffers[c.query_buffer][0, :rows]
         positions = self._positions(c.position_pipe, rows)
-        out = self.arithmetic.attention(query, keys, values, positions, c.head_dim, c.n_heads // c.n_kv_heads)
+        out = self.arithmetic.attention(query, keys, values, positions, c.head_dim, c.n_heads // c.n_kv_heads, self.kv_cache)
         self._write(op.output, rows, out[None])
 
     def _gelu(self, op: Op, rows: int) -> None:
@@ -251,13 +264,21 @@ class OracleCluster:
         nodes: in order; node 0 is the root.
         weights: where ops' weights come from.
         arithmetic: dairllm.kernels.reference, or a module of the same functions.
+        kv_cache: how all nodes keep their KV caches.
     """
 
-    def __init__(self, network: NetworkConfig, nodes: Sequence[NodeConfig], weights: Weights, arithmetic: ModuleType = reference) -> None:
+    def __init__(
+        self,
+        network: NetworkConfig,
+        nodes: Sequence[NodeConfig],
+        weights: Weights,
+        arithmetic: ModuleType = reference,
+        kv_cache: FloatType = FloatType.F32,
+    ) -> None:
         assert [node.node for node in nodes] == list(range(network.n_nodes))
         assert len({tuple(segment.syncs for segment in node.segments) for node in nodes}) == 1, "nodes in lockstep sync alike"
         self.network = network
-        self.nodes = [OracleNode(network, node, weights, arithmetic) for node in nodes]
+        self.nodes = [OracleNode(network, node, weights, arithmetic, kv_cache) for node in nodes]
 
     def run(self, tokens: Sequence[int], position: int, logits_pipe: int = 3) -> npt.NDArray[np.float32]:
         """One control packet: `tokens`, a row each, at position, position + 1, ...

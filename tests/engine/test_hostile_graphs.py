@@ -17,7 +17,19 @@ from dairllm.errors import GraphError
 from dairllm.formats.random_model import small_spec
 from dairllm.graph.build import POSITION_PIPE, TOKEN_PIPE, build_graph
 from dairllm.graph.model import Architecture
-from dairllm.graph.types import FloatType, NetworkConfig, NoConfig, NodeConfig, Op, OpCode, Pointer, PointerSource, PointerType, Size
+from dairllm.graph.types import (
+    AttentionConfig,
+    FloatType,
+    NetworkConfig,
+    NoConfig,
+    NodeConfig,
+    Op,
+    OpCode,
+    Pointer,
+    PointerSource,
+    PointerType,
+    Size,
+)
 from tests.engine.extents import extents
 
 ENOUGH = 64 << 20
@@ -31,13 +43,19 @@ GRAPHS = [
 ]
 
 
-def compiled(network: NetworkConfig, node: NodeConfig) -> Program | None:
+def compiled(network: NetworkConfig, node: NodeConfig, kv_cache: FloatType = FloatType.F32) -> Program | None:
     """As a worker does it: None where the graph asks for more than it may hold."""
     weights = WireWeights(node)
-    if required_bytes(network, node) > ENOUGH:
+    if required_bytes(network, node, kv_cache=kv_cache) > ENOUGH:
         return None
     weights.allocate()
-    return compile_program(network, node, weights, n_threads=2)
+    return compile_program(network, node, weights, n_threads=2, kv_cache=kv_cache)
+
+
+def kv_types(node: NodeConfig) -> list[FloatType]:
+    """What this graph's KV caches can be kept as."""
+    head_dims = {op.config.head_dim for s in node.segments for op in s.ops if isinstance(op.config, AttentionConfig)}
+    return [FloatType.F32] if any(n % 32 for n in head_dims) else [FloatType.F32, FloatType.Q80]
 
 
 def memory_of(program: Program) -> list[tuple[int, int]]:
@@ -57,9 +75,10 @@ def assert_within_its_memory(program: Program) -> None:
 def test_a_good_graph_stays_within_its_memory(number: int) -> None:
     network, nodes = GRAPHS[number]
     for node in nodes:
-        program = compiled(network, node)
-        assert program is not None
-        assert_within_its_memory(program)
+        for kv_cache in kv_types(node):
+            program = compiled(network, node, kv_cache)
+            assert program is not None
+            assert_within_its_memory(program)
 
 
 def mutated(value: Any, rng: Random) -> Any:
@@ -95,13 +114,14 @@ def test_a_changed_graph_is_refused_or_stays_within_its_memory(seed: int, number
     rng = Random(seed)  # noqa: S311 - not for secrets
     network, nodes = GRAPHS[number]
     node = rng.choice(nodes)
+    kv_cache = rng.choice(kv_types(node))
     for _ in range(changes):
         if rng.random() < 0.2:
             network = mutated(network, rng)
         else:
             node = mutated(node, rng)
     try:
-        program = compiled(network, node)
+        program = compiled(network, node, kv_cache)
     except GraphError:
         return
     if program is not None:
@@ -114,9 +134,11 @@ def test_changed_graphs_that_compile_run(executor: Executor) -> None:
     for seed in range(400):
         rng = Random(seed)  # noqa: S311 - not for secrets
         network, nodes = rng.choice(GRAPHS)
-        node = mutated(rng.choice(nodes), rng)
+        node = rng.choice(nodes)
+        kv_cache = rng.choice(kv_types(node))
+        node = mutated(node, rng)
         try:
-            program = compiled(network, node)
+            program = compiled(network, node, kv_cache)
         except GraphError:
             continue
         if program is None or not program.segments or not program.seq_len:

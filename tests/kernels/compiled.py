@@ -52,6 +52,8 @@ __all__ = [
 ]
 
 _STALE = 0xA5
+_NAN_BYTE = 0xFF
+"""Makes a NaN of float32 and of half precision."""
 
 
 class _Area:
@@ -107,12 +109,15 @@ class Call:
         self._program = np.array([record + [0] * (RECORD_WORDS - len(record)) for record in records], np.int64)
         self._state, self._barrier = aligned(64).view(np.int64), aligned(BARRIER_BYTES)
         self.scratch_stride = -(-scratch // 64) * 64
-        self._scratch = aligned(self.scratch_stride * threads)
+        self._scratch = aligned(self.scratch_stride * threads + 64)
         self._scratch[:] = _STALE
         self.addresses = tuple(a.ctypes.data for a in (self._program, self._state, self._barrier, self._scratch))
 
     def prepare(self, position: int, rows: int, first_row: int) -> None:
         self._state[State.FIRST_ROW], self._state[State.END_ROW] = first_row, rows
+
+    def check(self) -> None:
+        assert (self._scratch[-64:] == _STALE).all(), "a kernel wrote outside of its scratch"
 
 
 @functools.cache
@@ -131,6 +136,7 @@ def _record(kind: Kind, fields: Mapping[str, int]) -> list[int]:
 def run_all(records: list[list[int]], rows: int, threads: int, scratch: int = 0) -> None:
     call = Call(records, threads, scratch)
     _executor(threads).run(cast_type(Program, call), 0, 1, 0, rows)
+    call.check()
 
 
 def _run(kind: Kind, rows: int, threads: int, scratch: int = 0, **fields: int) -> None:
@@ -304,36 +310,53 @@ def rope(x: Floats, table: Floats, rope_type: RopeType, threads: int = 1) -> Flo
     return area.rows()
 
 
-def _cache(cache: Floats, head_dim: int) -> Floats:
-    """[positions, kv_dim] -> [KV head, whole chunks of positions, head_dim], not a number where nothing was written."""
-    heads = cache.reshape(len(cache), -1, head_dim).swapaxes(0, 1)
-    out = np.full((len(heads), -(-len(cache) // CHUNK) * CHUNK, head_dim), np.nan, np.float32)
+def _cache(cache: Row, head_dim: int, cache_type: FloatType) -> Row:
+    """[positions, kv_dim values or their blocks] -> [KV head, whole chunks of positions, a head's], stale where nothing was written."""
+    heads = cache.reshape(len(cache), -1, row_bytes(cache_type, head_dim) // cache.itemsize).swapaxes(0, 1)
+    out = np.full((len(heads), -(-len(cache) // CHUNK) * CHUNK, heads.shape[2] * cache.itemsize), _NAN_BYTE, np.uint8).view(cache.dtype)
     out[:, : len(cache)] = heads
     return out
 
 
-def shift(cache: Floats, x: Floats, positions: npt.NDArray[np.integer], threads: int = 1, head_dim: int = 8) -> None:
-    memory, source = _cache(cache, head_dim), _Area(x[None])
+def shift(
+    cache: Row,
+    x: Floats,
+    positions: npt.NDArray[np.integer],
+    cache_type: FloatType = FloatType.F32,
+    threads: int = 1,
+    head_dim: int = 8,
+) -> None:
+    memory, source = _cache(cache, head_dim, cache_type), _Area(x[None])
     places = positions.astype(np.float32)
     fields = {"n": x.shape[1], "head_dim": head_dim, "cache": memory.ctypes.data, "head_stride": memory.strides[0]}
-    _run(Kind.SHIFT, len(x), threads, **source.fields("x"), **fields, positions=places.ctypes.data)
+    fields |= {"positions": places.ctypes.data, "cache_type": int(cache_type)}
+    _run(Kind.SHIFT, len(x), threads, **source.fields("x"), **fields)
     cache[...] = memory[:, : len(cache)].swapaxes(0, 1).reshape(cache.shape)
-    assert np.isnan(memory[:, len(cache) :]).all()
+    assert (np.ascontiguousarray(memory[:, len(cache) :]).view(np.uint8) == _NAN_BYTE).all()
 
 
 def attention(
-    q: Floats, keys: Floats, values: Floats, positions: npt.NDArray[np.integer], head_dim: int, group: int, threads: int = 1
+    q: Floats,
+    keys: Row,
+    values: Row,
+    positions: npt.NDArray[np.integer],
+    head_dim: int,
+    group: int,
+    cache_type: FloatType = FloatType.F32,
+    threads: int = 1,
+    max_chunks: int = 0,
 ) -> Floats:
+    """max_chunks: of a cache with room for more positions than it has here."""
     rows, width = q.shape
     heads = width // head_dim
-    k, v = (_cache(cache, head_dim) for cache in (keys, values))
-    chunks = k.shape[1] // CHUNK
+    k, v = (_cache(cache, head_dim, cache_type) for cache in (keys, values))
+    chunks = max_chunks or k.shape[1] // CHUNK
     n_kv = -(-heads // group)
     source, out, places = _Area(q[None]), _Area.empty(1, rows, width), positions.astype(np.float32)
     parts, stats = np.full(n_kv * chunks * group * head_dim, np.nan, np.float32), np.full(2 * n_kv * chunks * group, np.nan, np.float32)
     fields = source.fields("q") | out.fields("y") | {"n_heads": heads, "group": group, "head_dim": head_dim}
     fields |= {"keys": k.ctypes.data, "values": v.ctypes.data, "head_stride": k.strides[0], "positions": places.ctypes.data}
-    fields |= {"parts": parts.ctypes.data, "stats": stats.ctypes.data, "max_chunks": chunks}
+    fields |= {"parts": parts.ctypes.data, "stats": stats.ctypes.data, "max_chunks": chunks, "cache_type": int(cache_type)}
     records = [_record(Kind.ATTEND, fields), _record(Kind.BARRIER, {}), _record(Kind.FOLD, fields)]
     run_all(records, rows, threads, attention_scratch_bytes(group, head_dim, chunks))
     return out.rows()

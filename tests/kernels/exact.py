@@ -165,7 +165,16 @@ def rope(x: Floats, table: Floats, rope_type: RopeType) -> Floats:
     return out
 
 
-def attention(q: Floats, keys: Floats, values: Floats, positions: npt.NDArray[np.integer], head_dim: int, group: int) -> Floats:
+def attention(
+    q: Floats,
+    keys: Row,
+    values: Row,
+    positions: npt.NDArray[np.integer],
+    head_dim: int,
+    group: int,
+    cache_type: FloatType = FloatType.F32,
+) -> Floats:
+    keys, values = dequantize(cache_type, keys), dequantize(cache_type, values)
     heads = q.shape[-1] // head_dim
     of_head = np.arange(heads) // group
     factor = _F(1) / np.sqrt(_F(head_dim))

@@ -5,11 +5,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dairllm.graph.types import RopeType
+from dairllm.graph.types import FloatType, RopeType
 from dairllm.kernels import reference
+from dairllm.kernels.sizes import attention_rows_together, attention_scratch_bytes
 from tests.kernels import compiled, exact
 from tests.kernels.agreement import THREADS, assert_close, assert_same_bits, check
-from tests.kernels.samples import floats, seeds
+from tests.kernels.samples import floats, rows_of_blocks, seeds
+
+Q80 = FloatType.Q80
 
 
 def angles(positions, head_dim):
@@ -45,6 +48,18 @@ def test_rows_go_to_their_place_in_the_cache(kv_dim, head_dim, positions):
         want = cache.copy()
         reference.shift(want, x, np.array(positions))
         compiled.shift(cache, x, np.array(positions), threads=threads, head_dim=head_dim)
+        assert_same_bits(cache, want)
+
+
+@pytest.mark.parametrize(("kv_dim", "head_dim"), [(32, 32), (96, 32), (128, 64), (192, 96), (640, 320)])
+@pytest.mark.parametrize("positions", [[0], [63], [64], [3, 4, 5, 6, 7], list(range(30, 70))])
+def test_rows_go_to_a_cache_of_blocks(kv_dim, head_dim, positions):
+    x = floats(1, len(positions), kv_dim)
+    for threads in THREADS:
+        cache = rows_of_blocks(2, Q80, 70, kv_dim // 32)
+        want = cache.copy()
+        reference.shift(want, x, np.array(positions), Q80)
+        compiled.shift(cache, x, np.array(positions), Q80, threads=threads, head_dim=head_dim)
         assert_same_bits(cache, want)
 
 
@@ -117,3 +132,70 @@ def test_a_row_has_the_same_bits_alone_and_in_any_batch():
     assert_same_bits(compiled.attention(q, keys, values, positions, 16, 2), alone)
     parts = [compiled.attention(q[part], keys, values, positions[part], 16, 2, threads=3) for part in (slice(7), slice(7, 40))]
     assert_same_bits(np.concatenate(parts), alone)
+
+
+def check_blocks(seed, rows, last, heads, group, head_dim):
+    """As `check_attention`, over caches of Q80 blocks; also demands that blocks count as their values."""
+    n_kv, length = -(-heads // group), last + 1
+    q = np.clip(floats(seed, rows, heads * head_dim, special=0.02), -1e4, 1e4)
+    cached = [np.clip(floats(seed + i, length, n_kv * head_dim, special=0.02), -1e4, 1e4) for i in (1, 2)]
+    keys, values = (reference.quantize_q80(x) for x in cached)
+    positions = np.arange(last - rows + 1, length)
+    got, twin = check("attention", q, keys, values, positions, head_dim, group, Q80)
+    read = [reference.dequantize(Q80, x) for x in (keys, values)]
+    assert_same_bits(got, compiled.attention(q, *read, positions, head_dim, group))
+    largest = np.abs(q).max() * np.abs(read[0]).max() * np.sqrt(head_dim)
+    assert_close(got, twin, np.abs(read[1]).max() * (1 + largest))
+
+
+@pytest.mark.parametrize("last", [0, 1, 3, 4, 7, 8, 62, 63, 64, 65, 128, 200])
+@pytest.mark.parametrize(("heads", "group"), [(4, 2), (3, 3)])
+def test_one_row_over_blocks(last, heads, group):
+    check_blocks(last, 1, last, heads, group, 32)
+
+
+@pytest.mark.parametrize(("rows", "last"), [(2, 1), (3, 65), (5, 70), (17, 130), (40, 39), (66, 129)])
+def test_batches_over_blocks(rows, last):
+    check_blocks(rows, rows, last, 4, 2, 32)
+
+
+@pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 160, 256])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_heads_of_any_number_of_blocks(head_dim, rows):
+    check_blocks(head_dim, rows, 70, 2, 1, head_dim)
+
+
+@pytest.mark.parametrize(("heads", "group"), [(1, 1), (5, 3), (7, 4), (8, 8), (18, 9)])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_any_group_over_blocks(heads, group, rows):
+    check_blocks(heads, rows, 66, heads, group, 32)
+
+
+def test_blocks_of_any_bytes():
+    """-128 is read as it stands; scales may be of any size."""
+    q = floats(1, 3, 128, spread=0.01, special=0)
+    keys, values = (rows_of_blocks(seed, Q80, 90, 2) for seed in (2, 3))
+    assert (keys == 0x80).any()
+    check("attention", q, keys, values, np.arange(87, 90), 64, 2, Q80)
+
+
+def test_a_row_over_blocks_has_the_same_bits_alone_and_in_any_batch():
+    q, positions = floats(1, 40, 128, special=0), np.arange(50, 90)
+    keys, values = (reference.quantize_q80(floats(seed, 90, 64, special=0)) for seed in (2, 3))
+    alone = np.concatenate([compiled.attention(q[i : i + 1], keys, values, positions[i : i + 1], 32, 2, Q80) for i in range(40)])
+    for threads in THREADS:
+        for start in (0, 1, 7):
+            got = compiled.attention(q[start:], keys, values, positions[start:], 32, 2, Q80, threads=threads)
+            assert_same_bits(got, alone[start:])
+
+
+@pytest.mark.parametrize("cache_type", [FloatType.F32, Q80])
+@pytest.mark.parametrize(("max_chunks", "together"), [(2, 4), (5000, 3), (8000, 2), (20000, 1)])
+def test_a_long_context_takes_fewer_rows_together(max_chunks, together, cache_type):
+    """Room for a million positions must not take a thread's scratch along, nor change a bit."""
+    assert attention_rows_together(1, 64, max_chunks) == together
+    assert attention_scratch_bytes(1, 64, max_chunks) < 6 << 20
+    q, positions = floats(1, 6, 64, special=0), np.arange(74, 80)
+    keys, values = (reference.cast(floats(seed, 80, 64, special=0), FloatType.F32, cache_type) for seed in (2, 3))
+    want = exact.attention(q, keys, values, positions, 64, 1, cache_type)
+    assert_same_bits(compiled.attention(q, keys, values, positions, 64, 1, cache_type, max_chunks=max_chunks), want)

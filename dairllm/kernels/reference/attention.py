@@ -3,8 +3,8 @@
 import numpy as np
 import numpy.typing as npt
 
-from dairllm.graph.types import RopeType
-from dairllm.kernels.reference.blocks import Floats
+from dairllm.graph.types import FloatType, RopeType
+from dairllm.kernels.reference.blocks import Floats, Row, cast, dequantize
 
 __all__ = ["attention", "rope", "rope_frequencies", "rope_pairs", "rope_table", "shift"]
 
@@ -60,17 +60,26 @@ def rope(x: Floats, table: Floats, rope_type: RopeType) -> Floats:
     return out
 
 
-def shift(cache: Floats, x: Floats, positions: npt.NDArray[np.integer]) -> None:
-    """Writes x float32 [rows, kv_dim] into cache float32 [seq_len, kv_dim] at the rows' positions."""
-    cache[positions] = x
+def shift(cache: Row, x: Floats, positions: npt.NDArray[np.integer], cache_type: FloatType = FloatType.F32) -> None:
+    """Writes x float32 [rows, kv_dim] into a cache [seq_len, kv_dim values or blocks' bytes] at the rows' positions."""
+    cache[positions] = cast(x, FloatType.F32, cache_type)
 
 
-def attention(q: Floats, keys: Floats, values: Floats, positions: npt.NDArray[np.integer], head_dim: int, group: int) -> Floats:
+def attention(
+    q: Floats,
+    keys: Row,
+    values: Row,
+    positions: npt.NDArray[np.integer],
+    head_dim: int,
+    group: int,
+    cache_type: FloatType = FloatType.F32,
+) -> Floats:
     """softmax(q . k / sqrt(head_dim)) times v, over positions 0..positions[b].
 
-    q float32 [rows, heads * head_dim]; keys, values float32 [seq_len, kv heads * head_dim]; query head h uses KV head h // group.
-    Returns float32 [rows, heads * head_dim].
+    q float32 [rows, heads * head_dim]; keys, values [seq_len, kv heads * head_dim], float32 or uint8 blocks as cache_type says, which count
+    as their values; query head h uses KV head h // group. Returns float32 [rows, heads * head_dim].
     """
+    keys, values = dequantize(cache_type, keys), dequantize(cache_type, values)
     out = np.empty_like(q)
     for b, position in enumerate(positions):
         k, v = (cache[: position + 1].astype(np.float64) for cache in (keys, values))
