@@ -1,11 +1,12 @@
 """What this process may use of its machine: memory and processors, as the hardware and the control group (container) bound them."""
 
+import ctypes
 import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["memory_bytes", "peak_rss_bytes", "processors", "rss_bytes"]
+__all__ = ["give_back_memory", "memory_bytes", "peak_rss_bytes", "processors", "rss_bytes"]
 
 
 def memory_bytes(root: Path = Path("/")) -> int:
@@ -46,6 +47,13 @@ def peak_rss_bytes(process: int | None = None) -> int:
 def rss_bytes() -> int:
     """The memory that this process holds (VmRSS), in bytes."""
     return _status("VmRSS:", None)
+
+
+def give_back_memory() -> None:
+    """Let the system have what native libraries have freed, which the C library would keep for later."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc alone
+    if trim is not None:
+        trim(0)
 
 
 def _status(field: str, process: int | None) -> int:

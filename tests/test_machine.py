@@ -1,5 +1,6 @@
 """The memory and processors of a container are its limits, wherever in the tree of control groups they stand."""
 
+import ctypes
 import os
 from pathlib import Path
 
@@ -72,3 +73,20 @@ def test_a_quota_of_version_1_bounds_the_processors(root: Path) -> None:
 
 def test_resident_memory_is_at_most_its_peak() -> None:
     assert 0 < machine.rss_bytes() <= machine.peak_rss_bytes()
+
+
+def test_what_was_freed_is_given_back() -> None:
+    """Small blocks, of which the last one is kept: the C library would keep all of it."""
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "malloc_trim"):
+        pytest.skip("not glibc")
+    libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+    blocks = [libc.malloc(4000) for _ in range(16 << 10)]
+    for block in blocks:
+        ctypes.memset(block, 1, 4000)
+    for block in blocks[:-1]:
+        libc.free(block)
+    before = machine.rss_bytes()
+    machine.give_back_memory()
+    assert before - machine.rss_bytes() > 48 << 20
+    libc.free(blocks[-1])

@@ -16,9 +16,16 @@ def _byte_characters() -> dict[str, bytes]:
 BYTE_OF_CHARACTER = _byte_characters()
 """GPT-2's stand-ins: bytes that Latin-1 prints stand for themselves, the others for the characters from 256 on."""
 
+_LATIN_1 = dict.fromkeys(range(0x80, 0x100), 0xFFFF) | {ord(character): value[0] for character, value in BYTE_OF_CHARACTER.items()}
+"""For `str.translate`: what stands for a byte becomes the character of that number, what does not is no Latin-1, or is ASCII."""
+
 
 def byte_level_piece(name: str) -> bytes:
     """Bytes of a token written in stand-ins; a character that stands for no byte is its own UTF-8."""
+    try:
+        return name.translate(_LATIN_1).encode("latin-1")  # eight times as fast, and true of nearly all
+    except UnicodeEncodeError:
+        pass
     return b"".join(BYTE_OF_CHARACTER.get(character) or character.encode() for character in name)
 
 

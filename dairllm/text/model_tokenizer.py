@@ -12,6 +12,7 @@ from typing import Any
 from tokenizers import Tokenizer as LibraryTokenizer
 
 from dairllm.formats.token_names import byte_level_piece, sentence_piece
+from dairllm.machine import give_back_memory
 
 __all__ = ["ModelTokenizer", "VocabularyMismatch"]
 
@@ -49,11 +50,13 @@ class ModelTokenizer:
             document = json.loads(text)
             added = [(int(token["id"]), str(token["content"]), bool(token.get("special"))) for token in document.get("added_tokens") or ()]
             _compare(document, added, pieces)
+            del document  # tens of megabytes, which the library can use
             library = LibraryTokenizer.from_buffer(text)
         except VocabularyMismatch:
             raise
         except Exception as error:  # the library raises plain Exception for what it cannot read
             raise VocabularyMismatch(f"it cannot be read as a tokenizer: {error}") from error
+        give_back_memory()  # the library needs three times what it keeps
         library.no_truncation()
         library.no_padding()
         return cls(library, frozenset(token for token, _, special in added if special))
@@ -69,17 +72,21 @@ def _compare(document: dict[str, Any], added: list[tuple[int, str, bool]], piece
     byte_level = any(part.get("type") == "ByteLevel" for part in _parts(document.get("pre_tokenizer"), document.get("decoder")))
     # BPE and WordPiece: {token: id}; Unigram: [[token, score], ...]
     named = vocabulary.items() if isinstance(vocabulary, dict) else ((entry[0], token) for token, entry in enumerate(vocabulary))
-    forms = {token: {byte_level_piece(name) if byte_level else sentence_piece(name)} for name, token in named}
-    for token, content, _ in added:
-        # As it is written, and as distributed-llama's converter writes it.
-        forms[token] = {content.encode(), byte_level_piece(content)}
-    if len(forms) != len(pieces):
-        raise VocabularyMismatch(f"it has {len(forms)} tokens, the .t file {len(pieces)}")
+    names = {token: name for name, token in named}
+    contents = {token: content for token, content, _ in added}
+    n_tokens = len(names.keys() | contents.keys())
+    if n_tokens != len(pieces):
+        raise VocabularyMismatch(f"it has {n_tokens} tokens, the .t file {len(pieces)}")
     for token, piece in enumerate(pieces):
-        if token not in forms:
+        if token in contents:
+            # As it is written, and as distributed-llama's converter writes it.
+            forms = {contents[token].encode(), byte_level_piece(contents[token])}
+        elif token in names:
+            forms = {byte_level_piece(names[token]) if byte_level else sentence_piece(names[token])}
+        else:
             raise VocabularyMismatch(f"it has no token {token}")
-        if piece not in forms[token]:
-            raise VocabularyMismatch(f"token {token} is {min(forms[token])!r}, in the .t file {piece!r}")
+        if piece not in forms:
+            raise VocabularyMismatch(f"token {token} is {min(forms)!r}, in the .t file {piece!r}")
 
 
 def _parts(*roots: object) -> Iterator[dict[str, Any]]:
