@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import random
 import re
 import shutil
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -30,9 +31,11 @@ from dairllm.nodes.own_model import OwnModel
 from dairllm.nodes.root import Cluster
 from dairllm.protocol.dllama.codec import (
     MARKER,
+    Control,
     Greeting,
     WeightHeader,
     encode_ack,
+    encode_control,
     encode_greeting,
     encode_network,
     encode_node,
@@ -363,6 +366,28 @@ async def test_a_root_that_misuses_references_loses_its_session(
     assert failed["kind"] == "RemoteProtocolError"
     assert re.search(problem, failed["error"]), failed["error"]
     assert len(await play(worker.address, recording.said)) == len(recording.answered)  # the next root
+
+
+async def test_spoilt_references_cost_one_session(make_worker: Any, play: Any, recording: Any, tmp_path: Path) -> None:
+    """Seeded: some bytes of the references, or of the graph that they are for, are replaced; what follows is then nonsense, or is not."""
+    write_random_model(tmp_path / "m.m", SPEC)
+    before, allowed = machine.peak_rss_bytes(), machine.rss_bytes() // MIB + 128
+    short = dict.fromkeys(("handshake", "configuration", "weights", "exchange"), "50ms")
+    worker = await make_worker(own=tmp_path / "m.m", deadlines=short, limits={"memory": f"{allowed}MiB"})
+    references, dice = write_references(REFERENCES), random.Random(7)  # noqa: S311 - test data
+    after = encode_node(NODES[1]) + encode_weights_end() + encode_control(Control(0, 1)) + bytes(4096)
+    for number in range(80):
+        said = bytearray(references + after)
+        end = len(references) if number % 4 else len(said)
+        for _ in range(dice.choice((1, 1, 3))):
+            said[dice.randrange(end)] = dice.choice((0, 1, 0x7F, 0xFF, dice.randrange(256)))
+        async with asyncio.timeout(10):
+            await play(worker.address, BEFORE + bytes(said))
+            await until(lambda: not worker.meters.sessions_running)
+    assert worker.meters.sessions["bug"] == 0
+    assert worker.meters.sessions["RemoteProtocolError"] > 40
+    assert machine.peak_rss_bytes() < max(before, allowed * MIB) + 64 * MIB
+    assert len(await play(worker.address, recording.said)) == len(recording.answered)
 
 
 def test_a_torn_copy_is_told_at_the_start(tmp_path: Path, logged: Any, monkeypatch: pytest.MonkeyPatch) -> None:
