@@ -6,7 +6,7 @@ embedding are read one by one.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal, NamedTuple
 
 from dairllm.engine.paging_steps import Block, blocks_of, group_pieces
@@ -20,6 +20,7 @@ __all__ = [
     "BLOCK_BYTES",
     "RING_BYTES",
     "WAYS",
+    "PagingMeters",
     "PagingNeeds",
     "PagingSettings",
     "Policy",
@@ -63,6 +64,26 @@ class PagingSettings:
     way: Way = "auto"
     readers: int | None = None
     block_bytes: int | None = None
+
+
+@dataclass(slots=True)
+class PagingMeters:
+    """Counts since the node was opened.
+
+    Attributes:
+        hits: blocks that were in memory when their step came.
+        misses: blocks that were waited for.
+        wait_seconds: for how long in all.
+        bytes: read from the file.
+    """
+
+    hits: int = 0
+    misses: int = 0
+    wait_seconds: float = 0.0
+    bytes: int = 0
+
+    def as_dict(self) -> dict[str, int | float]:
+        return asdict(self)
 
 
 class PagingNeeds(NamedTuple):

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from dairllm.engine.pieces import PIECE_BYTES, Piece, Span
+from dairllm.engine.program import Program
 
-__all__ = ["STEP_BYTES", "Block", "Step", "blocks_of", "group_pieces"]
+__all__ = ["STEP_BYTES", "Block", "Step", "blocks_of", "group_pieces", "program_steps"]
 
 Block = int
 """Number of a block: it begins at that many times its size in the file."""
@@ -23,13 +24,15 @@ class Step:
 
     Attributes:
         blocks: what they read, in order of first use.
-        experts: for each expert, the blocks that it takes beside them; empty where there are no experts.
+        experts: for each expert, the blocks that it takes; empty where there are no experts.
+        expert_record: the record that knows who is routed to which.
     """
 
     first: int
     stop: int
     blocks: tuple[Block, ...]
     experts: tuple[tuple[Block, ...], ...] = ()
+    expert_record: int = -1
 
 
 def blocks_of(spans: Iterable[Span], block_bytes: int) -> tuple[Block, ...]:
@@ -57,3 +60,26 @@ def group_pieces(pieces: Sequence[Piece], block_bytes: int) -> list[list[int]]:
             held = blocks
         alone = piece.experts
     return groups
+
+
+def program_steps(program: Program, block_bytes: int) -> tuple[tuple[Step, ...], tuple[int, ...]]:
+    """A program as steps, and for each segment the number of its first step; one number more, that of all steps.
+
+    Records that read nothing belong to the step before them, or, at the begin of a segment, to the first.
+    """
+    steps: list[Step] = []
+    starts = [0]
+    for first, stop in program.segments:
+        own = [(record, piece) for record, piece in program.pieces if first <= record < stop]
+        pieces = [piece for _, piece in own]
+        groups = group_pieces(pieces, block_bytes)
+        cuts = [first, *(own[group[0]][0] for group in groups[1:]), stop]
+        for group, begin, end in zip(groups or [[]], cuts, cuts[1:], strict=False):
+            members = [pieces[place] for place in group]
+            if members and members[0].experts:
+                (chosen,) = members
+                steps.append(Step(begin, end, (), tuple(blocks_of([span], block_bytes) for span in chosen.spans), own[group[0]][0]))
+            else:
+                steps.append(Step(begin, end, blocks_of((span for piece in members for span in piece.spans), block_bytes)))
+        starts.append(len(steps))
+    return tuple(steps), tuple(starts)

@@ -1,6 +1,7 @@
 """A node's graph compiled: records, the memory they work on, and the views of its pipes that others fill and read."""
 
 import copy
+import ctypes
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,7 +16,7 @@ from dairllm.errors import EngineError, GraphError
 from dairllm.graph.build import POSITION_PIPE
 from dairllm.graph.types import FloatType, NetworkConfig, NodeConfig, Op
 from dairllm.kernels.panels import TILE_COLUMNS
-from dairllm.kernels.records import State
+from dairllm.kernels.records import FIELDS, Kind, State
 from dairllm.kernels.sizes import attention_scratch_bytes, tile_scratch_bytes
 
 __all__ = ["Program", "compile_program", "required_bytes"]
@@ -74,6 +75,14 @@ class Program:
         other = copy.copy(self)
         other.segments = tuple(segments)
         return other
+
+    def experts(self, record: int, rows: int, first_row: int = 0) -> set[int]:
+        """Which experts a record of experts takes for rows first_row..rows-1, once those have been through the gate."""
+        words = self.records[record].tolist()
+        fields = dict(zip(FIELDS[Kind(words[0])], words[1:], strict=False))
+        k, last = fields["k"], fields["n_experts"] - 1
+        chosen = (ctypes.c_int64 * (k * (rows - first_row))).from_address(fields["indexes"] + 8 * k * first_row)
+        return {min(max(expert, 0), last) for expert in chosen}
 
     def region(self, pipe: int, node: int | None, rows: int, first_row: int = 0) -> list[memoryview]:
         """The pipe's own memory for rows first_row..rows-1:

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from dairllm.engine.paging import PagingSettings
+from dairllm.engine.paging import PagingMeters, PagingSettings
+from dairllm.engine.paging_choice import WayChoice
 from dairllm.engine.program import Program, compile_program
 from dairllm.engine.weights import FileWeights
 from dairllm.errors import EngineError
@@ -15,6 +16,7 @@ from dairllm.graph.build import LOGITS_PIPE, TOKEN_PIPE, build_graph
 from dairllm.graph.types import FloatType
 from dairllm.net.compute import Compute
 from dairllm.net.runner import in_thread
+from dairllm.nodes.prefetch import PagedCompute, open_paged
 from dairllm.nodes.report import NodeReport
 
 __all__ = ["PROMPT_ROWS", "LocalNode", "default_sync"]
@@ -60,6 +62,7 @@ class LocalNode:
         self._model, self._compute, self._paging = model, compute, paging
         self._graph = build_graph(spec, 1, default_sync(spec.weight_type) if sync is None else sync, self.n_batches)
         self._program: Program | None = None
+        self._paged: PagedCompute | None = None
 
     async def open(self, progress: Callable[[str, int, int], None] | None = None) -> None:
         """Make the program. `progress` is a cluster's: here nothing is sent.
@@ -68,7 +71,12 @@ class LocalNode:
             GraphError: something of the model cannot be computed.
         """
         network, (node,) = self._graph
-        program = await in_thread("prepare", lambda: compile_program(network, node, FileWeights(self._model), n_threads=self.n_threads))
+        weights = FileWeights(self._model)
+        if self._paging is None:
+            program = await in_thread("prepare", lambda: compile_program(network, node, weights, n_threads=self.n_threads))
+        else:
+            self._paged = await open_paged(network, node, weights, self._model, self._paging, self._compute, n_threads=self.n_threads)
+            program = self._paged.program
         self._tokens, self._logits = (program.values(pipe) for pipe in (TOKEN_PIPE, LOGITS_PIPE))
         self._program = program
 
@@ -89,18 +97,29 @@ class LocalNode:
         await asyncio.sleep(0)
         self._tokens[:rows, 0] = tokens
         last = program.n_segments - 1
+        compute = self._paged or self._compute
         if rows == 1 and logits:
-            await self._compute.run(program, 0, last + 1, position, 1)
+            await compute.run(program, 0, last + 1, position, 1)
         else:
-            await self._compute.run(program, 0, last, position, rows)
+            await compute.run(program, 0, last, position, rows)
             if logits:  # the last segment is the classifier, wanted for the last row alone
-                await self._compute.run(program, last, last + 1, position, rows, rows - 1)
+                await compute.run(program, last, last + 1, position, rows, rows - 1)
         return self._logits[rows - 1] if logits else None
 
     @property
     def nodes(self) -> tuple[NodeReport, ...]:
         spec = self._model.spec
         return (NodeReport(0, "", "dairllm", spec.n_heads, spec.n_kv_heads, spec.ff_dim),)
+
+    @property
+    def paging(self) -> PagingMeters | None:
+        """What paging has read and waited for; None where nothing is paged."""
+        return None if self._paged is None else self._paged.meters
+
+    @property
+    def way(self) -> WayChoice | None:
+        """How blocks are read, as measured at `open`; None where nothing is paged."""
+        return None if self._paged is None else self._paged.choice
 
     @property
     def trouble(self) -> None:
@@ -112,3 +131,6 @@ class LocalNode:
         if self._program is not None:
             self._program = None
             del self._tokens, self._logits
+        if self._paged is not None:
+            paged, self._paged = self._paged, None
+            await paged.close()

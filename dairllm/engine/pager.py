@@ -1,0 +1,119 @@
+"""The pager: what is asked for, and when.
+
+A pass goes through the steps in order, again and again, so what will be needed next is known: the *outlook* of a step is the blocks that
+the steps from it on read. At each step the pager asks for what of the outlook is missing, and gives up for it what is not in it. So reads
+go on a whole outlook ahead while steps are computed, while nodes exchange, and between two tokens.
+
+Kept blocks are spread evenly over the pass: then the reads are, too, and disk and arithmetic are busy at the same time. Experts that rows
+are routed to are known only when the gate has been computed: their blocks are asked for then, ahead of all others, and those that were
+used last stay.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from dairllm.engine.paging_blocks import Blocks
+from dairllm.engine.paging_room import Division
+from dairllm.engine.paging_steps import Block, Step
+from dairllm.engine.paging_window import Window
+
+__all__ = ["Pager"]
+
+
+class Pager:
+    """One task steers it, step by step.
+
+    Args:
+        window: open; stays the caller's.
+        steps: of one program, in the order of a pass.
+        division: of the room.
+        readers: number of threads.
+
+    Attributes:
+        blocks: what is in memory.
+    """
+
+    def __init__(self, window: Window, steps: Sequence[Step], division: Division, readers: int) -> None:
+        self.steps = steps
+        self.blocks = Blocks(window, division.kept, division.ring, readers)
+        self._ring, self._length = division.ring, division.outlook
+        self._uses = [block for step in steps for block in step.blocks]
+        self._first_use: list[int] = []
+        count = 0
+        for step in steps:
+            self._first_use.append(count)
+            count += len(step.blocks)
+        self._outlooks: dict[int, tuple[tuple[Block, ...], frozenset[Block]]] = {}
+
+    def look_ahead(self, step: int) -> None:
+        """Ask for what is missing of a step's outlook. What is not in it may go, so nothing before the step may be in use."""
+        outlook, members = self._outlook(step)
+        missing = [block for block in outlook if not self.blocks.asked(block)]
+        if missing:
+            self.blocks.ask(missing, members)
+
+    def experts_fit(self, step: int, experts: Iterable[int]) -> bool:
+        """Whether experts of a step can be in memory together."""
+        return self._fit(self.needed(step, experts))
+
+    def _fit(self, blocks: Iterable[Block]) -> bool:
+        return sum(block not in self.blocks.kept for block in blocks) <= self._ring
+
+    def demand(self, step: int, experts: Iterable[int]) -> None:
+        """Ask for experts of a step, and, where there is room, of those that follow it in the same segment, ahead of all else."""
+        wanted = [block for expert in sorted(experts) for block in self._expert_blocks(step, expert)]
+        if not self._fit(wanted):
+            wanted = self.needed(step, experts)
+        missing = [block for block in dict.fromkeys(wanted) if not self.blocks.asked(block)]
+        if missing:
+            self.blocks.ask(missing, set(wanted), urgent=True)
+
+    def needed(self, step: int, experts: Iterable[int] = ()) -> list[Block]:
+        """What a step reads, given the experts that its rows are routed to."""
+        found = self.steps[step]
+        return list(dict.fromkeys([*found.blocks, *(block for expert in sorted(experts) for block in found.experts[expert])]))
+
+    def experts_end(self, step: int) -> int:
+        """The end of the steps of experts that begin with `step`."""
+        while step < len(self.steps) and self.steps[step].experts:
+            step += 1
+        return step
+
+    def extent(self, step: int, stop: int) -> int:
+        """The end of those steps from `step` on that can be computed with it in one call: they need nothing but kept blocks."""
+        kept, ready = self.blocks.kept, self.blocks.ready
+        step += 1
+        while step < stop and not self.steps[step].experts and all(block in kept and ready(block) for block in self.steps[step].blocks):
+            step += 1
+        return step
+
+    def close(self) -> None:
+        """End the reader threads."""
+        self.blocks.close()
+
+    def _outlook(self, step: int) -> tuple[tuple[Block, ...], frozenset[Block]]:
+        """What the steps from `step` on read next: as much as is asked for ahead, and kept blocks that have not been asked for yet."""
+        complete = self.blocks.kept_all
+        found = self._outlooks.get(step) if complete else None
+        if found is None:
+            ahead = dict.fromkeys(self._ahead(step, complete))
+            found = tuple(ahead), frozenset(ahead)
+            if complete:
+                self._outlooks[step] = found
+        return found
+
+    def _ahead(self, step: int, complete: bool) -> Iterator[Block]:
+        passing: set[Block] = set()
+        start, count = self._first_use[step], len(self._uses)
+        for place in range(start, start + count):
+            block = self._uses[place % count]
+            if block in self.blocks.kept:
+                if not complete:
+                    yield block
+                continue
+            passing.add(block)
+            if len(passing) > self._length:
+                return
+            yield block
+
+    def _expert_blocks(self, step: int, expert: int) -> list[Block]:
+        return sorted({block for number in range(step, self.experts_end(step)) for block in self.steps[number].experts[expert]})

@@ -1,0 +1,190 @@
+"""The blocks of a window: which are in memory, which are on their way, which are to go. Shared by the task that steers and the readers."""
+
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+
+from dairllm.engine.paging import PagingMeters
+from dairllm.engine.paging_readers import Readers
+from dairllm.engine.paging_steps import Block
+from dairllm.engine.paging_window import Window
+from dairllm.errors import EngineError
+
+__all__ = ["Blocks", "runs"]
+
+_READ_BYTES = 2 << 20
+"""The longest read of neighbouring blocks."""
+
+
+class Blocks:
+    """At most `ring` blocks pass through; those of `kept` come once and stay.
+
+    A block that is to make room is only named: whichever reader needs room first gives it up, before it reads. Until then it can be called
+    back. So there are never more blocks in memory than there is room for.
+    """
+
+    def __init__(self, window: Window, kept: frozenset[Block], ring: int, readers: int) -> None:
+        self.kept, self.meters = kept, PagingMeters()
+        self._window, self._ring = window, ring
+        self._lock = threading.Condition()
+        self._kept_asked: set[Block] = set()
+        self._passing: dict[Block, None] = {}
+        """In the ring or asked for, the least recently used first; never more than `ring`."""
+        self._to_go: dict[Block, None] = {}
+        """Still in memory."""
+        self._leaving: set[Block] = set()
+        """Being given up at this moment."""
+        self._occupied = 0
+        """Places of the ring that hold something or are being filled."""
+        self._ready: set[Block] = set()
+        self._failed: dict[Block, EngineError] = {}
+        self._awaited: set[Block] = set()
+        self._notify: Callable[[], None] | None = None
+        self._readers = Readers(readers)
+
+    # ------------------------------------------------------------------------------------------------- what the steering task calls
+    @property
+    def kept_all(self) -> bool:
+        """Whether all kept blocks have been asked for."""
+        return len(self._kept_asked) == len(self.kept)
+
+    def asked(self, block: Block) -> bool:
+        """Whether a block is in memory to stay there, or on its way."""
+        return block in self._passing or block in self._kept_asked
+
+    def ready(self, block: Block) -> bool:
+        return block in self._ready
+
+    def ask(self, missing: Sequence[Block], protected: frozenset[Block] | set[Block], *, urgent: bool = False) -> None:
+        """Ask for blocks that are not `asked`, in order, as far as there is room or what may go: what is in memory and not protected."""
+        reading: list[Block] = []
+        with self._lock:
+            for block in [block for block in self._failed if block not in protected]:
+                self._forget(block)
+            may_go = iter([block for block in self._passing if block not in protected and block in self._ready])
+            for block in missing:
+                if block in self.kept:
+                    self._kept_asked.add(block)
+                    reading.append(block)
+                    continue
+                if len(self._passing) >= self._ring:
+                    victim = next(may_go, None)
+                    if victim is None:
+                        break
+                    del self._passing[victim]
+                    self._ready.discard(victim)
+                    self._to_go[victim] = None
+                self._passing[block] = None
+                if block in self._to_go:  # called back
+                    del self._to_go[block]
+                    self._ready.add(block)
+                else:
+                    reading.append(block)
+        if reading:
+            longest = max(1, _READ_BYTES // self._window.block_bytes)
+            self._readers.submit([partial(self._read, first, count) for first, count in runs(reading, longest)], urgent=urgent)
+
+    def missing(self, blocks: Iterable[Block], notify: Callable[[], None]) -> int:
+        """How many of the blocks have still to come.
+
+        If any, a reader thread calls `notify` once: when all have come, reading one failed, or there is room for one that is not asked for.
+
+        Raises:
+            EngineError: reading one failed; the next time it is tried again.
+        """
+        with self._lock:
+            waited = {block for block in blocks if block not in self._ready}
+            for block in waited:
+                if block in self._failed:
+                    raise self._forget(block)
+            self._awaited, self._notify = waited, notify if waited else None
+            return len(waited)
+
+    def used(self, blocks: Iterable[Block]) -> None:
+        """These were computed with: the last to go."""
+        for block in blocks:
+            if block in self._passing:
+                del self._passing[block]
+                self._passing[block] = None
+
+    def call(self, work: Callable[[], None]) -> None:
+        """Have a reader thread do something else, next."""
+        self._readers.submit([work], urgent=True)
+
+    def count(self, nbytes: int) -> None:
+        """Bytes of the file that were read beside the blocks."""
+        with self._lock:
+            self.meters.bytes += nbytes
+
+    def close(self) -> None:
+        """End the reader threads."""
+        self._readers.close()
+
+    def _forget(self, block: Block) -> EngineError:
+        """The error of a block that failed, which may be asked for again."""
+        self._passing.pop(block, None)
+        self._kept_asked.discard(block)
+        return self._failed.pop(block)
+
+    # -------------------------------------------------------------------------------------------------------------- reader threads
+    def _read(self, first: Block, count: int) -> None:
+        blocks = range(first, first + count)
+        places = sum(block not in self.kept for block in blocks)
+        leaving: list[Block] = []
+        with self._lock:
+            while self._occupied + places > self._ring and self._to_go:
+                victim = next(iter(self._to_go))
+                del self._to_go[victim]
+                self._leaving.add(victim)
+                leaving.append(victim)
+                self._occupied -= 1
+            self._occupied += places
+        nbytes, error = 0, None
+        try:
+            self._release(leaving)
+            with self._lock:
+                while not self._leaving.isdisjoint(blocks):  # another reader is giving it up: not after it has come again
+                    self._lock.wait()
+            nbytes = self._window.load(first, count)
+        except EngineError as caught:
+            error = caught
+        except Exception as caught:  # whatever it is, someone waits for the block and must be told
+            error = EngineError(f"{self._window.path}: reading failed: {caught!r}")
+        self._came(blocks, places, nbytes, error)
+
+    def _release(self, leaving: Sequence[Block]) -> None:
+        try:
+            for start, length in runs(leaving, len(leaving)):
+                self._window.release(start, length)
+        finally:
+            if leaving:
+                with self._lock:
+                    self._leaving.difference_update(leaving)
+                    self._lock.notify_all()
+
+    def _came(self, blocks: range, places: int, nbytes: int, error: EngineError | None) -> None:
+        with self._lock:
+            self.meters.bytes += nbytes
+            if error is None:
+                self._ready.update(blocks)
+            else:
+                self._failed.update(dict.fromkeys(blocks, error))
+                self._occupied -= places
+            notify = None
+            if self._awaited:
+                self._awaited.difference_update(blocks)
+                if not self._awaited or error is not None or any(not self.asked(block) for block in self._awaited):
+                    self._awaited, notify, self._notify = set(), self._notify, None
+        if notify is not None:
+            notify()
+
+
+def runs(blocks: Sequence[Block], longest: int) -> list[tuple[Block, int]]:
+    """Blocks as runs of neighbours in the order given, each at most `longest`: (first, count)."""
+    found: list[tuple[Block, int]] = []
+    for block in blocks:
+        if found and found[-1][0] + found[-1][1] == block and found[-1][1] < longest:
+            found[-1] = found[-1][0], found[-1][1] + 1
+        else:
+            found.append((block, 1))
+    return found

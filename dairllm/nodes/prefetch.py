@@ -1,0 +1,218 @@
+"""Computing with weights that are not all in memory: the event loop's side of paging.
+
+`PagedCompute` takes the place of a node's `Compute`. It goes through a pass step by step: says where the pass has come to, so that reads go
+on ahead of it; waits for what the next step needs, if that is not there yet; has the step computed. Reader threads do the reading, compute
+threads the computing. What is asked for ahead is asked for at once, many blocks at a time, so nothing has to run on the loop for the disk
+to stay busy.
+"""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from dairllm.engine.pager import Pager
+from dairllm.engine.paging import PagingMeters, PagingSettings, weights_needs
+from dairllm.engine.paging_blocks import Blocks
+from dairllm.engine.paging_choice import WayChoice, choose_way
+from dairllm.engine.paging_room import divide
+from dairllm.engine.paging_steps import Block, program_steps
+from dairllm.engine.paging_weights import EmbeddingRows, PagedWeights
+from dairllm.engine.paging_window import Window, open_window
+from dairllm.engine.pieces import PIECE_BYTES
+from dairllm.engine.program import Program, compile_program
+from dairllm.engine.weights import Weights
+from dairllm.errors import EngineError
+from dairllm.formats.model_file import ModelFile
+from dairllm.graph.build import TOKEN_PIPE
+from dairllm.graph.types import NetworkConfig, NodeConfig
+from dairllm.net.compute import Compute
+from dairllm.net.runner import in_thread
+
+__all__ = ["PagedCompute", "open_paged"]
+
+
+async def open_paged(
+    network: NetworkConfig,
+    node: NodeConfig,
+    places: Weights,
+    model: ModelFile,
+    settings: PagingSettings,
+    compute: Compute[Program],
+    *,
+    n_threads: int,
+) -> "PagedCompute":
+    """A node's program over the blocks of its model file, and what computes it.
+
+    Args:
+        places: where the node's weights lie in the file.
+        compute: open; stays the caller's.
+
+    Raises:
+        EngineError: the file is another one by now, or cannot be read.
+        GraphError: something of the graph cannot be computed.
+        LimitError: there is less room than the least that works.
+    """
+
+    def prepare() -> PagedCompute:
+        needs = weights_needs(network, node, places, block_bytes=settings.block_bytes)
+        choice = choose_way(model.path, model.stamp, needs.block_bytes, settings.way, settings.readers)
+        window = open_window(choice.way, model.path, model.stamp, needs.block_bytes)
+        weights = None
+        try:
+            weights = PagedWeights(places, window)
+            program = compile_program(network, node, weights, n_threads=n_threads, piece_bytes=PIECE_BYTES)
+            steps, starts = program_steps(program, needs.block_bytes)
+            pager = Pager(window, steps, divide(steps, needs, settings), choice.readers)
+        except BaseException:
+            if weights is not None:
+                weights.close()
+            window.close()
+            raise
+        return PagedCompute(compute, program, pager, starts, window, weights, choice)
+
+    return await in_thread("prepare", prepare)
+
+
+class PagedCompute:
+    """Computes one program, from `open_paged` to `close`. One task at a time computes.
+
+    Attributes:
+        program: the node's.
+        choice: how the file is read.
+    """
+
+    def __init__(
+        self,
+        compute: Compute[Program],
+        program: Program,
+        pager: Pager,
+        starts: Sequence[int],
+        window: Window,
+        weights: PagedWeights,
+        choice: WayChoice,
+    ) -> None:
+        self.program, self.choice = program, choice
+        self._compute, self._pager, self._starts = compute, pager, starts
+        self._stepwise = program.with_segments([(step.first, step.stop) for step in pager.steps])
+        self._window, self._weights = window, weights
+        self._embedding_steps = {
+            number for number, step in enumerate(pager.steps) for record, _ in program.embeddings if step.first <= record < step.stop
+        }
+
+    @property
+    def meters(self) -> PagingMeters:
+        return self._pager.blocks.meters
+
+    async def run(self, program: Program, first: int, stop: int, position: int, rows: int, first_row: int = 0) -> None:
+        """As `Compute.run`, of this program. Raises as well:
+
+        EngineError: a block cannot be read; the file was cut or written to.
+        """
+        if program is not self.program:
+            raise EngineError("paging was made for another program")
+        self._window.check()
+        step, end = self._starts[first], self._starts[stop]
+        while step < end:
+            self._pager.look_ahead(step)
+            if step in self._embedding_steps:
+                await self._embed(first_row, rows)
+            if self._pager.steps[step].experts:
+                following = self._pager.experts_end(step)
+                await self._run_experts(step, min(following, end), position, rows, first_row)
+                step = following
+                continue
+            needed = self._pager.needed(step)
+            await self._there(needed, partial(self._pager.look_ahead, step))
+            following = self._pager.extent(step, end)
+            await self._compute.run(self._stepwise, step, following, position, rows, first_row)
+            self._pager.blocks.used(needed)
+            step = following
+        self._pager.look_ahead(end % len(self._pager.steps))
+        self._window.check()  # what was written into the file meanwhile may have been computed with
+
+    async def _run_experts(self, first: int, stop: int, position: int, rows: int, first_row: int) -> None:
+        """Steps of experts: all rows together where there is room for all experts that they go through, else row by row."""
+        record = self._pager.steps[first].expert_record
+        chosen = self.program.experts(record, rows, first_row)
+        if all(self._pager.experts_fit(step, chosen) for step in range(first, stop)):
+            await self._run_chosen(first, stop, chosen, position, rows, first_row)
+            return
+        for row in range(first_row, rows):
+            await self._run_chosen(first, stop, self.program.experts(record, row + 1, row), position, row + 1, row)
+
+    async def _run_chosen(self, first: int, stop: int, chosen: set[int], position: int, rows: int, first_row: int) -> None:
+        for step in range(first, stop):
+            ask = partial(self._pager.demand, step, chosen)
+            ask()
+            needed = self._pager.needed(step, chosen)
+            await self._there(needed, ask)
+            await self._compute.run(self._stepwise, step, step + 1, position, rows, first_row)
+            self._pager.blocks.used(needed)
+
+    async def _there(self, needed: Sequence[Block], ask: Callable[[], None]) -> None:
+        """Wait until blocks are in memory. `ask` is called again as room becomes free."""
+        blocks, meters = self._pager.blocks, self.meters
+        loop = asyncio.get_running_loop()
+        come = asyncio.Event()
+
+        def notify() -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
+                loop.call_soon_threadsafe(come.set)
+
+        missing = blocks.missing(needed, notify)
+        meters.hits += len(needed) - missing
+        meters.misses += missing
+        if missing:
+            begun = time.perf_counter()
+            while missing:
+                if not all(blocks.asked(block) for block in needed):
+                    ask()  # what came since the last time may go by now; what comes from now on notifies
+                await come.wait()
+                come.clear()
+                missing = blocks.missing(needed, notify)
+            meters.wait_seconds += time.perf_counter() - begun
+
+    async def _embed(self, first_row: int, rows: int) -> None:
+        """Bring the embedding's rows for the tokens of a pass."""
+        embedding = self._weights.embedding
+        if embedding is None:
+            return
+        tokens = [int(token) for token in self.program.values(TOKEN_PIPE)[first_row:rows, 0]]
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[None] = loop.create_future()
+        self._pager.blocks.call(partial(_load_rows, embedding, tokens, loop, done, self._pager.blocks))
+        await done
+
+    async def close(self) -> None:
+        """Give all up. Nothing is being computed."""
+
+        def close() -> None:
+            self._pager.close()
+            self._weights.close()
+            self._window.close()
+
+        await in_thread("close", close)
+
+
+def _load_rows(
+    embedding: EmbeddingRows, tokens: Sequence[int], loop: asyncio.AbstractEventLoop, done: asyncio.Future[None], blocks: Blocks
+) -> None:
+    """On a reader thread."""
+    error: EngineError | None = None
+    try:
+        blocks.count(embedding.load(tokens))
+    except EngineError as caught:
+        error = caught
+
+    def settle() -> None:
+        if done.done():
+            return
+        if error is None:
+            done.set_result(None)
+        else:
+            done.set_exception(error)
+
+    with contextlib.suppress(RuntimeError):
+        loop.call_soon_threadsafe(settle)
