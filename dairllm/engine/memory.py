@@ -161,14 +161,15 @@ def buffer_roles(node: NodeConfig) -> tuple[Role, ...]:
     return tuple(roles)
 
 
-def _wants_rows(node: NodeConfig, buffer: int) -> bool:
-    """Whether a matmul reads this buffer row by row whatever the batch: experts, and a number of outputs that tiles do not divide."""
-    return any(
-        op.code == OpCode.MATMUL
-        and op.input == Pointer(PointerSource.BUFFER, buffer, PointerType.BATCH)
-        and (op.weight_size.z > 1 or op.weight_size.x % 8 != 0)
+def _wanting_rows(node: NodeConfig) -> frozenset[int]:
+    """The buffers that a matmul reads row by row whatever the batch: experts, and a number of outputs that tiles do not divide."""
+    return frozenset(
+        op.input.index
         for segment in node.segments
         for op in segment.ops
+        if op.code == OpCode.MATMUL
+        and op.input == Pointer(PointerSource.BUFFER, op.input.index, PointerType.BATCH)
+        and (op.weight_size.z > 1 or op.weight_size.x % 8 != 0)
     )
 
 
@@ -189,6 +190,7 @@ class Layout:
         self._check_caches()
         self.rows = -(-network.n_batches // TILE_COLUMNS) * TILE_COLUMNS
         self.roles = buffer_roles(node)
+        self._wanting_rows = _wanting_rows(node)
         self.nbytes = self.cache_bytes = 0  # of all; of KV caches
         self._places: dict[tuple[str, int], int] = {}
         self._memory: NDArray[np.uint8] | None = None
@@ -323,7 +325,7 @@ class Layout:
     def packed(self, index: int) -> Packed:
         size = self.node.buffers[index].size
         panels, tiles = self._packed_bytes(size)
-        always = size.z > 1 or _wants_rows(self.node, index)
+        always = size.z > 1 or index in self._wanting_rows
         return Packed(
             self.address("panels", index),
             panels,
