@@ -6,6 +6,7 @@ import random
 import re
 import shutil
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -161,10 +162,8 @@ async def test_ids_are_the_same_and_no_weights_are_sent(
 def test_even_for_the_largest_models_less_than_a_mebibyte_is_said() -> None:
     """All that is said to a worker before the first control packet, of a model of 405 billion parameters, and one of 128 experts."""
     large = [
-        ModelSpec(
-            **{**plain(small_spec()), "dim": 16384, "n_layers": 126, "n_heads": 128, "n_kv_heads": 8, "head_dim": 128, "hidden_dim": 53248}
-        ),
-        ModelSpec(**{**plain(small_spec(Architecture.QWEN3_MOE)), "dim": 4096, "n_layers": 94, "n_experts": 128}),
+        replace(small_spec(), dim=16384, n_layers=126, n_heads=128, n_kv_heads=8, head_dim=128, hidden_dim=53248),
+        replace(small_spec(Architecture.QWEN3_MOE), dim=4096, n_layers=94, n_experts=128),
     ]
     for spec, n_nodes in ((large[0], 5), (large[1], 2)):
         shares = deal_shares(spec, nearly_equal_sizes(spec, n_nodes))
@@ -173,10 +172,6 @@ def test_even_for_the_largest_models_less_than_a_mebibyte_is_said() -> None:
             graph = build_node(spec, network, node, share)
             said = encode_network(network, MARKER) + write_references(weight_references(spec, share, graph)) + encode_node(graph)
             assert len(said) < MIB
-
-
-def plain(spec: ModelSpec) -> dict[str, Any]:
-    return {name: getattr(spec, name) for name in spec.__dataclass_fields__}
 
 
 async def test_a_worker_with_another_model_is_sent_weights(
