@@ -103,6 +103,9 @@ PagingWay = Annotated[
     ),
 ]
 Readers = Annotated[str | None, typer.Option(metavar="auto|N", help="Threads that read weights ahead.  [default: auto]")]
+KvCache = Annotated[
+    str | None, typer.Option(metavar="f32|q80", help="How keys and values are kept; q80 takes a quarter of the memory.  [default: f32]")
+]
 LogFormat = Annotated[
     str | None, typer.Option(metavar="auto|console|json", help="How logs are written.  [default: auto, console at a terminal, else json]")
 ]
@@ -150,9 +153,12 @@ def worker(
     model: Annotated[
         Path | None, typer.Option(metavar="F.m", help="The root's model on a disk of this machine: no weights cross the network.")
     ] = None,
+    kv_cache: KvCache = None,
     memory_limit: MemoryLimit = None,
     threads: Threads = None,
     kernels: Kernels = None,
+    paging: PagingWay = None,
+    readers: Readers = None,
     metrics_port: Annotated[
         str | None, typer.Option(metavar="auto|PORT", help="Port of /healthz, /readyz and /metrics.  [default: auto, 1000 above --port]")
     ] = None,
@@ -170,7 +176,10 @@ def worker(
             "worker.model": ("--model", _text(model)),
             "worker.threads": ("--threads", _number_or_word(threads)),
             "worker.kernels": ("--kernels", kernels),
+            "worker.kv_cache": ("--kv-cache", kv_cache),
             "limits.memory": ("--memory-limit", memory_limit),
+            "paging.way": ("--paging", paging),
+            "paging.readers": ("--readers", _number_or_word(readers)),
             "metrics.port": ("--metrics-port", _number_or_word(metrics_port)),
             "log.format": ("--log-format", log_format),
             "log.level": ("--log-level", log_level),
@@ -207,6 +216,7 @@ def generate(
     sync: Sync = None,
     threads: Threads = None,
     kernels: Kernels = None,
+    kv_cache: KvCache = None,
     memory_limit: MemoryLimit = None,
     paging: PagingWay = None,
     readers: Readers = None,
@@ -233,6 +243,7 @@ def generate(
         "engine.threads": ("--threads", _number_or_word(threads)),
         "engine.kernels": ("--kernels", kernels),
         "engine.sync": ("--sync", sync),
+        "engine.kv_cache": ("--kv-cache", kv_cache),
         "limits.memory": ("--memory-limit", memory_limit),
         "paging.way": ("--paging", paging),
         "paging.readers": ("--readers", _number_or_word(readers)),
@@ -268,6 +279,7 @@ def serve(
     sync: Sync = None,
     threads: Threads = None,
     kernels: Kernels = None,
+    kv_cache: KvCache = None,
     memory_limit: MemoryLimit = None,
     paging: PagingWay = None,
     readers: Readers = None,
@@ -295,6 +307,7 @@ def serve(
             "engine.threads": ("--threads", _number_or_word(threads)),
             "engine.kernels": ("--kernels", kernels),
             "engine.sync": ("--sync", sync),
+            "engine.kv_cache": ("--kv-cache", kv_cache),
             "limits.memory": ("--memory-limit", memory_limit),
             "paging.way": ("--paging", paging),
             "paging.readers": ("--readers", _number_or_word(readers)),
@@ -347,6 +360,7 @@ def inspect(
 @app.command()
 def plan(
     model: Annotated[Path, typer.Argument(metavar="F.m", help="Model file.")],
+    kv_cache: KvCache = None,
     memory_limit: MemoryLimit = None,
     nodes: Annotated[int | None, typer.Option(metavar="N", help="Nodes that share the model, the root included.  [default: 1]")] = None,
     shares: Shares = None,
@@ -359,6 +373,7 @@ def plan(
     from dairllm.commands import plan as command
 
     flags = {
+        "engine.kv_cache": ("--kv-cache", kv_cache),
         "limits.memory": ("--memory-limit", memory_limit),
         "cluster.shares": ("--shares", shares),
         "engine.sync": ("--sync", sync),

@@ -167,6 +167,7 @@ Seconds = Annotated[float, BeforeValidator(_duration("10ms", "24h"))]
 WholeSeconds = Annotated[float, BeforeValidator(_duration("1s", "1h"))]
 Port = Annotated[int, Field(ge=0, le=65535)]
 Threads = Annotated[int | Literal["auto"], BeforeValidator(_auto_or(1, 1024))]
+KvCache = Literal["f32", "q80"]
 Kernels = Literal["auto", "portable", "avx2", "avxvnni", "avx512vnni"]
 Count = Annotated[int, Field(ge=1, le=MAX_ID)]
 
@@ -188,11 +189,20 @@ class Worker(_Section):
     model: str | None = None
     threads: Threads = "auto"
     kernels: Kernels = "auto"
+    kv_cache: KvCache = "f32"
     overlap: bool = True
 
     @property
     def n_threads(self) -> int:
         return thread_count(self.threads)
+
+
+class Paging(_Section):
+    """How weights that do not fit into memory are read from the model's file."""
+
+    way: Literal["auto", "map", "buffered", "direct"] = "auto"
+    readers: Annotated[int | Literal["auto"], BeforeValidator(_auto_or(1, 64))] = "auto"
+    policy: Literal["pinned", "lru"] = "pinned"
 
 
 class Limits(_Section):
@@ -241,6 +251,7 @@ class WorkerSettings(_Section):
 
     worker: Worker = Worker()
     limits: Limits = Limits()
+    paging: Paging = Paging()
     deadlines: Deadlines = Deadlines()
     keepalive: Keepalive = Keepalive()
     metrics: Metrics = Metrics()
@@ -279,6 +290,7 @@ class Engine(_Section):
     threads: Threads = "auto"
     kernels: Kernels = "auto"
     sync: Literal["auto", "q80", "f32"] = "auto"
+    kv_cache: KvCache = "f32"
     overlap: bool = True
 
     @property
@@ -290,14 +302,6 @@ class RootLimits(_Section):
     """How much of this machine the root may take."""
 
     memory: Annotated[MemoryAmount, BeforeValidator(MemoryAmount.parse)] = MemoryAmount("80%", share=0.8)
-
-
-class Paging(_Section):
-    """How weights that do not fit into memory are read from the model's file."""
-
-    way: Literal["auto", "map", "buffered", "direct"] = "auto"
-    readers: Annotated[int | Literal["auto"], BeforeValidator(_auto_or(1, 64))] = "auto"
-    policy: Literal["pinned", "lru"] = "pinned"
 
 
 class Sampling(_Section):

@@ -17,6 +17,7 @@ from dairllm.commands.logits_file import LogitsFile
 from dairllm.commands.progress import COMPILING, byte_bar, waiting
 from dairllm.commands.root_node import planned_model, root_node
 from dairllm.engine.executor import Executor
+from dairllm.engine.paging import PagingMeters
 from dairllm.engine.program import Program
 from dairllm.engine.sampler import Sampler
 from dairllm.errors import ConfigError
@@ -99,7 +100,7 @@ async def _generate(
             )
             text = await _stream(generation, tokenizer, quiet=options.json)
             if options.json:
-                await say(json.dumps(_report(generation, text, node.nodes, executor)) + "\n")
+                await say(json.dumps(_report(generation, text, node.nodes, executor, node.paging, plan)) + "\n")
 
 
 async def _stream(generation: Generation, tokenizer: Tokenizer | None, *, quiet: bool) -> str:
@@ -129,7 +130,9 @@ async def say(text: str) -> None:
         sys.stdout.flush()
 
 
-def _report(generation: Generation, text: str, nodes: tuple[NodeReport, ...], executor: Executor) -> dict[str, Any]:
+def _report(
+    generation: Generation, text: str, nodes: tuple[NodeReport, ...], executor: Executor, paging: PagingMeters | None, plan: MemoryPlan
+) -> dict[str, Any]:
     own, *others = [dataclasses.asdict(node) for node in nodes]
     return {
         "prompt_ids": list(generation.prompt_ids),
@@ -141,5 +144,13 @@ def _report(generation: Generation, text: str, nodes: tuple[NodeReport, ...], ex
         "decode_tokens_per_second": round(generation.decode_tokens_per_second, 3),
         "peak_rss_bytes": machine.peak_rss_bytes(),
         **{name: own[name] for name in ("bytes_sent", "bytes_received", "weight_bytes_sent")},
+        "weight_bytes_read": 0 if paging is None else paging.bytes,
+        "paging": None if paging is None else dataclasses.asdict(paging),
+        "memory": {
+            "limit_bytes": plan.limit,
+            "planned_bytes": plan.total,
+            "max_seq_len": plan.seq_len,
+            "missing_bytes_a_token": plan.missing,
+        },
         "nodes": [own | {"kernels": executor.form, "threads": executor.n_threads}, *others],
     }

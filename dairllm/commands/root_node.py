@@ -14,7 +14,7 @@ from dairllm.graph.build import N_BATCHES, build_graph, build_network, build_nod
 from dairllm.graph.slicing import Share, deal_shares, nearly_equal_sizes, parse_shares
 from dairllm.graph.types import FloatType, NetworkConfig, NodeConfig
 from dairllm.nodes.local import LocalNode, default_sync
-from dairllm.nodes.memory_plan import BATCH_ROWS, MemoryPlan, plan_memory
+from dairllm.nodes.memory_plan import MemoryPlan, plan_memory
 
 if TYPE_CHECKING:
     from dairllm.engine.program import Program
@@ -49,14 +49,14 @@ def planned_model(settings: RootSettings) -> Iterator[tuple[ModelFile, MemoryPla
 def plan_of(settings: RootSettings, model: ModelFile, node: int = 0) -> MemoryPlan:
     """The plan of a node of the cluster that the settings describe, by default of the root. Raises as `planned_model`."""
     n_nodes, sync = len(settings.cluster.workers) + 1, _sync(settings, model)
-    limit, chosen = settings.limits.memory, settings.model.max_seq_len
+    limit, chosen, kv_cache = settings.limits.memory, settings.model.max_seq_len, FloatType[settings.engine.kv_cache.upper()]
     if n_nodes == 1:
 
         def alone(seq_len: int, rows: int) -> tuple[NetworkConfig, NodeConfig]:
             network, (only,) = build_graph(replace(model.spec, seq_len=seq_len), 1, sync, rows)
             return network, only
 
-        return plan_memory(model, alone, limit, max_seq_len=chosen, rows=BATCH_ROWS)
+        return plan_memory(model, alone, limit, max_seq_len=chosen, kv_cache=kv_cache)
     shares = _shares(settings, model, n_nodes)
 
     def shared(seq_len: int, rows: int) -> tuple[NetworkConfig, NodeConfig]:
@@ -64,7 +64,7 @@ def plan_of(settings: RootSettings, model: ModelFile, node: int = 0) -> MemoryPl
         network = build_network(spec, shares, sync, rows)
         return network, build_node(spec, network, node, shares[node])
 
-    return plan_memory(model, shared, limit, share=shares[node], max_seq_len=chosen, rows=(N_BATCHES,))
+    return plan_memory(model, shared, limit, share=shares[node], max_seq_len=chosen, rows=(N_BATCHES,), kv_cache=kv_cache)
 
 
 def root_node(settings: RootSettings, model: ModelFile, compute: "Compute[Program]", plan: MemoryPlan) -> "LocalNode | Cluster":
@@ -75,8 +75,9 @@ def root_node(settings: RootSettings, model: ModelFile, compute: "Compute[Progra
         ConfigError: workers and shares are not the same number.
     """
     n_threads, workers, sync = settings.engine.n_threads, settings.cluster.workers, _sync(settings, model)
+    kv_cache, paging = FloatType[settings.engine.kv_cache.upper()], paging_settings(settings, plan)
     if not workers:
-        return LocalNode(model, compute, n_threads=n_threads, sync=sync, paging=paging_settings(settings, plan))
+        return LocalNode(model, compute, n_threads=n_threads, sync=sync, rows=plan.rows, kv_cache=kv_cache, paging=paging)
     from dairllm.nodes.root import Cluster
 
     return Cluster(
@@ -86,6 +87,8 @@ def root_node(settings: RootSettings, model: ModelFile, compute: "Compute[Progra
         n_threads=n_threads,
         sizes=None if settings.cluster.shares is None else parse_shares(settings.cluster.shares),
         sync=sync,
+        kv_cache=kv_cache,
+        paging=paging,
         overlap=settings.engine.overlap,
         deadlines=settings.deadlines,
         keepalive=settings.keepalive,

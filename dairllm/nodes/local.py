@@ -8,15 +8,14 @@ from numpy.typing import NDArray
 
 from dairllm.engine.paging import PagingMeters, PagingSettings
 from dairllm.engine.paging_choice import WayChoice
-from dairllm.engine.program import Program, compile_program
+from dairllm.engine.program import Program
 from dairllm.engine.weights import FileWeights
 from dairllm.errors import EngineError
 from dairllm.formats.model_file import ModelFile
 from dairllm.graph.build import LOGITS_PIPE, TOKEN_PIPE, build_graph
 from dairllm.graph.types import FloatType
 from dairllm.net.compute import Compute
-from dairllm.net.runner import in_thread
-from dairllm.nodes.prefetch import PagedCompute, open_paged
+from dairllm.nodes.node_program import NodeProgram, open_program
 from dairllm.nodes.report import NodeReport
 
 __all__ = ["PROMPT_ROWS", "LocalNode", "default_sync"]
@@ -40,6 +39,8 @@ class LocalNode:
         model: stays the caller's and must stay open; its spec's seq_len is the context length.
         compute: the caller's too; its executor, of `n_threads`, must have been started before `open`.
         sync: type of the pipe ZQ; `default_sync` if None.
+        rows: of a prompt that go through the layers together.
+        kv_cache: F32 or Q80.
         paging: room for part of the weights; all are used in place if None.
 
     Raises:
@@ -53,16 +54,17 @@ class LocalNode:
         *,
         n_threads: int,
         sync: FloatType | None = None,
+        rows: int | None = None,
+        kv_cache: FloatType = FloatType.F32,
         paging: PagingSettings | None = None,
     ) -> None:
         spec = model.spec
         self.seq_len, self.vocab_size = spec.seq_len, spec.vocab_size
-        self.n_batches = min(PROMPT_ROWS, spec.seq_len)
+        self.n_batches = min(PROMPT_ROWS if rows is None else rows, spec.seq_len)
         self.n_threads = n_threads
-        self._model, self._compute, self._paging = model, compute, paging
+        self._model, self._compute, self._kv_cache, self._paging = model, compute, kv_cache, paging
         self._graph = build_graph(spec, 1, default_sync(spec.weight_type) if sync is None else sync, self.n_batches)
-        self._program: Program | None = None
-        self._paged: PagedCompute | None = None
+        self._own: NodeProgram | None = None
 
     async def open(self, progress: Callable[[str, int, int], None] | None = None) -> None:
         """Make the program. `progress` is a cluster's: here nothing is sent.
@@ -71,14 +73,11 @@ class LocalNode:
             GraphError: something of the model cannot be computed.
         """
         network, (node,) = self._graph
-        weights = FileWeights(self._model)
-        if self._paging is None:
-            program = await in_thread("prepare", lambda: compile_program(network, node, weights, n_threads=self.n_threads))
-        else:
-            self._paged = await open_paged(network, node, weights, self._model, self._paging, self._compute, n_threads=self.n_threads)
-            program = self._paged.program
-        self._tokens, self._logits = (program.values(pipe) for pipe in (TOKEN_PIPE, LOGITS_PIPE))
-        self._program = program
+        paged = None if self._paging is None else (self._model, self._paging)
+        self._own = own = await open_program(
+            network, node, FileWeights(self._model), self._compute, n_threads=self.n_threads, kv_cache=self._kv_cache, paged=paged
+        )
+        self._tokens, self._logits = (own.program.values(pipe) for pipe in (TOKEN_PIPE, LOGITS_PIPE))
 
     async def feed(self, tokens: Sequence[int], position: int, *, logits: bool) -> NDArray[np.float32] | None:
         """As `Model.feed`; the logits are a view.
@@ -86,8 +85,8 @@ class LocalNode:
         Raises:
             EngineError: no token or too many, one outside of the vocabulary, no room for them, or the node is not open.
         """
-        program, rows = self._program, len(tokens)
-        if program is None:
+        own, rows = self._own, len(tokens)
+        if own is None:
             raise EngineError("the node is not open")
         if not 1 <= rows <= self.n_batches or min(tokens) < 0 or max(tokens) >= self.vocab_size:
             raise EngineError(f"expected 1 to {self.n_batches} tokens with ids in 0..{self.vocab_size - 1}, found {rows}")
@@ -96,8 +95,8 @@ class LocalNode:
         # Where computing never waits, nothing else does: here signals and other tasks get their turn.
         await asyncio.sleep(0)
         self._tokens[:rows, 0] = tokens
+        program, compute = own.program, own.compute
         last = program.n_segments - 1
-        compute = self._paged or self._compute
         if rows == 1 and logits:
             await compute.run(program, 0, last + 1, position, 1)
         else:
@@ -114,12 +113,12 @@ class LocalNode:
     @property
     def paging(self) -> PagingMeters | None:
         """What paging has read and waited for; None where nothing is paged."""
-        return None if self._paged is None else self._paged.meters
+        return None if self._own is None else self._own.paging
 
     @property
     def way(self) -> WayChoice | None:
         """How blocks are read, as measured at `open`; None where nothing is paged."""
-        return None if self._paged is None else self._paged.choice
+        return None if self._own is None else self._own.way
 
     @property
     def trouble(self) -> None:
@@ -128,9 +127,7 @@ class LocalNode:
 
     async def close(self) -> None:
         """Give up the program's memory. Nothing is being computed: a pass ends before whoever awaits it goes on."""
-        if self._program is not None:
-            self._program = None
+        if self._own is not None:
+            own, self._own = self._own, None
             del self._tokens, self._logits
-        if self._paged is not None:
-            paged, self._paged = self._paged, None
-            await paged.close()
+            await own.close()

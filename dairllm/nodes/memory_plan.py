@@ -18,7 +18,7 @@ from dairllm.engine.tables import table_bytes
 from dairllm.errors import LimitError
 from dairllm.formats.model_file import ModelFile
 from dairllm.graph.slicing import Share
-from dairllm.graph.types import NetworkConfig, NodeConfig
+from dairllm.graph.types import FloatType, NetworkConfig, NodeConfig
 from dairllm.units import format_size
 
 __all__ = ["BATCH_ROWS", "BuildGraph", "MemoryPlan", "plan_memory"]
@@ -129,6 +129,7 @@ def plan_memory(
     share: Share | None = None,
     max_seq_len: int | None = None,
     rows: Sequence[int] = BATCH_ROWS,
+    kv_cache: FloatType = FloatType.F32,
     runtime: int | None = None,
 ) -> MemoryPlan:
     """Decide context, batch and room for weights.
@@ -138,6 +139,7 @@ def plan_memory(
         share: of the node; None for all of the model.
         max_seq_len: a context that somebody chose.
         rows: batches to choose from, the largest first.
+        kv_cache: F32 or Q80.
         runtime: what the process holds beside model and caches; estimated from what it holds now if None.
 
     Raises:
@@ -149,7 +151,7 @@ def plan_memory(
     for seq_len in _contexts(model.spec.seq_len, max_seq_len):
         least = max_seq_len is not None or seq_len <= _LEAST_CONTEXT
         for count in rows:
-            plan = _plan(model, share, build(seq_len, min(count, seq_len)), (nbytes, str(limit), seq_len, runtime))
+            plan = _plan(model, share, build(seq_len, min(count, seq_len)), kv_cache, (nbytes, str(limit), seq_len, runtime))
             if plan.smallest <= nbytes and (least or plan.kv_cache <= nbytes // 4) and (count == rows[-1] or plan.is_roomy):
                 return plan
     raise LimitError(_too_small(plan))
@@ -166,10 +168,12 @@ def _contexts(longest: int, chosen: int | None) -> Iterator[int]:
         yield longest
 
 
-def _plan(model: ModelFile, share: Share | None, graph: tuple[NetworkConfig, NodeConfig], given: tuple[int, str, int, int]) -> MemoryPlan:
+def _plan(
+    model: ModelFile, share: Share | None, graph: tuple[NetworkConfig, NodeConfig], kv_cache: FloatType, given: tuple[int, str, int, int]
+) -> MemoryPlan:
     limit, text, seq_len, runtime = given
     network, node = graph
-    layout = Layout(network, node)
+    layout = Layout(network, node, kv_cache)
     needs = paging_needs(network, node, model, share)
     buffers = layout.nbytes - layout.cache_bytes + table_bytes(node) + needs.copied_bytes
     room = max(0, (limit - runtime - layout.cache_bytes - buffers) // needs.block_bytes)

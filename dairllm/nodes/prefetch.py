@@ -26,7 +26,7 @@ from dairllm.engine.weights import Weights
 from dairllm.errors import EngineError
 from dairllm.formats.model_file import ModelFile
 from dairllm.graph.build import TOKEN_PIPE
-from dairllm.graph.types import NetworkConfig, NodeConfig
+from dairllm.graph.types import FloatType, NetworkConfig, NodeConfig
 from dairllm.net.compute import Compute
 from dairllm.net.runner import in_thread
 
@@ -42,12 +42,14 @@ async def open_paged(
     compute: Compute[Program],
     *,
     n_threads: int,
+    kv_cache: FloatType = FloatType.F32,
 ) -> "PagedCompute":
     """A node's program over the blocks of its model file, and what computes it.
 
     Args:
         places: where the node's weights lie in the file.
         compute: open; stays the caller's.
+        kv_cache: F32 or Q80.
 
     Raises:
         EngineError: the file is another one by now, or cannot be read.
@@ -62,7 +64,7 @@ async def open_paged(
         weights = None
         try:
             weights = PagedWeights(places, window)
-            program = compile_program(network, node, weights, n_threads=n_threads, piece_bytes=PIECE_BYTES)
+            program = compile_program(network, node, weights, n_threads=n_threads, piece_bytes=PIECE_BYTES, kv_cache=kv_cache)
             steps, starts = program_steps(program, needs.block_bytes)
             pager = Pager(window, steps, divide(steps, needs, settings), choice.readers)
         except BaseException:

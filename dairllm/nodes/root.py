@@ -20,7 +20,8 @@ import structlog
 from numpy.typing import NDArray
 
 from dairllm.config import Keepalive, RootDeadlines, WorkerAddress
-from dairllm.engine.program import Program, compile_program
+from dairllm.engine.paging import PagingMeters, PagingSettings
+from dairllm.engine.program import Program
 from dairllm.engine.weights import FileWeights
 from dairllm.errors import ConfigError, DairllmError, EngineError, NetworkError, RemoteProtocolError
 from dairllm.formats.digest import WORTH_KEEPING, model_digests
@@ -34,6 +35,7 @@ from dairllm.graph.types import FloatType
 from dairllm.net.compute import Compute
 from dairllm.net.runner import in_thread
 from dairllm.nodes.local import default_sync
+from dairllm.nodes.node_program import NodeProgram, open_program
 from dairllm.nodes.remote_worker import FAREWELL_SECONDS, RemoteWorker
 from dairllm.nodes.report import NodeReport
 from dairllm.nodes.tensor_pass import TensorPass
@@ -70,7 +72,10 @@ class Cluster:
         n_threads: of its executor.
         sizes: of each node's share, the root's first; nearly equal ones if None.
         sync: what crosses the wire; `default_sync` if None.
-        overlap: compute large batches in two parts, one on the wire while the other is computed.
+        kv_cache: F32 or Q80; the root's own choice.
+        paging: room for part of the root's weights; all are used in place if None.
+        overlap: compute large batches in two parts, one on the wire while the other is computed. Not where weights are paged: they would be
+            read twice.
 
     Raises:
         ConfigError: no workers, or another number of sizes than of nodes.
@@ -86,6 +91,8 @@ class Cluster:
         n_threads: int,
         sizes: Sequence[ShareSize] | None = None,
         sync: FloatType | None = None,
+        kv_cache: FloatType = FloatType.F32,
+        paging: PagingSettings | None = None,
         overlap: bool = True,
         deadlines: RootDeadlines | None = None,
         keepalive: Keepalive | None = None,
@@ -98,6 +105,8 @@ class Cluster:
         spec = model.spec
         self.seq_len, self.vocab_size = spec.seq_len, spec.vocab_size
         self._model, self._compute, self._n_threads, self._overlap = model, compute, n_threads, overlap
+        self._kv_cache, self._paging = kv_cache, paging
+        self._own: NodeProgram | None = None
         self._deadlines, self._keepalive = deadlines or RootDeadlines(), keepalive or Keepalive()
         shares = deal_shares(spec, nearly_equal_sizes(spec, n_nodes) if sizes is None else sizes)
         self._network = build_network(spec, shares, default_sync(spec.weight_type) if sync is None else sync)
@@ -128,6 +137,11 @@ class Cluster:
         return self._meter.seconds
 
     @property
+    def paging(self) -> PagingMeters | None:
+        """What paging of the root's share has read and waited for; None where nothing is paged."""
+        return None if self._own is None else self._own.paging
+
+    @property
     def trouble(self) -> str | None:
         """Why the cluster cannot be used any more, as far as that shows between two passes; None while it can."""
         gone = [worker.name for worker in self._workers if worker.link.is_hung_up]
@@ -143,7 +157,11 @@ class Cluster:
             EngineError: the root's own share cannot be computed.
         """
         self._identity = await in_thread("digests", lambda: self._identify(progress))
-        self._program = await in_thread("compile", self._compile)
+        weights = FileWeights(self._model, self._share)
+        paged = None if self._paging is None else (self._model, self._paging)
+        self._own = own = await open_program(
+            self._network, self._node, weights, self._compute, n_threads=self._n_threads, kv_cache=self._kv_cache, paged=paged
+        )
         try:
             await self._dial()
             await self._introduce()
@@ -154,11 +172,10 @@ class Cluster:
             raise
         connections = {worker.node: worker.link for worker in self._workers}
         links = {worker.node: worker.wire for worker in self._workers}
-        silence = self._deadlines.exchange
-        self._pass = TensorPass(
-            self._program, self._plan, self._compute, connections, links, overlap=self._overlap, silence=silence, meter=self._meter
-        )
-        self._tokens = self._program.values(TOKEN_PIPE)
+        overlap, silence = self._overlap and self._paging is None, self._deadlines.exchange
+        program, compute = own.program, own.compute
+        self._pass = TensorPass(program, self._plan, compute, connections, links, overlap=overlap, silence=silence, meter=self._meter)
+        self._tokens = program.values(TOKEN_PIPE)
         self._usable = True
         log.info("cluster ready", nodes=len(self._workers) + 1, workers=[worker.description for worker in self._workers])
 
@@ -183,7 +200,7 @@ class Cluster:
         self._in_hand = asyncio.ensure_future(self._run(tokens, position, rows, logits))
         self._in_hand.add_done_callback(self._put_down)
         await asyncio.shield(self._in_hand)
-        return self._program.row(LOGITS_PIPE, rows - 1)[: self.vocab_size] if logits else None
+        return self._pass.program.row(LOGITS_PIPE, rows - 1)[: self.vocab_size] if logits else None
 
     async def close(self) -> None:
         """Finish the pass in hand, say goodbye, end the connections."""
@@ -197,6 +214,9 @@ class Cluster:
             if self._usable and worker.is_connected:
                 worker.link.send([worker.wire.stop()])
         await self._hang_up()
+        if self._own is not None:
+            own, self._own = self._own, None
+            await own.close()
 
     # The stages of `open`.
 
@@ -210,9 +230,6 @@ class Cluster:
                 progress(f"reading {label}", done, total)
 
         return model_digests(self._model, tell).identity
-
-    def _compile(self) -> Program:
-        return compile_program(self._network, self._node, FileWeights(self._model, self._share), n_threads=self._n_threads)
 
     async def _dial(self) -> None:
         """Connect to all, or to none: until all are there, nothing has been said to anybody."""

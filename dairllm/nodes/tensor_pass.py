@@ -17,16 +17,21 @@ from typing import Protocol
 from dairllm.engine.program import Program
 from dairllm.graph.plan import Exchange, Run
 from dairllm.kernels.panels import TILE_COLUMNS
-from dairllm.net.compute import Compute
 from dairllm.net.transport import Connection, Incoming
 
-__all__ = ["Meter", "RowsFrom", "TensorPass"]
+__all__ = ["Computes", "Meter", "RowsFrom", "TensorPass"]
 
 
 class RowsFrom(Incoming[object], Protocol):
     """The receiving end of a link that brings rows: both sides of the dllama protocol have such."""
 
     def receive_into(self, *views: memoryview) -> None: ...
+
+
+class Computes(Protocol):
+    """`Compute`, or what takes its place."""
+
+    async def run(self, program: Program, first: int, stop: int, position: int, rows: int, first_row: int = 0) -> None: ...
 
 
 class Meter(Protocol):
@@ -61,7 +66,7 @@ class TensorPass:
         self,
         program: Program,
         plan: tuple[Run | Exchange, ...],
-        compute: Compute[Program],
+        compute: Computes,
         connections: Mapping[int, Connection],
         links: Mapping[int, RowsFrom],
         *,
@@ -69,7 +74,7 @@ class TensorPass:
         silence: float,
         meter: Meter,
     ) -> None:
-        self._program, self._compute, self._meter, self._silence = program, compute, meter, silence
+        self.program, self._compute, self._meter, self._silence = program, compute, meter, silence
         self._connections, self._links = connections, links
         self._parts = _halves if overlap else _whole
         self._stages = _stages(plan)
@@ -105,7 +110,7 @@ class TensorPass:
                     seconds["exchange"] += after - before
                     from_row = first if stage is not self._final else max(first, first_final)
                     if from_row < stop:
-                        await self._compute.run(self._program, stage.run.first, stage.run.stop, position, stop, from_row)
+                        await self._compute.run(self.program, stage.run.first, stage.run.stop, position, stop, from_row)
                     before = clock()
                     seconds["compute"] += before - after
                 for exchange in stage.exchanges:

@@ -1,0 +1,74 @@
+"""A node's program with what computes it: over weights that are all in place, or over blocks of its model file that come and go."""
+
+from dataclasses import dataclass
+
+from dairllm.engine.paging import PagingMeters, PagingSettings
+from dairllm.engine.paging_choice import WayChoice
+from dairllm.engine.program import Program, compile_program
+from dairllm.engine.weights import Weights
+from dairllm.formats.model_file import ModelFile
+from dairllm.graph.types import FloatType, NetworkConfig, NodeConfig
+from dairllm.net.compute import Compute
+from dairllm.net.runner import in_thread
+from dairllm.nodes.prefetch import PagedCompute, open_paged
+
+__all__ = ["NodeProgram", "open_program"]
+
+
+@dataclass(frozen=True, slots=True)
+class NodeProgram:
+    """From `open_program` to `close`.
+
+    Attributes:
+        program: the node's.
+        compute: runs it.
+    """
+
+    program: Program
+    compute: Compute[Program] | PagedCompute
+
+    @property
+    def paging(self) -> PagingMeters | None:
+        """What paging has read and waited for; None where nothing is paged."""
+        return self.compute.meters if isinstance(self.compute, PagedCompute) else None
+
+    @property
+    def way(self) -> WayChoice | None:
+        """How blocks are read; None where nothing is paged."""
+        return self.compute.choice if isinstance(self.compute, PagedCompute) else None
+
+    async def close(self) -> None:
+        """Nothing is being computed."""
+        if isinstance(self.compute, PagedCompute):
+            await self.compute.close()
+
+
+async def open_program(
+    network: NetworkConfig,
+    node: NodeConfig,
+    weights: Weights,
+    compute: Compute[Program],
+    *,
+    n_threads: int,
+    kv_cache: FloatType = FloatType.F32,
+    paged: tuple[ModelFile, PagingSettings] | None = None,
+) -> NodeProgram:
+    """Compile, off the loop.
+
+    Args:
+        weights: where they are: in memory, or in the model's file.
+        compute: open; stays the caller's.
+        kv_cache: F32 or Q80.
+        paged: the file that `weights` lie in, and the room for part of them; None where all of them are in place.
+
+    Raises:
+        GraphError: something of the graph cannot be computed.
+        EngineError: the file is another one by now, or cannot be read.
+        LimitError: there is less room than the least that works.
+    """
+    if paged is None:
+        program = await in_thread("compile", lambda: compile_program(network, node, weights, n_threads=n_threads, kv_cache=kv_cache))
+        return NodeProgram(program, compute)
+    model, settings = paged
+    pager = await open_paged(network, node, weights, model, settings, compute, n_threads=n_threads, kv_cache=kv_cache)
+    return NodeProgram(pager.program, pager)
