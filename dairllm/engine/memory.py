@@ -177,7 +177,7 @@ class Layout:
     """Places for everything a node's graph holds. Built twice: to count (`nbytes`), then, once that is known to be allowed, to `allocate`.
 
     Args:
-        kv_cache: F32, or Q80: K and V rows kept as blocks, in little more than a quarter of the memory.
+        kv_cache: F32; F16: K and V rows in half the memory; or Q80: in little more than a quarter.
 
     Raises:
         GraphError: a size that no row of the graph can have, or heads that are not whole blocks.
@@ -239,14 +239,14 @@ class Layout:
             raise GraphError(f"{what} is {size.z} x {size.y} x {size.x}; expected {self.network.n_batches} rows of at least one value")
 
     def _check_caches(self) -> None:
-        if self.kv_cache not in (FloatType.F32, FloatType.Q80):
-            raise GraphError(f"KV caches are kept as F32 or Q80, not as {self.kv_cache.name}")
+        if self.kv_cache not in (FloatType.F32, FloatType.F16, FloatType.Q80):
+            raise GraphError(f"KV caches are kept as F32, F16 or Q80, not as {self.kv_cache.name}")
         for op in (op for segment in self.node.segments for op in segment.ops):
             head_dim = op.config.head_dim if isinstance(op.config, AttentionConfig) else 0
             if self.kv_cache == FloatType.Q80 and head_dim % BLOCK_VALUES:
                 raise GraphError(
                     f"op {op.name} of layer {op.index} has heads of {head_dim} values; a KV cache of Q80 blocks needs a multiple of "
-                    f"{BLOCK_VALUES}: keep the KV cache as F32"
+                    f"{BLOCK_VALUES}: keep the KV cache as F16 or F32"
                 )
 
     @staticmethod
@@ -255,7 +255,7 @@ class Layout:
 
     def cache_row_bytes(self, values: int) -> int:
         """Of so many values at one position; what is left of a block counts as one."""
-        whole = values if self.kv_cache == FloatType.F32 else -(-values // BLOCK_VALUES) * BLOCK_VALUES
+        whole = -(-values // BLOCK_VALUES) * BLOCK_VALUES if self.kv_cache == FloatType.Q80 else values
         return row_bytes(self.kv_cache, whole)
 
     @staticmethod

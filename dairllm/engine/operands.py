@@ -38,7 +38,7 @@ def planes(name: str, area: Area) -> dict[str, int]:
 
 
 class Cache:
-    """A KV cache: [head][position][head_dim], F32 or Q80 blocks. `head_stride` in bytes."""
+    """A KV cache: [head][position][head_dim], F32, F16 or Q80 blocks. `head_stride` in bytes."""
 
     def __init__(self, address: int, width: int, positions: int, head_stride: int, float_type: FloatType) -> None:
         self.address, self.width, self.positions, self.head_stride = address, width, positions, head_stride

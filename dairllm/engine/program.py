@@ -30,7 +30,7 @@ def required_bytes(network: NetworkConfig, node: NodeConfig, weights: Weights | 
 
     Args:
         weights: where the weights will be; from the wire if None.
-        kv_cache: F32 or Q80.
+        kv_cache: F32, F16 or Q80.
 
     Raises:
         GraphError: sizes that no graph can have, or a KV cache that its heads cannot have.
@@ -155,7 +155,7 @@ def compile_program(
 
     Args:
         piece_bytes: matmuls whose weights take more of the model file become several records (dairllm.engine.pieces); None: never.
-        kv_cache: F32, or Q80: a quarter of the memory, and logits that differ a little (docs/arithmetic.md). A node's own choice.
+        kv_cache: F32; F16 or Q80: half or a quarter of the memory, logits that differ a little (docs/arithmetic.md). A node's own choice.
 
     Raises:
         GraphError: the graph contradicts itself or asks for what we cannot compute.

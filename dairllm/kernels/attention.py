@@ -1,11 +1,11 @@
-"""Attention over a KV cache laid out [kv head][position][head_dim], F32 or Q80 blocks, positions padded to whole chunks.
+"""Attention over a KV cache laid out [kv head][position][head_dim], F32, F16 or Q80 blocks, positions padded to whole chunks.
 
 The order (docs/arithmetic.md): chunks of CHUNK positions; within a chunk scores q.k by acc[i mod 8], times 1 /
 sqrt(head_dim); the chunk's maximum; e = exp(score - maximum), their sum by acc[position mod 8]; out[d] = fma(e, v[d],
 out[d]) in position order. Chunks are then folded in order by their maxima. So neither the number of threads nor the
 batch changes a bit. The query heads that share a KV head are computed together, and K or V of a chunk fits the
-first-level cache. A cache of blocks is read as the values of its blocks: a chunk is dequantized into a thread's own
-memory and then goes the same way.
+first-level cache. A cache of another type than F32 is read as its values: a chunk is converted into a thread's own memory
+and then goes the same way.
 """
 
 from typing import Any
@@ -15,6 +15,7 @@ from numba import njit
 
 from dairllm.graph.types import FloatType
 from dairllm.kernels.elementwise import exp_one
+from dairllm.kernels.half import halves_to_values
 from dairllm.kernels.ir import (
     F32,
     V8,
@@ -46,7 +47,7 @@ from dairllm.kernels.sizes import CHUNK
 
 __all__ = ["attend_chunk", "fold_head"]
 
-Q80 = int(FloatType.Q80)
+F16, Q80 = int(FloatType.F16), int(FloatType.Q80)
 
 
 def _score_tile(heads: int) -> Any:
@@ -210,10 +211,13 @@ def _count(positions, row, first):
 @njit(nogil=True)
 def _as_values(cache, cache_type, count, head_bytes, room):
     """Address of `count` positions' rows as F32: where they lie, or in `room`, as which they are read."""
-    if cache_type != Q80:
-        return cache
-    blocks_to_values(cache, 0, count * (head_bytes // 128), room)
-    return room
+    if cache_type == Q80:
+        blocks_to_values(cache, 0, count * (head_bytes // 128), room)
+        return room
+    if cache_type == F16:
+        halves_to_values(cache, count * (head_bytes // 32), room)
+        return room
+    return cache
 
 
 @njit(nogil=True)

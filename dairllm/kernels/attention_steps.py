@@ -16,14 +16,16 @@ from dairllm.kernels.steps import fields, part
 
 __all__ = ["attend", "fold"]
 
-Q80 = int(FloatType.Q80)
+F16, Q80 = int(FloatType.F16), int(FloatType.Q80)
 _rows_together = njit(nogil=True)(attention_rows_together)
 
 
 @njit(nogil=True)
 def _head_bytes(cache_type, head_dim):
     """Of one position's row in a cache."""
-    return head_dim // 32 * 34 if cache_type == Q80 else 4 * head_dim
+    if cache_type == Q80:
+        return head_dim // 32 * 34
+    return 2 * head_dim if cache_type == F16 else 4 * head_dim
 
 
 @njit(nogil=True)

@@ -1,4 +1,4 @@
-"""Half-precision scales to float and back, rounding to nearest even.
+"""Half precision to float and back, rounding to nearest even: scales of blocks, rows of KV caches.
 
 F16C has instructions for both. Without it LLVM would call functions that are not there, so the portable form does it
 in integer arithmetic; the bits are the same.
@@ -7,9 +7,9 @@ in integer arithmetic; the bits are the same.
 from llvmlite import ir
 
 from dairllm.kernels import forms
-from dairllm.kernels.ir import F16, F32, I16, I32, Builder, Value, vec
+from dairllm.kernels.ir import F16, F32, I16, I32, V8, Builder, Value, for_range, i64, ir_function, k64, load, store, vec, void
 
-__all__ = ["emit_from_half", "emit_to_half"]
+__all__ = ["emit_from_half", "emit_to_half", "halves_to_values", "values_to_halves"]
 
 _NATIVE = forms.current() != "portable"
 
@@ -53,3 +53,18 @@ def emit_to_half(b: Builder, f: Value) -> Value:
     value = b.select(b.icmp_unsigned(">=", magnitude, _k(wide, 0x47800000)), _k(wide, 0x7C00), value)
     value = b.select(b.icmp_unsigned(">", magnitude, _k(wide, 0x7F800000)), _k(wide, 0x7E00), value)
     return b.trunc(b.or_(value, sign), short)
+
+
+@ir_function(void, i64, i64, i64)
+def values_to_halves(b: Builder, x: Value, vectors: Value, halves: Value) -> None:
+    """`vectors` times 8 values."""
+    with for_range(b, vectors) as loop:
+        v = load(b, b.add(x, b.mul(loop.index, k64(32))), V8, 4)
+        store(b, emit_to_half(b, v), b.add(halves, b.mul(loop.index, k64(16))), 2)
+
+
+@ir_function(void, i64, i64, i64)
+def halves_to_values(b: Builder, halves: Value, vectors: Value, x: Value) -> None:
+    with for_range(b, vectors) as loop:
+        h = load(b, b.add(halves, b.mul(loop.index, k64(16))), vec(I16, 8), 2)
+        store(b, emit_from_half(b, h), b.add(x, b.mul(loop.index, k64(32))), 4)

@@ -9,6 +9,7 @@ from numba import njit
 
 from dairllm.graph.types import FloatType
 from dairllm.kernels import elementwise
+from dairllm.kernels.half import values_to_halves
 from dairllm.kernels.ir import load_f, load_i, store_f
 from dairllm.kernels.matmul_f32 import sum_squares
 from dairllm.kernels.moe import choose_experts, softmax
@@ -35,7 +36,7 @@ __all__ = [
 COPY, TO_BLOCKS, FROM_BLOCKS, SILU, GELU, MUL = (
     int(k) for k in (Kind.COPY, Kind.TO_BLOCKS, Kind.FROM_BLOCKS, Kind.SILU, Kind.GELU, Kind.MUL)
 )
-Q80 = int(FloatType.Q80)
+F16, Q80 = int(FloatType.F16), int(FloatType.Q80)
 MERGE_ADD_BLOCKS, ROPE_HALVES = int(Kind.MERGE_ADD_BLOCKS), int(Kind.ROPE_HALVES)
 
 
@@ -176,7 +177,7 @@ def rope(kind, record, first_row, end_row, thread, n_threads):
 
 @njit(nogil=True)
 def shift(record, first_row, end_row, thread, n_threads):
-    """A row of K or V into the cache, [head][position][head_dim], of values or of blocks: then UNITs are whole blocks."""
+    """A row of K or V into the cache, [head][position][head_dim], of values, halves or blocks: then UNITs are whole blocks."""
     x, x_row, n, head_dim, cache, head_stride, positions, cache_type = fields(record)[:8]
     a, z = columns(n, thread, n_threads)
     for m in range(first_row, end_row):
@@ -188,6 +189,8 @@ def shift(record, first_row, end_row, thread, n_threads):
             source, out = x + m * x_row + 4 * c, cache + head * head_stride
             if cache_type == Q80:
                 values_to_blocks(source, 0, run // 32, out + (position * head_dim + d) // 32 * 34)
+            elif cache_type == F16:
+                values_to_halves(source, run // 8, out + 2 * (position * head_dim + d))
             else:
                 elementwise.copy(out + 4 * (position * head_dim + d), run, source)
             c += run

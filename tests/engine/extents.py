@@ -110,7 +110,7 @@ def _operands(kind: Kind, f: dict[str, int], rows: int, seq_len: int) -> Iterato
 
 def _cache_row(f: dict[str, int]) -> int:
     """One head's row at one position."""
-    return f["head_dim"] * F32 if f["cache_type"] == FloatType.F32 else f["head_dim"] // 32 * 34
+    return f["head_dim"] // 32 * 34 if f["cache_type"] == FloatType.Q80 else f["head_dim"] * (4, 2)[f["cache_type"]]
 
 
 def _panel(blocks: int) -> int:

@@ -69,9 +69,9 @@ def file_weights(model: ModelFile, n_nodes: int) -> Weights:
 
 
 def _allocate(size: Size) -> Array:
-    """[z, y, values] float32, or [z, y, bytes] uint8 of blocks."""
-    if size.float_type == FloatType.F32:
-        return np.zeros((size.z, size.y, size.x), np.float32)
+    """[z, y, values] float32 or float16, or [z, y, bytes] uint8 of blocks."""
+    if size.float_type in (FloatType.F32, FloatType.F16):
+        return np.zeros((size.z, size.y, size.x), np.float32 if size.float_type == FloatType.F32 else np.float16)
     return np.zeros((size.z, size.y, row_bytes(size.float_type, size.x)), np.uint8)
 
 

@@ -55,7 +55,7 @@ def compiled(network: NetworkConfig, node: NodeConfig, kv_cache: FloatType = Flo
 def kv_types(node: NodeConfig) -> list[FloatType]:
     """What this graph's KV caches can be kept as."""
     head_dims = {op.config.head_dim for s in node.segments for op in s.ops if isinstance(op.config, AttentionConfig)}
-    return [FloatType.F32] if any(n % 32 for n in head_dims) else [FloatType.F32, FloatType.Q80]
+    return [FloatType.F32, FloatType.F16] + [FloatType.Q80] * all(n % 32 == 0 for n in head_dims)
 
 
 def memory_of(program: Program) -> list[tuple[int, int]]:

@@ -75,6 +75,8 @@ def cases() -> Iterator[tuple[str, tuple[Any, ...]]]:
     for rows in (1, 4):
         q, k, v = floats(1, rows, 5 * 40, special=0), floats(2, 140, 2 * 40, special=0), floats(3, 140, 2 * 40, special=0)
         yield "attention", (q, k, v, np.arange(140 - rows, 140), 40, 3)
+        halves = (floats(seed, 140, 2 * 40, special=0).astype(np.float16) for seed in (2, 3))
+        yield "attention", (q, *halves, np.arange(140 - rows, 140), 40, 3, FloatType.F16)
         blocks = (reference.quantize_q80(floats(seed, 140, 2 * 96, special=0)) for seed in (2, 3))
         yield "attention", (floats(1, rows, 5 * 96, special=0), *blocks, np.arange(140 - rows, 140), 96, 3, Q80)
 

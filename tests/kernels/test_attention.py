@@ -12,7 +12,7 @@ from tests.kernels import compiled, exact
 from tests.kernels.agreement import THREADS, assert_close, assert_same_bits, check
 from tests.kernels.samples import floats, rows_of_blocks, seeds
 
-Q80 = FloatType.Q80
+F16, Q80 = FloatType.F16, FloatType.Q80
 
 
 def angles(positions, head_dim):
@@ -48,6 +48,19 @@ def test_rows_go_to_their_place_in_the_cache(kv_dim, head_dim, positions):
         want = cache.copy()
         reference.shift(want, x, np.array(positions))
         compiled.shift(cache, x, np.array(positions), threads=threads, head_dim=head_dim)
+        assert_same_bits(cache, want)
+
+
+@pytest.mark.parametrize(("kv_dim", "head_dim"), [(8, 8), (24, 8), (72, 24), (128, 64)])
+@pytest.mark.parametrize("positions", [[0], [63], [64], list(range(30, 70))])
+def test_rows_go_to_a_cache_of_halves(kv_dim, head_dim, positions):
+    x = floats(1, len(positions), kv_dim)
+    assert (np.abs(x) > 65520).any() or len(positions) == 1  # what becomes infinite
+    for threads in THREADS:
+        cache = floats(2, 70, kv_dim, special=0).astype(np.float16)
+        want = cache.copy()
+        reference.shift(want, x, np.array(positions), F16)
+        compiled.shift(cache, x, np.array(positions), F16, threads=threads, head_dim=head_dim)
         assert_same_bits(cache, want)
 
 
@@ -134,41 +147,54 @@ def test_a_row_has_the_same_bits_alone_and_in_any_batch():
     assert_same_bits(np.concatenate(parts), alone)
 
 
-def check_blocks(seed, rows, last, heads, group, head_dim):
-    """As `check_attention`, over caches of Q80 blocks; also demands that blocks count as their values."""
+def check_rounded(seed, rows, last, heads, group, head_dim, cache_type):
+    """As `check_attention`, over caches of another type; also demands that what is in them counts as its values."""
     n_kv, length = -(-heads // group), last + 1
     q = np.clip(floats(seed, rows, heads * head_dim, special=0.02), -1e4, 1e4)
     cached = [np.clip(floats(seed + i, length, n_kv * head_dim, special=0.02), -1e4, 1e4) for i in (1, 2)]
-    keys, values = (reference.quantize_q80(x) for x in cached)
+    keys, values = (x.astype(np.float16) if cache_type == F16 else reference.quantize_q80(x) for x in cached)
     positions = np.arange(last - rows + 1, length)
-    got, twin = check("attention", q, keys, values, positions, head_dim, group, Q80)
-    read = [reference.dequantize(Q80, x) for x in (keys, values)]
+    got, twin = check("attention", q, keys, values, positions, head_dim, group, cache_type)
+    read = [reference.dequantize(cache_type, x) for x in (keys, values)]
     assert_same_bits(got, compiled.attention(q, *read, positions, head_dim, group))
     largest = np.abs(q).max() * np.abs(read[0]).max() * np.sqrt(head_dim)
     assert_close(got, twin, np.abs(read[1]).max() * (1 + largest))
 
 
+@pytest.mark.parametrize("cache_type", [F16, Q80])
 @pytest.mark.parametrize("last", [0, 1, 3, 4, 7, 8, 62, 63, 64, 65, 128, 200])
 @pytest.mark.parametrize(("heads", "group"), [(4, 2), (3, 3)])
-def test_one_row_over_blocks(last, heads, group):
-    check_blocks(last, 1, last, heads, group, 32)
+def test_one_row_over_rounded_caches(last, heads, group, cache_type):
+    check_rounded(last, 1, last, heads, group, 32, cache_type)
 
 
+@pytest.mark.parametrize("cache_type", [F16, Q80])
 @pytest.mark.parametrize(("rows", "last"), [(2, 1), (3, 65), (5, 70), (17, 130), (40, 39), (66, 129)])
-def test_batches_over_blocks(rows, last):
-    check_blocks(rows, rows, last, 4, 2, 32)
+def test_batches_over_rounded_caches(rows, last, cache_type):
+    check_rounded(rows, rows, last, 4, 2, 32, cache_type)
 
 
-@pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 160, 256])
+@pytest.mark.parametrize(
+    ("head_dim", "cache_type"), [*((n, F16) for n in (8, 24, 40, 64, 128, 192)), *((n, Q80) for n in (32, 64, 96, 128, 160, 256))]
+)
 @pytest.mark.parametrize("rows", [1, 3])
-def test_heads_of_any_number_of_blocks(head_dim, rows):
-    check_blocks(head_dim, rows, 70, 2, 1, head_dim)
+def test_rounded_heads_of_any_width(head_dim, rows, cache_type):
+    check_rounded(head_dim, rows, 70, 2, 1, head_dim, cache_type)
 
 
+@pytest.mark.parametrize("cache_type", [F16, Q80])
 @pytest.mark.parametrize(("heads", "group"), [(1, 1), (5, 3), (7, 4), (8, 8), (18, 9)])
 @pytest.mark.parametrize("rows", [1, 2])
-def test_any_group_over_blocks(heads, group, rows):
-    check_blocks(heads, rows, 66, heads, group, 32)
+def test_any_group_over_rounded_caches(heads, group, rows, cache_type):
+    check_rounded(heads, rows, 66, heads, group, 32, cache_type)
+
+
+def test_halves_of_any_size():
+    """Every finite half, the subnormal ones too."""
+    bits = np.arange(0x7C00, dtype=np.uint16)
+    keys = np.concatenate([bits, bits | 0x8000]).view(np.float16).reshape(-1, 512)
+    values = keys[::-1].copy()
+    check("attention", floats(1, 3, 1024, spread=1e-3, special=0), keys, values, np.arange(121, 124), 256, 2, F16)
 
 
 def test_blocks_of_any_bytes():
@@ -179,13 +205,15 @@ def test_blocks_of_any_bytes():
     check("attention", q, keys, values, np.arange(87, 90), 64, 2, Q80)
 
 
-def test_a_row_over_blocks_has_the_same_bits_alone_and_in_any_batch():
+@pytest.mark.parametrize("cache_type", [F16, Q80])
+def test_a_row_over_rounded_caches_has_the_same_bits_alone_and_in_any_batch(cache_type):
     q, positions = floats(1, 40, 128, special=0), np.arange(50, 90)
-    keys, values = (reference.quantize_q80(floats(seed, 90, 64, special=0)) for seed in (2, 3))
-    alone = np.concatenate([compiled.attention(q[i : i + 1], keys, values, positions[i : i + 1], 32, 2, Q80) for i in range(40)])
+    raw = (floats(seed, 90, 64, special=0) for seed in (2, 3))
+    keys, values = (x.astype(np.float16) if cache_type == F16 else reference.quantize_q80(x) for x in raw)
+    alone = np.concatenate([compiled.attention(q[i : i + 1], keys, values, positions[i : i + 1], 32, 2, cache_type) for i in range(40)])
     for threads in THREADS:
         for start in (0, 1, 7):
-            got = compiled.attention(q[start:], keys, values, positions[start:], 32, 2, Q80, threads=threads)
+            got = compiled.attention(q[start:], keys, values, positions[start:], 32, 2, cache_type, threads=threads)
             assert_same_bits(got, alone[start:])
 
 

@@ -62,7 +62,8 @@ def rope(x: Floats, table: Floats, rope_type: RopeType) -> Floats:
 
 def shift(cache: Row, x: Floats, positions: npt.NDArray[np.integer], cache_type: FloatType = FloatType.F32) -> None:
     """Writes x float32 [rows, kv_dim] into a cache [seq_len, kv_dim values or blocks' bytes] at the rows' positions."""
-    cache[positions] = cast(x, FloatType.F32, cache_type)
+    with np.errstate(over="ignore"):  # to half precision: infinite
+        cache[positions] = x.astype(np.float16) if cache_type == FloatType.F16 else cast(x, FloatType.F32, cache_type)
 
 
 def attention(
@@ -76,8 +77,8 @@ def attention(
 ) -> Floats:
     """softmax(q . k / sqrt(head_dim)) times v, over positions 0..positions[b].
 
-    q float32 [rows, heads * head_dim]; keys, values [seq_len, kv heads * head_dim], float32 or uint8 blocks as cache_type says, which count
-    as their values; query head h uses KV head h // group. Returns float32 [rows, heads * head_dim].
+    q float32 [rows, heads * head_dim]; keys, values [seq_len, kv heads * head_dim], float32, float16 or uint8 blocks as cache_type
+    says, which count as their values; query head h uses KV head h // group. Returns float32 [rows, heads * head_dim].
     """
     keys, values = dequantize(cache_type, keys), dequantize(cache_type, values)
     out = np.empty_like(q)

@@ -52,8 +52,8 @@ def split_blocks(float_type: FloatType, raw: npt.NDArray[np.uint8]) -> tuple[npt
 
 
 def dequantize(float_type: FloatType, row: Row) -> Floats:
-    """A row of any type -> float32 [..., n]; each value is q * d, rounded once."""
-    if float_type == FloatType.F32:
+    """A row of any type -> float32 [..., n]; each value of a block is q * d, rounded once."""
+    if float_type in (FloatType.F32, FloatType.F16):
         return np.asarray(row, np.float32)
     q, d = split_blocks(float_type, row)
     with np.errstate(all="ignore"):
