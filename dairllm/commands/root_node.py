@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from dairllm.net.compute import Compute
     from dairllm.nodes.root import Cluster
 
-__all__ = ["paging_settings", "plan_of", "planned_model", "root_node"]
+__all__ = ["plan_of", "planned_model", "root_node"]
 
 
 @contextmanager
@@ -75,7 +75,8 @@ def root_node(settings: RootSettings, model: ModelFile, compute: "Compute[Progra
         ConfigError: workers and shares are not the same number.
     """
     n_threads, workers, sync = settings.engine.n_threads, settings.cluster.workers, _sync(settings, model)
-    kv_cache, paging = FloatType[settings.engine.kv_cache.upper()], paging_settings(settings, plan)
+    kv_cache = FloatType[settings.engine.kv_cache.upper()]
+    paging = None if plan.room_blocks is None else PagingSettings.chosen(settings.paging, plan.room_blocks, plan.needs.block_bytes)
     if not workers:
         return LocalNode(model, compute, n_threads=n_threads, sync=sync, rows=plan.rows, kv_cache=kv_cache, paging=paging)
     from dairllm.nodes.root import Cluster
@@ -93,15 +94,6 @@ def root_node(settings: RootSettings, model: ModelFile, compute: "Compute[Progra
         deadlines=settings.deadlines,
         keepalive=settings.keepalive,
     )
-
-
-def paging_settings(settings: RootSettings, plan: MemoryPlan) -> PagingSettings | None:
-    """How the weights are paged; None where they all fit."""
-    if plan.room_blocks is None:
-        return None
-    paging = settings.paging
-    readers = None if paging.readers == "auto" else int(paging.readers)
-    return PagingSettings(plan.room_blocks, paging.policy, paging.way, readers, plan.needs.block_bytes)
 
 
 def _sync(settings: RootSettings, model: ModelFile) -> FloatType:

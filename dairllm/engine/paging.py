@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Literal, NamedTuple
 
+from dairllm.config import Paging
 from dairllm.engine.paging_steps import Block, blocks_of, group_pieces
 from dairllm.engine.pieces import PIECE_BYTES, Piece, segment_pieces
 from dairllm.engine.weights import FileWeights, Weights
@@ -64,6 +65,12 @@ class PagingSettings:
     way: Way = "auto"
     readers: int | None = None
     block_bytes: int | None = None
+
+    @classmethod
+    def chosen(cls, paging: Paging, room_blocks: int, block_bytes: int) -> "PagingSettings":
+        """By somebody's settings, with the room that a plan found."""
+        readers = None if paging.readers == "auto" else int(paging.readers)
+        return cls(room_blocks, paging.policy, paging.way, readers, block_bytes)
 
 
 @dataclass(slots=True)

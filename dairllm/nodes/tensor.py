@@ -14,15 +14,18 @@ import structlog
 from dairllm import machine
 from dairllm.config import WorkerSettings
 from dairllm.engine.located_weights import LocatedWeights
-from dairllm.engine.program import Program, compile_program, required_bytes
+from dairllm.engine.paging import PagingSettings, weights_needs
+from dairllm.engine.program import Program, required_bytes
 from dairllm.engine.weights import WireWeights
 from dairllm.errors import LimitError, LocalProtocolError, RemoteProtocolError
 from dairllm.graph.plan import ROOT, Exchange, Run
 from dairllm.graph.references import NO_MODEL
+from dairllm.graph.types import FloatType
 from dairllm.net.compute import Compute
 from dairllm.net.mesh import Mesh
 from dairllm.net.runner import in_thread
 from dairllm.net.transport import Connection
+from dairllm.nodes.node_program import NodeProgram, open_program
 from dairllm.nodes.own_model import OwnModel
 from dairllm.nodes.tensor_pass import TensorPass
 from dairllm.nodes.weight_check import CHECK_BYTES, WeightCheck
@@ -77,12 +80,16 @@ class TensorSession:
         """
         await self._join()
         received, marker, model = await self._configure()
-        program, weights = await in_thread("prepare", lambda: self._prepare(received, marker, model))
-        self._acknowledge()
-        await self._load(received, weights)
-        await self._meet(received)
-        self._acknowledge()
-        await self._infer(program, received.plan)
+        weights, paging = await in_thread("prepare", lambda: self._prepare(received, marker, model))
+        own = await self._open(received, weights, paging)
+        try:
+            self._acknowledge()
+            await self._load(received, weights)
+            await self._meet(received)
+            self._acknowledge()
+            await self._infer(own, received.plan)
+        finally:
+            await own.close()
 
     def finish(self) -> bool:
         """Serve no further token. True while one is in hand: `run` returns after it; else its task may be cancelled at once."""
@@ -108,28 +115,50 @@ class TensorSession:
         self._root.send([self._wire.acknowledge(model)])
         return await self._expect(NodeReceived, silence), marker, model
 
-    def _prepare(self, received: NodeReceived, marker: bytes, model: bytes) -> tuple[Program, WireWeights | LocatedWeights]:
+    def _prepare(self, received: NodeReceived, marker: bytes, model: bytes) -> tuple[WireWeights | LocatedWeights, PagingSettings | None]:
         """Weights are in our own file, or in memory that the root is to fill. Nothing is allocated before all of it is allowed.
 
-        Takes a while: not for the event loop.
+        Those of our own file are paged where they do not fit. Takes a while: not for the event loop.
         """
         network, node = received.network, received.node
         located = None if self._own is None else self._own.weights(received, marker, model)
         weights = WireWeights(node) if located is None else located
         if self._own is not None:
             self._own.file.forget()  # pages of it that are in memory could go at any time, and are counted as held
-        needed, held, limit = required_bytes(network, node, weights), machine.rss_bytes(), self._settings.limits.memory
-        if isinstance(weights, LocatedWeights) and not received.references:
-            needed += CHECK_BYTES
+        needed = required_bytes(network, node, weights, kv_cache=self._kv_cache)
+        least, paging, held = needed, None, machine.rss_bytes()
+        limit = self._settings.limits.memory
+        if located is not None:
+            needed += 0 if received.references else CHECK_BYTES
+            needs = weights_needs(network, node, located)
+            beside = needed - located.nbytes + needs.copied_bytes
+            room = (limit.resolve() - held - beside) // needs.block_bytes
+            least = beside + needs.ring_blocks_min * needs.block_bytes
+            needed = beside + needs.blocks_total * needs.block_bytes
+            if needs.ring_blocks_min <= room < needs.blocks_total:
+                paging, needed = PagingSettings.chosen(self._settings.paging, room, needs.block_bytes), beside + room * needs.block_bytes
         if held + needed > limit.resolve():
             raise LimitError(
-                f"the root's graph needs {format_size(needed)}, beside {format_size(held)} that this process holds: more than "
-                f"limits.memory allows ({limit}, which is {format_size(limit.resolve())}); {format_size(held + needed)} would do"
+                f"the root's graph needs {format_size(least)}, beside {format_size(held)} that this process holds: more than "
+                f"limits.memory allows ({limit}, which is {format_size(limit.resolve())}); {format_size(held + least)} would do"
             )
+        log.info(
+            "configured", node=node.node, nodes=network.n_nodes, memory=format_size(needed), paged=paging is not None,
+            room=format_size(paging.room_blocks * needs.block_bytes) if paging is not None else "all",
+        )  # fmt: skip
         weights.allocate()
-        program = compile_program(network, node, weights, n_threads=self._settings.worker.n_threads)
-        log.info("configured", node=node.node, nodes=network.n_nodes, memory=format_size(needed), seq_len=program.seq_len)
-        return program, weights
+        return weights, paging
+
+    async def _open(self, received: NodeReceived, weights: WireWeights | LocatedWeights, paging: PagingSettings | None) -> NodeProgram:
+        paged = None if paging is None or self._own is None else (self._own.file, paging)
+        n_threads = self._settings.worker.n_threads
+        return await open_program(
+            received.network, received.node, weights, self._compute, n_threads=n_threads, kv_cache=self._kv_cache, paged=paged
+        )
+
+    @property
+    def _kv_cache(self) -> FloatType:
+        return FloatType[self._settings.worker.kv_cache.upper()]
 
     async def _load(self, received: NodeReceived, weights: WireWeights | LocatedWeights) -> None:
         """They come into the memory that the kernels will read; or they are here: named by the root, or compared with what it sends."""
@@ -152,11 +181,11 @@ class TensorSession:
             self._connections[node] = connection
             connection.attach(link)
 
-    async def _infer(self, program: Program, plan: tuple[Run | Exchange, ...]) -> None:
-        silence = self._settings.deadlines.exchange
-        overlap = self._settings.worker.overlap
+    async def _infer(self, own: NodeProgram, plan: tuple[Run | Exchange, ...]) -> None:
+        silence, program = self._settings.deadlines.exchange, own.program
+        overlap = self._settings.worker.overlap and own.paging is None  # in two parts, paged weights would be read twice
         tensor_pass = TensorPass(
-            program, plan, self._compute, self._connections, self._links, overlap=overlap, silence=silence, meter=self._meters
+            program, plan, own.compute, self._connections, self._links, overlap=overlap, silence=silence, meter=self._meters
         )
         self._counted = {node: (c.bytes_sent, c.bytes_received) for node, c in self._connections.items()}
         while not self._finishing:
