@@ -104,7 +104,8 @@ PagingWay = Annotated[
 ]
 Readers = Annotated[str | None, typer.Option(metavar="auto|N", help="Threads that read weights ahead.  [default: auto]")]
 KvCache = Annotated[
-    str | None, typer.Option(metavar="f32|q80", help="How keys and values are kept; q80 takes a quarter of the memory.  [default: f32]")
+    str | None,
+    typer.Option(metavar="f32|f16|q80", help="How keys and values are kept; f16 takes half, q80 a quarter of the memory.  [default: f32]"),
 ]
 LogFormat = Annotated[
     str | None, typer.Option(metavar="auto|console|json", help="How logs are written.  [default: auto, console at a terminal, else json]")

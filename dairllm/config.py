@@ -167,7 +167,7 @@ Seconds = Annotated[float, BeforeValidator(_duration("10ms", "24h"))]
 WholeSeconds = Annotated[float, BeforeValidator(_duration("1s", "1h"))]
 Port = Annotated[int, Field(ge=0, le=65535)]
 Threads = Annotated[int | Literal["auto"], BeforeValidator(_auto_or(1, 1024))]
-KvCache = Literal["f32", "q80"]
+KvCache = Literal["f32", "f16", "q80"]
 Kernels = Literal["auto", "portable", "avx2", "avxvnni", "avx512vnni"]
 Count = Annotated[int, Field(ge=1, le=MAX_ID)]
 

@@ -42,6 +42,9 @@ __all__ = ["TensorSession"]
 log = structlog.get_logger()
 T = TypeVar("T")
 
+RESERVE_BYTES = 8 << 20
+"""Beside what is counted: records while they are made, read-ahead of links, the allocator's own."""
+
 
 class TensorSession:
     """One root, from its greeting to its goodbye.
@@ -131,7 +134,7 @@ class TensorSession:
         if located is not None:
             needed += 0 if received.references else CHECK_BYTES
             needs = weights_needs(network, node, located)
-            beside = needed - located.nbytes + needs.copied_bytes
+            beside = needed - located.nbytes + needs.copied_bytes + RESERVE_BYTES
             room = (limit.resolve() - held - beside) // needs.block_bytes
             least = beside + needs.ring_blocks_min * needs.block_bytes
             needed = beside + needs.blocks_total * needs.block_bytes
