@@ -6,7 +6,10 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["give_back_memory", "memory_bytes", "peak_rss_bytes", "processors", "rss_bytes"]
+__all__ = ["give_back_libraries", "give_back_memory", "memory_bytes", "peak_rss_bytes", "processors", "rss_bytes"]
+
+
+_PAGE_OUT = 21  # MADV_PAGEOUT
 
 
 def memory_bytes(root: Path = Path("/")) -> int:
@@ -54,6 +57,19 @@ def give_back_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc alone
     if trim is not None:
         trim(0)
+
+
+def give_back_libraries() -> None:
+    """Let go of the pages of shared libraries, as after a start that needed much of them: what is needed again is read again.
+
+    Pages that other processes use as well stay.
+    """
+    advise = ctypes.CDLL(None).madvise
+    for line in (_read(Path("/proc/self/maps")) or "").splitlines():
+        span, rights, _, _, _, *path = line.split(maxsplit=5)
+        if rights in ("r--p", "r-xp") and path and ".so" in path[0]:
+            first, end = (int(address, 16) for address in span.split("-"))
+            advise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), _PAGE_OUT)  # refused by kernels before 5.4: then they stay
 
 
 def _status(field: str, process: int | None) -> int:

@@ -2,6 +2,8 @@
 
 import ctypes
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -90,3 +92,38 @@ def test_what_was_freed_is_given_back() -> None:
     machine.give_back_memory()
     assert before - machine.rss_bytes() > 48 << 20
     libc.free(blocks[-1])
+
+
+def test_libraries_that_nobody_else_uses_are_let_go(tmp_path: Path) -> None:
+    """In a process of its own, with a copy of a library of its own: what others have mapped stays."""
+    program = """
+import ctypes, shutil, sys
+from pathlib import Path
+from dairllm import machine
+
+def resident(name):
+    inside, total = False, 0
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split()[0] and ":" not in line.split()[0]:
+            inside = name in line and (" r-xp " in line or " r--p " in line)
+        elif inside and line.startswith("Rss:"):
+            total += int(line.split()[1])
+    return total
+
+source = next(line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libc.so" in line or "libm.so" in line)
+library = shutil.copy(source, Path(sys.argv[1]) / "own.so.6")
+opened = open(library, "rb")
+import mmap
+mapped = mmap.mmap(opened.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)
+sum(mapped[at] for at in range(0, len(mapped), 4096))
+import os
+os.fsync(opened.fileno())
+before = resident("own.so.6")
+machine.give_back_libraries()
+print(before, resident("own.so.6"), sum(mapped[at] for at in range(0, len(mapped), 4096)) >= 0)
+"""
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=True)
+    before, after, usable = done.stdout.split()
+    assert int(before) > 500
+    assert int(after) < int(before) // 2
+    assert usable == "True"

@@ -14,6 +14,7 @@ from dairllm.errors import EngineError
 from dairllm.kernels.object_code import ObjectCode, ObjectCodeError
 from dairllm.kernels.object_code_cache import ObjectCodeCache, Objects
 from dairllm.kernels.object_code_compiler import SIGNATURES, compile_objects
+from dairllm.machine import give_back_libraries
 
 __all__ = ["Entry", "load_entry"]
 
@@ -99,4 +100,5 @@ def _compiled_here(cache: ObjectCodeCache, why: str) -> Entry:
     functions = {
         name: njit([signature], nogil=True, cache=folder is not None)(getattr(interpreter, name)) for name, signature in SIGNATURES.items()
     }
+    give_back_libraries()  # numba and LLVM have done what they were loaded for
     return Entry(functions["run_threads"], functions["ring"], why)
