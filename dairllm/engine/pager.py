@@ -18,6 +18,9 @@ from dairllm.engine.paging_window import Window
 
 __all__ = ["Pager"]
 
+_CALLS = 4
+"""Steps are computed together up to this part of the ring."""
+
 
 class Pager:
     """One task steers it, step by step.
@@ -35,7 +38,7 @@ class Pager:
     def __init__(self, window: Window, steps: Sequence[Step], division: Division, readers: int) -> None:
         self.steps = steps
         self.blocks = Blocks(window, division.kept, division.ring, readers)
-        self._ring, self._length = division.ring, division.outlook
+        self._ring, self._length, self._call_blocks = division.ring, division.outlook, division.ring // _CALLS
         self._uses = [block for step in steps for block in step.blocks]
         self._first_use: list[int] = []
         count = 0
@@ -62,15 +65,17 @@ class Pager:
         """Ask for experts of a step, and, where there is room, of those that follow it in the same segment, ahead of all else."""
         wanted = [block for expert in sorted(experts) for block in self._expert_blocks(step, expert)]
         if not self._fit(wanted):
-            wanted = self.needed(step, experts)
+            wanted = list(self.needed(step, experts))
         missing = [block for block in dict.fromkeys(wanted) if not self.blocks.asked(block)]
         if missing:
             self.blocks.ask(missing, set(wanted), urgent=True)
 
-    def needed(self, step: int, experts: Iterable[int] = ()) -> list[Block]:
+    def needed(self, step: int, experts: Iterable[int] = ()) -> tuple[Block, ...]:
         """What a step reads, given the experts that its rows are routed to."""
         found = self.steps[step]
-        return list(dict.fromkeys([*found.blocks, *(block for expert in sorted(experts) for block in found.experts[expert])]))
+        if not found.experts:
+            return found.blocks
+        return tuple(dict.fromkeys(block for expert in sorted(experts) for block in found.experts[expert]))
 
     def experts_end(self, step: int) -> int:
         """The end of the steps of experts that begin with `step`."""
@@ -79,10 +84,14 @@ class Pager:
         return step
 
     def extent(self, step: int, stop: int) -> int:
-        """The end of those steps from `step` on that can be computed with it in one call: they need nothing but kept blocks."""
-        kept, ready = self.blocks.kept, self.blocks.ready
+        """The end of those steps from `step` on that can be computed with it in one call: what they need is in memory already, and they do
+        not hold back a large part of the ring, which reads could use meanwhile."""
+        held: set[Block] = {block for block in self.steps[step].blocks if block not in self.blocks.kept}
         step += 1
-        while step < stop and not self.steps[step].experts and all(block in kept and ready(block) for block in self.steps[step].blocks):
+        while step < stop and not self.steps[step].experts and self.blocks.all_ready(self.steps[step].blocks):
+            held.update(block for block in self.steps[step].blocks if block not in self.blocks.kept)
+            if len(held) > self._call_blocks:
+                break
             step += 1
         return step
 

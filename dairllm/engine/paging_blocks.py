@@ -52,8 +52,9 @@ class Blocks:
         """Whether a block is in memory to stay there, or on its way."""
         return block in self._passing or block in self._kept_asked
 
-    def ready(self, block: Block) -> bool:
-        return block in self._ready
+    def all_ready(self, blocks: Iterable[Block]) -> bool:
+        """Whether blocks are all in memory; they stay there until `ask` is called."""
+        return self._ready.issuperset(blocks)
 
     def ask(self, missing: Sequence[Block], protected: frozenset[Block] | set[Block], *, urgent: bool = False) -> None:
         """Ask for blocks that are not `asked`, in order, as far as there is room or what may go: what is in memory and not protected."""
@@ -94,9 +95,12 @@ class Blocks:
         """
         with self._lock:
             waited = {block for block in blocks if block not in self._ready}
-            for block in waited:
-                if block in self._failed:
-                    raise self._forget(block)
+            failed = [block for block in waited if block in self._failed]
+            if failed:
+                error = self._failed[failed[0]]
+                for block in list(self._failed):
+                    self._forget(block)
+                raise error
             self._awaited, self._notify = waited, notify if waited else None
             return len(waited)
 
@@ -120,11 +124,11 @@ class Blocks:
         """End the reader threads."""
         self._readers.close()
 
-    def _forget(self, block: Block) -> EngineError:
-        """The error of a block that failed, which may be asked for again."""
+    def _forget(self, block: Block) -> None:
+        """A block that failed may be asked for again."""
         self._passing.pop(block, None)
         self._kept_asked.discard(block)
-        return self._failed.pop(block)
+        del self._failed[block]
 
     # -------------------------------------------------------------------------------------------------------------- reader threads
     def _read(self, first: Block, count: int) -> None:

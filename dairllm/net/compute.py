@@ -19,6 +19,9 @@ __all__ = ["BRIEF_SECONDS", "Compute", "Computer"]
 BRIEF_SECONDS = 0.001
 """The longest that a computation may keep the loop from health probes and signals."""
 
+_MOST_REMEMBERED = 8192
+"""Calls whose duration is remembered: a program of many segments, with batches of any number of rows, would fill the memory otherwise."""
+
 P = TypeVar("P")
 ProgramT = TypeVar("ProgramT", contravariant=True)
 
@@ -79,6 +82,8 @@ class Compute(Generic[P]):
             self._executor.run(program, first, stop, position, rows, first_row)
         else:
             await self._run_beside(program, first, stop, position, rows, first_row)
+        if len(self._took) >= _MOST_REMEMBERED:
+            self._took.clear()
         self._took[call] = time.perf_counter() - begun
 
     async def _run_beside(self, program: P, first: int, stop: int, position: int, rows: int, first_row: int) -> None:

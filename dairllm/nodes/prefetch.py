@@ -128,8 +128,11 @@ class PagedCompute:
             needed = self._pager.needed(step)
             await self._there(needed, partial(self._pager.look_ahead, step))
             following = self._pager.extent(step, end)
+            for other in range(step + 1, following):
+                self.meters.hits += len(self._pager.needed(other))
             await self._compute.run(self._stepwise, step, following, position, rows, first_row)
-            self._pager.blocks.used(needed)
+            for other in range(step, following):
+                self._pager.blocks.used(self._pager.needed(other))
             step = following
         self._pager.look_ahead(end % len(self._pager.steps))
         self._window.check()  # what was written into the file meanwhile may have been computed with
@@ -156,6 +159,9 @@ class PagedCompute:
     async def _there(self, needed: Sequence[Block], ask: Callable[[], None]) -> None:
         """Wait until blocks are in memory. `ask` is called again as room becomes free."""
         blocks, meters = self._pager.blocks, self.meters
+        if blocks.all_ready(needed):
+            meters.hits += len(needed)
+            return
         loop = asyncio.get_running_loop()
         come = asyncio.Event()
 
@@ -177,7 +183,8 @@ class PagedCompute:
             meters.wait_seconds += time.perf_counter() - begun
 
     async def _embed(self, first_row: int, rows: int) -> None:
-        """Bring the embedding's rows for the tokens of a pass."""
+        """Bring the embedding's rows for the tokens of a pass. Even when cancelled it returns only after they have come: they would take the
+        place of those of the next pass."""
         embedding = self._weights.embedding
         if embedding is None:
             return
@@ -185,7 +192,15 @@ class PagedCompute:
         loop = asyncio.get_running_loop()
         done: asyncio.Future[None] = loop.create_future()
         self._pager.blocks.call(partial(_load_rows, embedding, tokens, loop, done, self._pager.blocks))
-        await done
+        try:
+            await asyncio.wait([done])
+        except asyncio.CancelledError:
+            while not done.done():
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.wait([done])
+            done.exception()
+            raise
+        done.result()
 
     async def close(self) -> None:
         """Give all up. Nothing is being computed."""
@@ -209,8 +224,6 @@ def _load_rows(
         error = caught
 
     def settle() -> None:
-        if done.done():
-            return
         if error is None:
             done.set_result(None)
         else:

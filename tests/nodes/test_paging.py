@@ -1,7 +1,10 @@
 """A node with room for some of its weights computes what one with all of them does, to the last bit."""
 
+import asyncio
 import contextlib
 import math
+import os
+import shutil
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -10,7 +13,9 @@ import pytest
 
 from dairllm.engine.executor import Executor
 from dairllm.engine.paging import PagingSettings, Way, paging_needs
+from dairllm.engine.paging_window import BufferedWindow
 from dairllm.engine.program import Program
+from dairllm.errors import EngineError, LimitError
 from dairllm.formats.model_file import ModelFile
 from dairllm.formats.random_model import small_spec, write_random_model
 from dairllm.graph.build import build_graph
@@ -83,6 +88,10 @@ def needs_of(path: Path, block_bytes: int = BLOCK) -> tuple[int, int]:
     return needs.ring_blocks_min, needs.blocks_total
 
 
+def size_of(path: Path) -> int:
+    return path.stat().st_size
+
+
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """As large a part of these matrices as the usual pieces are of large ones."""
@@ -114,3 +123,152 @@ async def test_paged_is_resident_in_every_room(name: str, models: dict[str, Path
             read.append(node.paging.bytes)
     assert read[0] > read[-1], "what stays is not read again"
     assert read[-1] == read[-2], "with room for all, each block is read once"
+
+
+@pytest.mark.parametrize("name", ["wide_Q40", "experts"])
+async def test_the_least_recently_used_may_go_as_well(name: str, models: dict[str, Path], executor: Executor) -> None:
+    async with opened(models[name], executor, None) as node:
+        expected = await answer(node)
+    least, total = needs_of(models[name])
+    for room in (least, (least + total) // 2, total):
+        settings = PagingSettings(room, policy="lru", way="buffered", readers=2, block_bytes=BLOCK)
+        async with opened(models[name], executor, settings) as node:
+            assert await answer(node) == expected, room
+
+
+async def test_what_is_kept_is_not_read_again(models: dict[str, Path], executor: Executor) -> None:
+    """A token reads the blocks that do not stay, each once, and one row of the embedding."""
+    least, total = needs_of(models["wide_Q40"])
+    for room in (least + 4, total // 2, total * 3 // 4):
+        settings = PagingSettings(room, way="buffered", readers=1, block_bytes=BLOCK)
+        async with opened(models["wide_Q40"], executor, settings) as node:
+            assert node.paging is not None
+            for place in range(3):
+                await node.feed([place], place, logits=True)
+            before = node.paging.bytes
+            for place in range(3, 13):
+                await node.feed([place], place, logits=True)
+            read = (node.paging.bytes - before) / 10
+        ring = min(6, room)
+        again = total - (room - ring)
+        # blocks that two matrices share and that lie farther apart in the pass than the ring is long are read twice
+        assert again * 0.9 * BLOCK <= read <= (again * 1.2 + 2) * BLOCK, (room, total)
+
+
+async def test_less_room_than_a_step_needs_is_refused(models: dict[str, Path], executor: Executor) -> None:
+    least, _ = needs_of(models["wide_Q40"])
+    with pytest.raises(LimitError, match=rf"room for {least - 1} blocks of {BLOCK} bytes; .* needs {least} at least"):
+        async with opened(models["wide_Q40"], executor, PagingSettings(least - 1, block_bytes=BLOCK)):
+            pass
+
+
+@pytest.fixture
+def copy(models: dict[str, Path], tmp_path: Path) -> Path:
+    return Path(shutil.copy(models["wide_Q40"], tmp_path / "model.m"))
+
+
+@pytest.mark.parametrize("way", ["map", "buffered", "direct"])
+async def test_a_file_cut_short_fails_the_request_and_says_so(way: Way, copy: Path, executor: Executor) -> None:
+    least, _ = needs_of(copy)
+    size = size_of(copy)
+    async with opened(copy, executor, PagingSettings(least, way=way, readers=1, block_bytes=BLOCK)) as node:
+        await node.feed([1], 0, logits=True)
+        os.truncate(copy, size - 5 * BLOCK)
+        for _ in range(2):
+            with pytest.raises(EngineError, match=rf"model\.m had {size} bytes when it was opened and has {size - 5 * BLOCK} now"):
+                await node.feed([1], 1, logits=True)
+
+
+async def test_a_file_written_to_fails_the_request(copy: Path, executor: Executor) -> None:
+    least, _ = needs_of(copy)
+    async with opened(copy, executor, PagingSettings(least, way="map", readers=1, block_bytes=BLOCK)) as node:
+        await node.feed([1], 0, logits=True)
+        with copy.open("r+b") as file:
+            file.seek(-10, os.SEEK_END)
+            file.write(b"changed")
+        with pytest.raises(EngineError, match=r"model\.m has been written to since it was opened"):
+            await node.feed([1], 1, logits=True)
+
+
+async def test_a_file_put_in_its_place_before_it_is_opened_is_refused(copy: Path, executor: Executor) -> None:
+    least, _ = needs_of(copy)
+    compute: Compute[Program] = Compute(executor)
+    with ModelFile.open(copy) as model:
+        other = shutil.copy(copy, copy.with_name("other.m"))
+        os.replace(other, copy)
+        node = LocalNode(model, compute, n_threads=2, paging=PagingSettings(least, way="map", readers=1, block_bytes=BLOCK))
+        with pytest.raises(EngineError, match=r"model\.m has been replaced since it was opened"):
+            await node.open()
+
+
+async def test_a_file_replaced_while_it_is_used_changes_nothing(copy: Path, executor: Executor) -> None:
+    """Whoever has it open reads the old one to the end."""
+    least, _ = needs_of(copy)
+    async with opened(copy, executor, PagingSettings(least, way="buffered", readers=1, block_bytes=BLOCK)) as node:
+        expected = await answer(node)
+        write_random_model(copy.with_name("other.m"), small_spec(), seed=1)
+        os.replace(copy.with_name("other.m"), copy)
+        assert await answer(node) == expected
+
+
+async def test_a_disk_that_fails_fails_the_request_and_the_next_one_may_succeed(
+    copy: Path, executor: Executor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    least, total = needs_of(copy)
+    failing: list[int] = []
+    load = BufferedWindow._load
+
+    def broken(window: BufferedWindow, offset: int, nbytes: int) -> None:
+        if failing and offset <= failing[0] * BLOCK < offset + nbytes:
+            raise OSError(5, "Input/output error")
+        load(window, offset, nbytes)
+
+    monkeypatch.setattr(BufferedWindow, "_load", broken)
+    for room in (least, (least + total) // 2, total):
+        failing.clear()
+        async with opened(copy, executor, None) as resident:
+            expected = await answer(resident)
+        async with opened(copy, executor, PagingSettings(room, way="buffered", readers=2, block_bytes=BLOCK)) as node:
+            failing.append(size_of(copy) // BLOCK - 8)  # of the classifier
+            for _ in range(2):
+                with pytest.raises(EngineError, match=r"model\.m, bytes \d+ to \d+ cannot be read: Input/output error"):
+                    await node.feed([1], 0, logits=True)
+            failing.clear()
+            assert await answer(node) == expected
+
+
+async def test_a_pass_that_is_cancelled_leaves_all_in_order(models: dict[str, Path], executor: Executor) -> None:
+    least, _ = needs_of(models["wide_Q40"])
+    async with opened(models["wide_Q40"], executor, None) as node:
+        expected = await answer(node)
+    async with opened(models["wide_Q40"], executor, PagingSettings(least, way="direct", readers=2, block_bytes=BLOCK), brief=0.0) as node:
+        for turns in range(0, 60, 4):
+            task = asyncio.ensure_future(node.feed(PROMPT, 0, logits=True))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+        assert await answer(node) == expected
+
+
+async def test_only_experts_that_rows_are_routed_to_are_read(models: dict[str, Path], executor: Executor) -> None:
+    with ModelFile.open(models["experts"]) as model:
+        spec = model.spec
+        tensors = [tensor for tensor in model.tensors if tensor.name in ("block_matmul_w1", "block_matmul_w2", "block_matmul_w3")]
+    of_experts = sum(tensor.nbytes for tensor in tensors) * spec.n_active_experts / spec.n_experts
+    _, total = needs_of(models["experts"])
+    size = size_of(models["experts"])
+    others = total * BLOCK - sum(tensor.nbytes for tensor in tensors)
+    room = (others + int(of_experts)) // BLOCK
+    async with opened(models["experts"], executor, PagingSettings(room, way="buffered", readers=2, block_bytes=BLOCK)) as node:
+        assert node.paging is not None
+        for place in range(3):
+            await node.feed([place], place, logits=True)
+        before = node.paging.bytes
+        for place in range(3, 13):
+            await node.feed([7 * place], place, logits=True)
+        read = (node.paging.bytes - before) / 10
+    assert size > total * BLOCK > room * BLOCK
+    # neighbouring experts share blocks: each is read with a block more than it fills
+    assert 0 < read <= 1.3 * of_experts
