@@ -12,7 +12,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, TextIO
+from typing import TYPE_CHECKING, Literal, Protocol, TextIO
 
 import structlog
 
@@ -22,7 +22,17 @@ if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
     from prometheus_client.metrics_core import Metric
 
-__all__ = ["Histogram", "LinkBytes", "Meters", "Readiness", "ServiceMeters", "configure_logging", "registry"]
+__all__ = [
+    "Histogram",
+    "LinkBytes",
+    "Meters",
+    "PagingCounts",
+    "PagingTotals",
+    "Readiness",
+    "ServiceMeters",
+    "configure_logging",
+    "registry",
+]
 
 PASS_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 """Bounds of a pass's duration: from a small model on one node to a large one that is paged from disks."""
@@ -101,6 +111,42 @@ class Histogram:
             yield ("+Inf" if bound == float("inf") else repr(bound)), so_far
 
 
+class PagingCounts(Protocol):
+    """What the engine counts of one program's paging, from 0 on."""
+
+    hits: int
+    misses: int
+    wait_seconds: float
+    bytes: int
+
+
+@dataclass(slots=True)
+class PagingTotals:
+    """The same over all programs of a process."""
+
+    hits: int = 0
+    """Blocks of weights that were in memory when they were needed."""
+    misses: int = 0
+    """Blocks that were waited for."""
+    wait_seconds: float = 0.0
+    bytes: int = 0
+    """Read from the disk."""
+    _seen: tuple[int, int, float, int] = (0, 0, 0.0, 0)
+    _of: PagingCounts | None = None
+
+    def follow(self, counts: PagingCounts | None) -> None:
+        """Add what `counts` has grown by since the last time; another object than the last time has begun anew."""
+        seen = self._seen if counts is self._of else (0, 0, 0.0, 0)
+        self._of = counts
+        if counts is None:
+            return
+        self._seen = now = counts.hits, counts.misses, counts.wait_seconds, counts.bytes
+        self.hits += now[0] - seen[0]
+        self.misses += now[1] - seen[1]
+        self.wait_seconds += now[2] - seen[2]
+        self.bytes += now[3] - seen[3]
+
+
 @dataclass(slots=True)
 class Meters:
     """What one node has done since it started. Times are seconds, amounts bytes; all of it only grows, except `sessions_running`."""
@@ -117,6 +163,7 @@ class Meters:
     sent: Counter[str] = field(default_factory=Counter)
     """Bytes of activations and messages by kind of link: root, peer."""
     received: Counter[str] = field(default_factory=Counter)
+    paging: PagingTotals = field(default_factory=PagingTotals)
     weight_bytes: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: {"compute": 0.0, "exchange": 0.0, "wait": 0.0})
     """Time in sessions: compute, exchange (moving slices), wait (for the next control packet)."""
@@ -153,6 +200,7 @@ class ServiceMeters:
     prefill_rate: float = 0.0
     decode_rate: float = 0.0
     """Tokens a second of the last answer."""
+    paging: PagingTotals = field(default_factory=PagingTotals)
     losses: int = 0
     """How often the model was lost: a worker went away, or a pass failed."""
     links: Callable[[], Iterable[LinkBytes]] = tuple
@@ -177,6 +225,7 @@ def registry(meters: Meters | ServiceMeters) -> "CollectorRegistry":
             yield InfoMetricFamily("dairllm_build", "Version of dairllm.", {"version": __version__})
             yield InfoMetricFamily("dairllm_kernels", "Form of the kernels in use.", {"form": meters.kernel_form or "none"})
             yield GaugeMetricFamily("dairllm_peak_rss_bytes", "Most memory held so far (VmHWM).", machine.peak_rss_bytes())
+            yield from _of_paging(meters.paging)
             yield from _of_worker(meters) if isinstance(meters, Meters) else _of_service(meters)
 
     result = CollectorRegistry(auto_describe=False)
@@ -239,6 +288,17 @@ def _histogram(name: str, text: str, histogram: Histogram) -> "Metric":
     family = HistogramMetricFamily(name, text)
     family.add_metric([], list(histogram.cumulative()), histogram.total)
     return family
+
+
+def _of_paging(paging: PagingTotals) -> Iterator["Metric"]:
+    from prometheus_client.metrics_core import CounterMetricFamily
+
+    lookups = {"hit": paging.hits, "miss": paging.misses}
+    yield _counts(
+        "dairllm_paging_blocks", "Blocks of weights that were in memory when they were needed, and that were waited for.", "lookup", lookups
+    )
+    yield CounterMetricFamily("dairllm_paging_wait_seconds", "Time that computing waited for the disk.", paging.wait_seconds)
+    yield CounterMetricFamily("dairllm_paging_read_bytes", "Weights read from the disk.", paging.bytes)
 
 
 def _counts(name: str, text: str, label: str, counts: Mapping[str, float]) -> "Metric":

@@ -10,7 +10,7 @@ import structlog
 from prometheus_client.exposition import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from dairllm.telemetry import Histogram, LinkBytes, Meters, ServiceMeters, configure_logging, registry
+from dairllm.telemetry import Histogram, LinkBytes, Meters, PagingTotals, ServiceMeters, configure_logging, registry
 
 
 class Terminal(io.StringIO):
@@ -177,3 +177,15 @@ def test_a_value_on_a_bound_belongs_to_it() -> None:
     for value in (1.0, 1.5, 2.0, 2.5):
         histogram.observe(value)
     assert list(histogram.cumulative()) == [("1.0", 1), ("2.0", 3), ("+Inf", 4)]
+
+
+def test_paging_is_summed_over_programs() -> None:
+    totals, first, second = PagingTotals(), PagingTotals(hits=1), PagingTotals()
+    totals.follow(first)
+    first.hits, first.misses, first.bytes, first.wait_seconds = 5, 2, 100, 0.5
+    totals.follow(first)
+    totals.follow(first)
+    totals.follow(None)
+    second.hits = 3
+    totals.follow(second)
+    assert (totals.hits, totals.misses, totals.bytes, totals.wait_seconds) == (8, 2, 100, 0.5)

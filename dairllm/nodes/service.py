@@ -25,7 +25,7 @@ from dairllm.nodes.generation import Generation, Model
 from dairllm.nodes.held_model import HeldModel
 from dairllm.nodes.reply import STALL_SECONDS, AbandonedError, Order, Reply, StalledError
 from dairllm.nodes.report import NodeReport
-from dairllm.telemetry import LinkBytes, Readiness, ServiceMeters
+from dairllm.telemetry import LinkBytes, PagingCounts, Readiness, ServiceMeters
 from dairllm.text.tokenizer import Tokenizer
 from dairllm.units import format_duration
 
@@ -43,6 +43,11 @@ class OpenModel(Model, Protocol):
     @property
     def nodes(self) -> Sequence[NodeReport]:
         """Who computes it, the root first."""
+        ...
+
+    @property
+    def paging(self) -> PagingCounts | None:
+        """What paging of this machine's weights has read and waited for; None where nothing is paged."""
         ...
 
     @property
@@ -269,6 +274,7 @@ class Service:
         outcome = _outcome(reply)
         self._last_took = took
         meters.requests[outcome] += 1
+        meters.paging.follow(None if self._model is None else self._model.paging)
         meters.prompt_tokens += n_prompt
         meters.cached_tokens += reply.cached_tokens
         meters.generated_tokens += n_ids

@@ -208,6 +208,7 @@ class TensorSession:
             await tensor_pass.run(event.position, event.rows)
             self._token_in_hand = False
             self._count(event.rows, time.perf_counter() - started)
+            self._meters.paging.follow(own.paging)
 
     async def _next(self, silence: float = math.inf) -> Event:
         return await self._root.next_event(self._wire, silence)

@@ -67,6 +67,7 @@ class PacedModel:
         self.failure: Exception | None = None
         self.fails_in = 0
         self.trouble: str | None = None
+        self.paging = None
         self.fed: list[tuple[int, int]] = []
         self.closed = False
         self.reports: tuple[NodeReport, ...] = model.nodes
