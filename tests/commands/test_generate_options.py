@@ -6,9 +6,8 @@ from typing import Any
 import pytest
 
 from dairllm.commands.generate_options import GenerateOptions, parse_prompt_ids
-from dairllm.config import RootSettings, WorkerAddress, load_settings
+from dairllm.config import RootSettings, load_settings
 from dairllm.errors import ConfigError
-from dairllm.graph.slicing import ShareSize
 
 
 def settings(**flags: object) -> RootSettings:
