@@ -59,6 +59,7 @@ class Blocks:
     def ask(self, missing: Sequence[Block], protected: frozenset[Block] | set[Block], *, urgent: bool = False) -> None:
         """Ask for blocks that are not `asked`, in order, as far as there is room or what may go: what is in memory and not protected."""
         reading: list[Block] = []
+        notify = None
         with self._lock:
             for block in [block for block in self._failed if block not in protected]:
                 self._forget(block)
@@ -79,8 +80,13 @@ class Blocks:
                 if block in self._to_go:  # called back
                     del self._to_go[block]
                     self._ready.add(block)
+                    self._awaited.discard(block)
                 else:
                     reading.append(block)
+            if not self._awaited:
+                notify, self._notify = self._notify, None
+        if notify is not None:
+            notify()
         if reading:
             longest = max(1, _READ_BYTES // self._window.block_bytes)
             self._readers.submit([partial(self._read, first, count) for first, count in runs(reading, longest)], urgent=urgent)
@@ -88,7 +94,8 @@ class Blocks:
     def missing(self, blocks: Iterable[Block], notify: Callable[[], None]) -> int:
         """How many of the blocks have still to come.
 
-        If any, a reader thread calls `notify` once: when all have come, reading one failed, or there is room for one that is not asked for.
+        If any, `notify` is called once, by a reader thread or by `ask`: when all have come, reading one failed, or there may be room for one
+        that is not asked for yet.
 
         Raises:
             EngineError: reading one failed; the next time it is tried again.

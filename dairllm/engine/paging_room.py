@@ -36,7 +36,8 @@ def divide(steps: Sequence[Step], needs: PagingNeeds, settings: PagingSettings) 
     order = list(dict.fromkeys(block for step in steps for block in step.blocks))
     experts = any(step.experts for step in steps)
     if settings.policy == "lru":
-        return Division(frozenset(), min(room, total), min(room, needs.ring_blocks_best))
+        ring = min(room, total)
+        return Division(frozenset(), ring, min(ring, needs.ring_blocks_best))
     if experts:
         # each pass reads all of the others and few of the experts: the others stay first, and experts have what is left
         ring = max(needs.ring_blocks_best, room - len(order))

@@ -183,8 +183,10 @@ class PagedCompute:
             meters.wait_seconds += time.perf_counter() - begun
 
     async def _embed(self, first_row: int, rows: int) -> None:
-        """Bring the embedding's rows for the tokens of a pass. Even when cancelled it returns only after they have come: they would take the
-        place of those of the next pass."""
+        """Bring the embedding's rows for the tokens of a pass.
+
+        Even when cancelled it returns only after they have come: they would take the place of the next pass'.
+        """
         embedding = self._weights.embedding
         if embedding is None:
             return
