@@ -94,8 +94,8 @@ class Blocks:
     def missing(self, blocks: Iterable[Block], notify: Callable[[], None]) -> int:
         """How many of the blocks have still to come.
 
-        If any, `notify` is called once, by a reader thread or by `ask`: when all have come, reading one failed, or there may be room for one
-        that is not asked for yet.
+        If any, `notify` is called once, by a reader thread or by `ask`: when all have come, reading one failed, or there may be room for
+        one that is not asked for yet.
 
         Raises:
             EngineError: reading one failed; the next time it is tried again.
