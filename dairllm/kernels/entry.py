@@ -66,25 +66,28 @@ def _objects(cache: ObjectCodeCache) -> Objects:
 
 
 def _called_as_c(objects: Objects) -> Entry:
-    made: dict[str, Callable[..., None]] = {}
-    for name, signature in SIGNATURES.items():
-        symbol, raw = objects.get(name, ("", b""))
-        made[name] = _function(ObjectCode(raw, f"object code of {name}"), symbol, signature.count("int64"))
-    return Entry(made["run_threads"], made["ring"], None)
-
-
-def _function(code: ObjectCode, symbol: str, n_args: int) -> Callable[..., None]:
     """numba's convention: addresses where a result and an exception would be put, then the arguments; returns a status."""
-    unused = (ctypes.c_int64 * 8)()
-    put = ctypes.c_void_p(ctypes.addressof(unused))
-    kind = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int64] * n_args)
-    function = kind(code.function(symbol))
+    enter, ring_up = (_function(objects, name, signature.count("int64")) for name, signature in SIGNATURES.items())
+    put = ctypes.cast((ctypes.c_int64 * 8)(), ctypes.c_void_p)  # keeps them alive
 
-    def call(*args: int, kept: tuple[Any, ...] = (code, unused)) -> None:
-        if status := function(put, put, *args):
-            raise EngineError(f"the kernels ended with status {status}")
+    def run_threads(mailbox: int, thread: int, n_threads: int, guest: int) -> None:
+        if enter(put, put, mailbox, thread, n_threads, guest):
+            raise EngineError("the kernels raised an exception")
 
-    return call
+    def ring(mailbox: int, generation: int) -> None:
+        if ring_up(put, put, mailbox, generation):
+            raise EngineError("the kernels raised an exception")
+
+    return Entry(run_threads, ring, None)
+
+
+def _function(objects: Objects, name: str, n_args: int) -> Any:
+    symbol, raw = objects.get(name, ("", b""))
+    code = ObjectCode(raw, f"object code of {name}")
+    # all as addresses, which is how ctypes passes an int of 64 bits fastest
+    function = ctypes.CFUNCTYPE(ctypes.c_int32, *[ctypes.c_void_p] * (2 + n_args))(code.function(symbol))
+    function.code = code  # type: ignore[attr-defined] # which must live as long
+    return function
 
 
 def _compiled_here(cache: ObjectCodeCache, why: str) -> Entry:
