@@ -68,7 +68,6 @@ def test_defaults_are_those_of_the_settings() -> None:
     assert chosen == GenerateOptions(chosen.model, chosen.tokenizer, prompt="a", root=chosen.root)
 
 
-
 @pytest.mark.parametrize(
     ("workers", "shares", "message"),
     [
