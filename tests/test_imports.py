@@ -150,3 +150,20 @@ def defined_names(tree: ast.Module) -> Iterator[str]:
         elif isinstance(node, ast.If | ast.Try | ast.With):
             waiting += node.body
             waiting += getattr(node, "orelse", [])
+
+
+def test_a_running_process_needs_no_compiler() -> None:
+    """What imports numba or LLVM when it is imported itself is a kernel, and nothing but kernels imports one so."""
+    direct: dict[str, set[str]] = {}
+    for module, path in FILES.items():
+        top = ast.parse(path.read_text(encoding="utf-8")).body
+        froms = [node for node in top if isinstance(node, ast.ImportFrom) and node.module]
+        direct[module] = {alias.name for node in top if isinstance(node, ast.Import) for alias in node.names}
+        direct[module] |= {node.module for node in froms if node.module}
+        direct[module] |= {f"{node.module}.{alias.name}" for node in froms for alias in node.names}
+    need = {module for module, names in direct.items() if {name.split(".")[0] for name in names} & {"numba", "llvmlite"}}
+    while more := {module for module, names in direct.items() if names & need} - need:
+        need |= more
+    assert "dairllm.kernels.interpreter" in need
+    assert {module for module in need if not module.startswith("dairllm.kernels.")} == set()
+    assert not need & {f"dairllm.kernels.{name}" for name in ("entry", "forms", "panels", "records", "sizes")}
