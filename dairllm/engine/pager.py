@@ -113,6 +113,7 @@ class Pager:
     def _ahead(self, step: int, complete: bool) -> Iterator[Block]:
         passing: set[Block] = set()
         start, count = self._first_use[step], len(self._uses)
+        length = max(self._length, sum(block not in self.blocks.kept for block in self.steps[step].blocks))
         for place in range(start, start + count):
             block = self._uses[place % count]
             if block in self.blocks.kept:
@@ -120,7 +121,7 @@ class Pager:
                     yield block
                 continue
             passing.add(block)
-            if len(passing) > self._length:
+            if len(passing) > length:
                 return
             yield block
 

@@ -135,10 +135,10 @@ def weights_needs(network: NetworkConfig, node: NodeConfig, weights: Weights, *,
         for group in group_pieces(pieces, size):
             members = [pieces[place] for place in group]
             total.update(blocks_of(_spans(members), size))
-            if members[0].experts:
-                expert_room = max(expert_room, _active(node) * max(len(blocks_of([span], size)) for span in members[0].spans))
-            else:
+            if not members[0].experts:
                 widest = max(widest, len(blocks_of(_spans(members), size)))
+        experts = zip(*(piece.spans for piece in pieces if piece.experts), strict=True)  # of each, all its matrices
+        expert_room = max([expert_room, *(_active(node) * len(blocks_of(spans, size)) for spans in experts)])
     least = max(widest, expert_room) + 1
     best = max(RING_BYTES // size, 2 * widest, least)
     count = len(total)

@@ -15,7 +15,7 @@ class Division:
     """Attributes:
     kept: blocks that stay once they are in memory.
     ring: how many others may be there at once.
-    outlook: how many of those are asked for ahead.
+    outlook: how many of those are asked for ahead, if the next step alone does not need more.
     """
 
     kept: frozenset[Block]
@@ -40,10 +40,9 @@ def divide(steps: Sequence[Step], needs: PagingNeeds, settings: PagingSettings) 
         return Division(frozenset(), ring, min(ring, needs.ring_blocks_best))
     if experts:
         # each pass reads all of the others and few of the experts: the others stay first, and experts have what is left
-        ring = max(needs.ring_blocks_best, room - len(order))
+        ring = max(2 * needs.ring_blocks_min, room - len(order))
         ring = min(ring, room)
-        widest = max(len(step.blocks) for step in steps)
-        return Division(spread(order, room - ring), ring, max(widest, min(needs.ring_blocks_best, ring // 2)))
+        return Division(spread(order, room - ring), ring, min(needs.ring_blocks_best, ring - needs.ring_blocks_min))
     if room >= total:
         return Division(frozenset(order), 0, 0)
     # a ring larger than what is missing would only take from what is kept
