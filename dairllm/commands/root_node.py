@@ -50,6 +50,7 @@ def plan_of(settings: RootSettings, model: ModelFile, node: int = 0) -> MemoryPl
     """The plan of a node of the cluster that the settings describe, by default of the root. Raises as `planned_model`."""
     n_nodes, sync = len(settings.cluster.workers) + 1, _sync(settings, model)
     limit, chosen, kv_cache = settings.limits.memory, settings.model.max_seq_len, FloatType[settings.engine.kv_cache.upper()]
+    shares = _shares(settings, model, n_nodes)
     if n_nodes == 1:
 
         def alone(seq_len: int, rows: int) -> tuple[NetworkConfig, NodeConfig]:
@@ -57,7 +58,6 @@ def plan_of(settings: RootSettings, model: ModelFile, node: int = 0) -> MemoryPl
             return network, only
 
         return plan_memory(model, alone, limit, max_seq_len=chosen, kv_cache=kv_cache)
-    shares = _shares(settings, model, n_nodes)
 
     def shared(seq_len: int, rows: int) -> tuple[NetworkConfig, NodeConfig]:
         spec = replace(model.spec, seq_len=seq_len)
