@@ -26,7 +26,7 @@ __all__ = ["BATCH_ROWS", "BuildGraph", "MemoryPlan", "plan_memory"]
 BATCH_ROWS = (256, 128, 64, 32)
 """Rows of a prompt that may go through the layers together: where weights are paged, each batch reads them once."""
 
-COMING_BYTES = 24 << 20
+COMING_BYTES = 12 << 20
 """What a process holds when its kernels run, beyond what it holds while it plans: object code, threads, the allocator's reserve."""
 
 _LEAST_CONTEXT = 256
