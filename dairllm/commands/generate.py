@@ -88,7 +88,7 @@ async def _generate(
             with waiting(COMPILING):
                 await steps.start("kernels", lambda: in_thread("kernels", executor.start), end_threads)
             compute.open()
-            with byte_bar("sending weights") if workers else nullcontext() as progress:
+            with byte_bar("making the cluster") if workers else nullcontext() as progress:
                 await steps.start("nodes", lambda: node.open(progress), node.close)
             generation = Generation(
                 node,

@@ -40,7 +40,7 @@ class LocalNode:
         compute: the caller's too; its executor, of `n_threads`, must have been started before `open`.
         sync: type of the pipe ZQ; `default_sync` if None.
         rows: of a prompt that go through the layers together.
-        kv_cache: F32 or Q80.
+        kv_cache: F32, F16 or Q80.
         paging: room for part of the weights; all are used in place if None.
 
     Raises:

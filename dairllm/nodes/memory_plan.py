@@ -139,7 +139,7 @@ def plan_memory(
         share: of the node; None for all of the model.
         max_seq_len: a context that somebody chose.
         rows: batches to choose from, the largest first.
-        kv_cache: F32 or Q80.
+        kv_cache: F32, F16 or Q80.
         runtime: what the process holds beside model and caches; estimated from what it holds now if None.
 
     Raises:

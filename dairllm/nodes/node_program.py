@@ -58,7 +58,7 @@ async def open_program(
     Args:
         weights: where they are: in memory, or in the model's file.
         compute: open; stays the caller's.
-        kv_cache: F32 or Q80.
+        kv_cache: F32, F16 or Q80.
         paged: the file that `weights` lie in, and the room for part of them; None where all of them are in place.
 
     Raises:

@@ -49,7 +49,7 @@ async def open_paged(
     Args:
         places: where the node's weights lie in the file.
         compute: open; stays the caller's.
-        kv_cache: F32 or Q80.
+        kv_cache: F32, F16 or Q80.
 
     Raises:
         EngineError: the file is another one by now, or cannot be read.

@@ -72,7 +72,7 @@ class Cluster:
         n_threads: of its executor.
         sizes: of each node's share, the root's first; nearly equal ones if None.
         sync: what crosses the wire; `default_sync` if None.
-        kv_cache: F32 or Q80; the root's own choice.
+        kv_cache: F32, F16 or Q80; the root's own choice.
         paging: room for part of the root's weights; all are used in place if None.
         overlap: compute large batches in two parts, one on the wire while the other is computed. Not where weights are paged: they would be
             read twice.
