@@ -3,8 +3,8 @@
     python benchmarks/overlap.py --model F.m [--delay-ms 2] [--mbit 200] [--prompt 256] [--rounds 3]        (as root)
 
 Root and worker each live in a namespace of their own, a third one joins them. There a relay stands in for the wire: it passes bytes on
-at the given rate, and each only after the given delay, in both directions. (Not every kernel has netem.) The same prompt is computed with
-`overlap` on and off, in turn. Off, a node computes all rows, then exchanges them: compute + transfer.
+at the given rate, and each only after the given delay, in both directions. (Not every kernel has netem.) The same prompt is computed in
+turn overlapped; in the same parts, each made to wait for its rows before the next is computed (compute + transfer); whole, without parts.
 """
 
 import argparse
@@ -20,8 +20,13 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+from dairllm import cli
+from dairllm.nodes.tensor_pass import TensorPass
 
 PORT = 9990
+MODES = ("overlapped", "waiting", "whole")
 HERE, THERE, WIRE = "dairllm-here", "dairllm-there", "dairllm-wire"
 WORKER, RELAY = "10.77.2.2", "10.77.1.1"
 
@@ -34,7 +39,7 @@ class Line:
         self._free, self._travelling = 0.0, deque[tuple[float, bytes]]()
 
     def read(self, now: float) -> bool:
-        data = self.source.recv(8192)
+        data = self.source.recv(1 << 16)  # what one part of a batch sends arrives as a whole anyway
         self._free = max(self._free, now) + len(data) / self._rate
         self._travelling.append((self._free + self._delay, data))
         return bool(data)
@@ -58,7 +63,8 @@ class Line:
 
 
 def relay(delay: float, rate: float) -> None:
-    """Serve one connection after the other."""
+    """Serve one connection after the other. A wire does not wait for a processor."""
+    os.nice(-15)
     listener = socket.create_server((RELAY, PORT))
     while True:
         root, _ = listener.accept()
@@ -118,14 +124,29 @@ def running(name: str, command: list[str], **environment: str) -> Iterator[None]
             process.terminate()
 
 
-def prefill_seconds(options: argparse.Namespace, overlap: bool) -> float:
-    word = str(overlap).lower()
+def node(mode: str, words: list[str]) -> None:
+    """Be `dairllm WORDS`, whose parts wait where that is the mode."""
+    if mode == "waiting":
+        exchange = TensorPass._exchange
+
+        async def exchange_and_wait(self: TensorPass, *arguments: Any) -> None:
+            await exchange(self, *arguments)
+            await self._settle(arguments[1])
+
+        TensorPass._exchange = exchange_and_wait  # type: ignore[method-assign] # for this measurement alone
+    sys.argv = ["dairllm", *words]
+    cli.main()
+
+
+def prefill_seconds(options: argparse.Namespace, mode: str) -> float:
+    word = str(mode != "whole").lower()
+    program = [sys.executable, __file__, "--node", mode]
     ids = ",".join(str(7 * place % 1000 + 3) for place in range(options.prompt))
-    worker = [sys.executable, "-m", "dairllm", "worker", "--host", WORKER, "--threads", "1"]
-    root = ["-m", "dairllm", "generate", "--model", str(options.model), "--prompt-ids", ids, "--steps", "2", "--threads", "1", "--json"]
+    worker = [*program, "worker", "--host", WORKER, "--threads", "1"]
+    root = [*program, "generate", "--model", str(options.model), "--prompt-ids", ids, "--steps", "2", "--threads", "1", "--json"]
     root += ["--workers", f"{RELAY}:{PORT}", "--max-seq-len", str(options.prompt + 8)]
     with running(THERE, worker, DAIRLLM_WORKER__OVERLAP=word, DAIRLLM_METRICS__ENABLED="false"):
-        command = ["ip", "netns", "exec", HERE, sys.executable, *root]
+        command = ["ip", "netns", "exec", HERE, *root]
         done = subprocess.run(
             command, env={**os.environ, "DAIRLLM_ENGINE__OVERLAP": word}, stdout=subprocess.PIPE, text=True, check=True, timeout=600
         )
@@ -146,15 +167,20 @@ def main() -> None:
         return
     if options.model is None:
         parser.error("--model is needed")
-    pairs = []
+    found: dict[str, list[float]] = {mode: [] for mode in MODES}
     relay_command = [sys.executable, __file__, "--relay", "--delay-ms", str(options.delay_ms), "--mbit", str(options.mbit)]
     with namespaces(), running(WIRE, relay_command):
         for number in range(options.rounds):
-            pairs.append((prefill_seconds(options, True), prefill_seconds(options, False)))
-            print(f"{number + 1}: overlapped {pairs[-1][0]:.2f} s, one after the other {pairs[-1][1]:.2f} s", flush=True)
-    ratios = sorted(on / off for on, off in pairs)
-    print(f"ratio {statistics.median(ratios):.2f} ({ratios[0]:.2f} .. {ratios[-1]:.2f})")
+            for mode in MODES:
+                found[mode].append(prefill_seconds(options, mode))
+            print(f"{number + 1}: " + ", ".join(f"{mode} {found[mode][-1]:.2f} s" for mode in MODES), flush=True)
+    for mode in MODES[1:]:
+        ratios = sorted(on / off for on, off in zip(found["overlapped"], found[mode], strict=True))
+        print(f"overlapped / {mode}: {statistics.median(ratios):.2f} ({ratios[0]:.2f} .. {ratios[-1]:.2f})")
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["--node"]:
+        node(sys.argv[2], sys.argv[3:])
+    else:
+        main()
