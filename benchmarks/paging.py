@@ -94,10 +94,10 @@ async def measure(options: argparse.Namespace) -> None:
         seconds, reads, digest, token, position = [], [], hashlib.sha256(), 5, 0
         for _ in range(options.rounds):
             if node.way is not None:
-                count = missing // found.needs.block_bytes
-                step = max(1, found.needs.blocks_total // max(count, 1))
-                first = model.tensor("block_matmul_q").offset // found.needs.block_bytes + 1
-                blocks = [first + i * step for i in range(count) if (first + (i + 1) * step) * found.needs.block_bytes < model.nbytes]
+                pager = node._own.compute._pager  # type: ignore[union-attr] # who else knows what is read for each token
+                order = dict.fromkeys(block for step in pager.steps for block in step.blocks)
+                blocks = [block for block in order if block not in pager.blocks.kept]
+                missing = len(blocks) * found.needs.block_bytes
                 took = read_seconds(model, blocks, node.way.way, node.way.readers, found.needs.block_bytes)
                 reads.append(len(blocks) * found.needs.block_bytes / took)
             for number in range(options.tokens):
