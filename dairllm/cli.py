@@ -9,6 +9,7 @@ Only this module's imports are paid for by `dairllm --help`, so a command import
 import os
 import signal
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, NoReturn
@@ -230,31 +231,11 @@ def generate(
     log_level: LogLevel = None,
 ) -> None:
     """Generate text with a model, on this machine or together with workers."""
+    flags = _root_flags(locals())
     from dairllm.commands.generate_options import GenerateOptions
     from dairllm.config import RootSettings, load_settings
     from dairllm.telemetry import configure_logging
 
-    flags = {
-        "model.file": ("--model", _text(model)),
-        "model.tokenizer": ("--tokenizer", _text(tokenizer)),
-        "model.max_seq_len": ("--max-seq-len", max_seq_len),
-        "cluster.workers": ("--workers", workers or None),
-        "cluster.shares": ("--shares", shares),
-        "cluster.mode": ("--mode", mode),
-        "engine.threads": ("--threads", _number_or_word(threads)),
-        "engine.kernels": ("--kernels", kernels),
-        "engine.sync": ("--sync", sync),
-        "engine.kv_cache": ("--kv-cache", kv_cache),
-        "limits.memory": ("--memory-limit", memory_limit),
-        "paging.way": ("--paging", paging),
-        "paging.readers": ("--readers", _number_or_word(readers)),
-        "sampling.steps": ("--steps", steps),
-        "sampling.temperature": ("--temperature", temperature),
-        "sampling.top_p": ("--top-p", top_p),
-        "sampling.seed": ("--seed", seed),
-        "log.format": ("--log-format", log_format),
-        "log.level": ("--log-level", log_level),
-    }
     settings = load_settings(RootSettings, config, flags=flags)
     options = GenerateOptions.of(settings, prompt=prompt, prompt_ids=prompt_ids, chat=chat, ignore_eos=ignore_eos, json=json, logits=logits)
     configure_logging(settings.log.format, settings.log.level_of(service=False))
@@ -290,32 +271,10 @@ def serve(
     log_level: LogLevel = None,
 ) -> None:
     """Answer requests in the form of OpenAI's API, on this machine or together with workers."""
+    flags = _root_flags(locals())
     from dairllm.commands import serve as command
 
-    command.run(
-        config,
-        {
-            "server.host": ("--host", host),
-            "server.port": ("--port", port),
-            "server.queue": ("--queue", queue),
-            "model.name": ("--model-name", model_name),
-            "model.file": ("--model", _text(model)),
-            "model.tokenizer": ("--tokenizer", _text(tokenizer)),
-            "model.max_seq_len": ("--max-seq-len", max_seq_len),
-            "cluster.workers": ("--workers", workers or None),
-            "cluster.shares": ("--shares", shares),
-            "cluster.mode": ("--mode", mode),
-            "engine.threads": ("--threads", _number_or_word(threads)),
-            "engine.kernels": ("--kernels", kernels),
-            "engine.sync": ("--sync", sync),
-            "engine.kv_cache": ("--kv-cache", kv_cache),
-            "limits.memory": ("--memory-limit", memory_limit),
-            "paging.way": ("--paging", paging),
-            "paging.readers": ("--readers", _number_or_word(readers)),
-            "log.format": ("--log-format", log_format),
-            "log.level": ("--log-level", log_level),
-        },
-    )
+    command.run(config, flags)
 
 
 @app.command()
@@ -371,15 +330,9 @@ def plan(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Show what each node would hold within a memory limit, and how much of the weights it would read for each token."""
+    flags = _root_flags({name: value for name, value in locals().items() if name != "model"})
     from dairllm.commands import plan as command
 
-    flags = {
-        "engine.kv_cache": ("--kv-cache", kv_cache),
-        "limits.memory": ("--memory-limit", memory_limit),
-        "cluster.shares": ("--shares", shares),
-        "engine.sync": ("--sync", sync),
-        "model.max_seq_len": ("--max-seq-len", max_seq_len),
-    }
     command.run(model, config, nodes, flags, json=json)
 
 
@@ -403,6 +356,47 @@ def main() -> None:
 def _terminated(_signal: int, _frame: FrameType | None) -> NoReturn:
     """SIGTERM unwinds like Ctrl-C, so that files are closed and child processes ended. A service sets a handler of its own."""
     raise SystemExit(CUT_SHORT_BY_TERMINATION)
+
+
+_ROOT_KEYS = {
+    "host": "server.host",
+    "port": "server.port",
+    "queue": "server.queue",
+    "model": "model.file",
+    "tokenizer": "model.tokenizer",
+    "model_name": "model.name",
+    "max_seq_len": "model.max_seq_len",
+    "workers": "cluster.workers",
+    "shares": "cluster.shares",
+    "mode": "cluster.mode",
+    "threads": "engine.threads",
+    "kernels": "engine.kernels",
+    "sync": "engine.sync",
+    "kv_cache": "engine.kv_cache",
+    "memory_limit": "limits.memory",
+    "paging": "paging.way",
+    "readers": "paging.readers",
+    "steps": "sampling.steps",
+    "temperature": "sampling.temperature",
+    "top_p": "sampling.top_p",
+    "seed": "sampling.seed",
+    "log_format": "log.format",
+    "log_level": "log.level",
+}
+"""The setting that each parameter of a root's commands is."""
+
+
+def _root_flags(parameters: Mapping[str, Any]) -> dict[str, tuple[str, object]]:
+    """Those of a command's parameters that are settings, as `load_settings` takes them."""
+    return {key: (f"--{name.replace('_', '-')}", _plain(name, parameters[name])) for name, key in _ROOT_KEYS.items() if name in parameters}
+
+
+def _plain(name: str, value: Any) -> object:
+    if isinstance(value, Path):
+        return str(value)
+    if name in ("threads", "readers"):
+        return _number_or_word(value)
+    return None if value == [] else value
 
 
 def _text(path: Path | None) -> str | None:

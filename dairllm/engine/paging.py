@@ -6,7 +6,7 @@ embedding are read one by one.
 """
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from dairllm.config import Paging
@@ -88,9 +88,6 @@ class PagingMeters:
     misses: int = 0
     wait_seconds: float = 0.0
     bytes: int = 0
-
-    def as_dict(self) -> dict[str, int | float]:
-        return asdict(self)
 
 
 class PagingNeeds(NamedTuple):
