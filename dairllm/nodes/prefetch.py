@@ -107,6 +107,12 @@ class PagedCompute:
     def meters(self) -> PagingMeters:
         return self._pager.blocks.meters
 
+    @property
+    def streamed(self) -> tuple[Block, ...]:
+        """Blocks that do not stay, in the order of a pass: what it reads, and of experts what it may read."""
+        order = dict.fromkeys(block for step in self._pager.steps for blocks in (step.blocks, *step.experts) for block in blocks)
+        return tuple(block for block in order if block not in self._pager.blocks.kept)
+
     async def run(self, program: Program, first: int, stop: int, position: int, rows: int, first_row: int = 0) -> None:
         """As `Compute.run`, of this program. Raises as well:
 
