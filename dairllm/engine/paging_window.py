@@ -7,6 +7,8 @@ A byte of the file always has the same address, so a program's records never cha
 - `buffered`: the block is read through the page cache to its place in memory of our own, and the page cache forgets it.
 - `direct`: the block is read past the page cache.
 
+Memory of our own is huge pages, or parts of them where blocks are smaller (dairllm.engine.paging_slots).
+
 A file that is cut short while it is mapped takes its pages with it, and reading them would end the process (SIGBUS). Asking for a block
 does not: it fails. What is left is the moment between asking and computing, a few milliseconds; the other two ways have no such moment.
 """
@@ -17,11 +19,12 @@ from pathlib import Path
 from typing import ClassVar
 
 from dairllm.engine import system
+from dairllm.engine.paging_slots import Slots
 from dairllm.engine.paging_steps import Block
 from dairllm.errors import EngineError
 from dairllm.formats.file_stamp import FileStamp
 
-__all__ = ["WINDOWS", "BufferedWindow", "DirectWindow", "MappedWindow", "Window", "open_window"]
+__all__ = ["WINDOWS", "BufferedWindow", "DirectWindow", "MappedWindow", "OwnWindow", "Window", "open_window"]
 
 
 class Window:
@@ -139,20 +142,59 @@ class MappedWindow(Window):
         system.release_file(self._fd, offset, nbytes)
 
 
-class BufferedWindow(Window):
-    way = "buffered"
+class OwnWindow(Window):
+    """Of memory of our own, into which blocks are read."""
+
+    _slots: Slots | None = None
+
+    def _prepare(self) -> None:
+        super()._prepare()
+        if not self._huge:
+            self._slots = Slots(self.block_bytes, self._reserved // self.block_bytes)
 
     def _load(self, offset: int, nbytes: int) -> None:
+        if self._slots is None:
+            self._read(offset, nbytes)
+            return
+        address, count = self.address + offset, -(-nbytes // self.block_bytes)
+        self._slots.bring(address, count)
+        try:
+            self._read(offset, nbytes)
+        except OSError:
+            self._slots.take_back(address, count)
+            raise
+
+    def _read(self, offset: int, nbytes: int) -> None:
+        """Bytes of the file to their place; OSError where it fails or the file ends before."""
+        raise NotImplementedError
+
+    def _release(self, offset: int, nbytes: int) -> None:
+        if self._slots is None:
+            super()._release(offset, nbytes)
+        else:
+            self._slots.take_back(self.address + offset, nbytes // self.block_bytes)
+
+    def close(self) -> None:
+        super().close()
+        if self._slots is not None:
+            self._slots.close()
+            self._slots = None
+
+
+class BufferedWindow(OwnWindow):
+    way = "buffered"
+
+    def _read(self, offset: int, nbytes: int) -> None:
         if system.read_into(self._fd, self.address + offset, nbytes, offset) < nbytes:
             raise OSError(0, "the file ends before")
         system.release_file(self._fd, offset, nbytes)
 
 
-class DirectWindow(Window):
+class DirectWindow(OwnWindow):
     way = "direct"
     _flags = os.O_DIRECT
 
-    def _load(self, offset: int, nbytes: int) -> None:
+    def _read(self, offset: int, nbytes: int) -> None:
         whole = -(-nbytes // system.PAGE) * system.PAGE  # whole sectors are asked for; the file may end before
         if system.read_into(self._fd, self.address + offset, whole, offset) < nbytes:
             raise OSError(0, "the file ends before")

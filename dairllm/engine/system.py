@@ -3,25 +3,28 @@
 import ctypes
 import os
 
-__all__ = ["HUGE_PAGE", "PAGE", "advise", "map_file", "read_into", "release_file", "reserve", "unmap"]
+__all__ = ["HUGE_PAGE", "PAGE", "advise", "map_file", "move", "read_into", "release_file", "renew", "reserve", "unmap"]
 
 PAGE = 4096
 HUGE_PAGE = 2 << 20
 
 _libc = ctypes.CDLL(None, use_errno=True)
-_mmap, _munmap, _madvise, _pread = _libc.mmap, _libc.munmap, _libc.madvise, _libc.pread
+_mmap, _munmap, _mremap, _madvise, _pread = _libc.mmap, _libc.munmap, _libc.mremap, _libc.madvise, _libc.pread
 _mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64]
 _mmap.restype = ctypes.c_void_p
 _munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_mremap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p]
+_mremap.restype = ctypes.c_void_p
 _madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _pread.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int64]
 _pread.restype = ctypes.c_ssize_t
 
 _READ, _WRITE = 1, 2
 _SHARED, _PRIVATE, _FIXED, _ANONYMOUS, _NORESERVE = 1, 2, 0x10, 0x20, 0x4000
+_MAY_MOVE, _TO_FIXED, _KEEP_SOURCE = 1, 2, 4
 _FAILED = ctypes.c_void_p(-1).value
 
-_ADVICE = {"random": 1, "dontneed": 4, "hugepage": 14, "nohugepage": 15, "populate_read": 22}
+_ADVICE = {"random": 1, "dontneed": 4, "hugepage": 14, "nohugepage": 15, "populate_read": 22, "populate_write": 23}
 
 
 def _error() -> OSError:
@@ -52,13 +55,34 @@ def map_file(address: int, nbytes: int, fd: int) -> None:
         raise _error()
 
 
+def move(source: int, nbytes: int, destination: int) -> None:
+    """Move memory of one mapping to addresses that are reserved, in the place of what is there. Those it leaves stay reserved.
+
+    Raises:
+        OSError: the source is several mappings, or the process has too many.
+    """
+    if _mremap(source, nbytes, nbytes, _MAY_MOVE | _TO_FIXED | _KEEP_SOURCE, destination) == _FAILED:
+        raise _error()
+
+
+def renew(address: int, nbytes: int) -> None:
+    """Make reserved addresses like new, whatever is there: without memory, and no mapping apart from their neighbours. No huge pages.
+
+    Raises:
+        OSError: the process has too many mappings.
+    """
+    if _mmap(address, nbytes, _READ | _WRITE, _PRIVATE | _FIXED | _ANONYMOUS | _NORESERVE, -1, 0) == _FAILED:
+        raise _error()
+    advise(address, nbytes, "nohugepage")
+
+
 def unmap(region: int, length: int) -> None:
     """Give addresses back."""
     _munmap(region, length)
 
 
 def advise(address: int, nbytes: int, advice: str) -> None:
-    """madvise: "random", "dontneed", "hugepage", "nohugepage" or "populate_read".
+    """madvise: "random", "dontneed", "hugepage", "nohugepage", "populate_read" or "populate_write".
 
     Raises:
         OSError: the kernel does not know it, or a page cannot be read.
