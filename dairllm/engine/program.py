@@ -3,6 +3,7 @@
 import copy
 import ctypes
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,38 +12,68 @@ from dairllm.engine.memory import Layout, aligned
 from dairllm.engine.ops import Emitter
 from dairllm.engine.pieces import Piece
 from dairllm.engine.tables import RopeTables, table_bytes
-from dairllm.engine.weights import Weights, WireWeights
+from dairllm.engine.weights import Weights
 from dairllm.errors import EngineError, GraphError
 from dairllm.graph.build import POSITION_PIPE
-from dairllm.graph.types import FloatType, NetworkConfig, NodeConfig, Op
+from dairllm.graph.types import BLOCK_VALUES, AttentionConfig, FloatType, NetworkConfig, NodeConfig, Op, OpCode
 from dairllm.kernels.panels import TILE_COLUMNS
 from dairllm.kernels.records import FIELDS, Kind, State
-from dairllm.kernels.sizes import attention_scratch_bytes, tile_scratch_bytes
+from dairllm.kernels.sizes import CHUNK, attention_scratch_bytes, tile_scratch_bytes
 
-__all__ = ["Program", "compile_program", "required_bytes"]
+__all__ = ["MemoryNeeds", "Program", "compile_program", "memory_needs"]
 
 MAX_THREADS = 1024
 
 
-def required_bytes(network: NetworkConfig, node: NodeConfig, weights: Weights | None = None, *, kv_cache: FloatType = FloatType.F32) -> int:
-    """Bytes that running this graph takes: weights in memory, pipes, buffers, KV caches, tables. Nothing is allocated;
-    the threads' small scratch is not counted.
+STACK_BYTES = 192 << 10
+"""What a thread touches of its stack, and what the C library keeps for it."""
+
+
+class MemoryNeeds(NamedTuple):
+    """Bytes that running a graph takes beside its weights.
+
+    Attributes:
+        caches: K and V of all positions.
+        working: pipes, buffers, tables, and what each thread works with.
+    """
+
+    caches: int
+    working: int
+
+
+def memory_needs(network: NetworkConfig, node: NodeConfig, *, n_threads: int, kv_cache: FloatType = FloatType.F32) -> MemoryNeeds:
+    """What a program will take. Nothing is allocated.
 
     Args:
-        weights: where the weights will be; from the wire if None.
+        n_threads: compute threads.
         kv_cache: F32, F16 or Q80.
 
     Raises:
         GraphError: sizes that no graph can have, or a KV cache that its heads cannot have.
     """
-    held = (weights or WireWeights(node)).nbytes
-    return held + Layout(network, node, kv_cache).nbytes + table_bytes(node)
+    layout = Layout(network, node, kv_cache)
+    threads = n_threads * (scratch_bytes(node) + STACK_BYTES)
+    return MemoryNeeds(layout.cache_bytes, layout.nbytes - layout.cache_bytes + table_bytes(node) + threads)
+
+
+def scratch_bytes(node: NodeConfig) -> int:
+    """What one thread works with: a tile of unpacked weights, or a chunk of attention for some rows."""
+    most = tile_scratch_bytes(1)
+    for op in (op for segment in node.segments for op in segment.ops):
+        size, c = op.weight_size, op.config
+        if op.code == OpCode.MATMUL and size.float_type != FloatType.F32:
+            most = max(most, tile_scratch_bytes(size.y // BLOCK_VALUES))
+        elif isinstance(c, AttentionConfig) and min(c.n_heads, c.n_kv_heads, c.n_heads_0, c.head_dim) > 0:
+            group = min(max(c.n_heads // c.n_kv_heads, 1), c.n_heads_0)
+            chunks = -(-node.buffers[c.key_cache_buffer].size.y // CHUNK)
+            most = max(most, attention_scratch_bytes(group, c.head_dim, chunks))
+    return -(-most // 64) * 64 + 64
 
 
 class Program:
     """Made by `compile_program`. Everything it works on lives as long as it does, and it must outlive its runs."""
 
-    def __init__(self, layout: Layout, emitter: Emitter, segments: tuple[tuple[int, int], ...], scratch_bytes: int, n_threads: int) -> None:
+    def __init__(self, layout: Layout, emitter: Emitter, segments: tuple[tuple[int, int], ...], n_threads: int) -> None:
         self._layout, self._kept = layout, (emitter.weights, emitter.tables)
         self.n_threads = n_threads
         self.segments = segments
@@ -55,7 +86,7 @@ class Program:
         state = aligned(64).view(np.int64)
         self._state = state.data  # numpy takes three times as long to write a number
         self.barrier = aligned(128)
-        self.scratch_stride = -(-scratch_bytes // 64) * 64 + 64
+        self.scratch_stride = scratch_bytes(layout.node)
         self.scratch = aligned(self.scratch_stride * n_threads)
         # taken once: numpy needs a microsecond for each
         self.addresses = (self.records.ctypes.data, state.ctypes.data, self.barrier.ctypes.data, self.scratch.ctypes.data)
@@ -117,6 +148,15 @@ class Program:
         values: NDArray[np.float32] = slices[0]
         return values
 
+    def profile(self) -> NDArray[np.int64]:
+        """From now on, where the time goes: int64 [threads, kinds], the processor's cycles that each thread has spent on each `Kind`.
+
+        The time at a barrier, waiting for the other threads, is the barrier's.
+        """
+        self._profile = np.zeros((self.n_threads, len(Kind)), np.int64)
+        self._state[State.PROFILE] = self._profile.ctypes.data
+        return self._profile
+
     def prepare(self, position: int, rows: int, first_row: int = 0) -> None:
         """Say which rows the next run computes, and their positions: position, position + 1, ... from row 0 on.
 
@@ -173,6 +213,4 @@ def compile_program(
         for op in segment.ops:
             emitter.emit(op)
         segments.append((first, len(emitter.recorder)))
-    scratch = tile_scratch_bytes(emitter.max_blocks)
-    scratch = max([scratch, *(attention_scratch_bytes(*shape) for shape in emitter.attention_shapes)])
-    return Program(layout, emitter, tuple(segments), scratch, n_threads)
+    return Program(layout, emitter, tuple(segments), n_threads)
