@@ -73,6 +73,10 @@ class MemoryAmount:
         """Bytes; a share is one of the memory of the machine or of the control group, whichever is smaller."""
         return self.nbytes if self.nbytes is not None else int(machine.memory_bytes() * (self.share or 1.0))
 
+    def within(self, available: int) -> "MemoryAmount":
+        """This amount, or all that is available where that is less."""
+        return self if self.resolve() <= available else MemoryAmount(format_size(available), nbytes=available)
+
     def __str__(self) -> str:
         return self.text
 
@@ -202,6 +206,7 @@ class Paging(_Section):
 
     way: Literal["auto", "map", "buffered", "direct"] = "auto"
     readers: Annotated[int | Literal["auto"], BeforeValidator(_auto_or(1, 64))] = "auto"
+    threads: Annotated[int | Literal["auto"], BeforeValidator(_auto_or(1, 1024))] = "auto"
     policy: Literal["pinned", "lru"] = "pinned"
 
 

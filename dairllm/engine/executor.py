@@ -59,6 +59,10 @@ class Executor:
     Args:
         n_threads: compute threads.
         kernels: a form of dairllm.kernels.forms, or "auto".
+
+    Attributes:
+        n_threads: that compute now.
+        eventfd: the same from `start` to `close`.
     """
 
     def __init__(self, n_threads: int, kernels: str = "auto") -> None:
@@ -75,12 +79,17 @@ class Executor:
         entry = load_entry()
         if entry.why_numba is not None:
             log.warning("the kernels' compiler stays in this process, which takes 100 MB", reason=entry.why_numba)
-        self._compute = entry.run_threads
+        self._entry = entry
         self.eventfd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._first, self._others = _Mailbox(entry, self.eventfd), _Mailbox(entry, self.eventfd)
-        self._addresses: tuple[int, ...] = ()  # of the program that the mailboxes know
         self._end = aligned(BARRIER_BYTES)  # where threads meet after a call
         self._end_address = self._end.ctypes.data
+        self._start_threads()
+        return self
+
+    def _start_threads(self) -> None:
+        entry = self._entry
+        self._first, self._others = _Mailbox(entry, self.eventfd), _Mailbox(entry, self.eventfd)
+        self._addresses: tuple[int, ...] = ()  # of the program that the mailboxes know
         self._threads = [
             threading.Thread(
                 target=entry.run_threads,
@@ -92,7 +101,26 @@ class Executor:
         ]
         for thread in self._threads:
             thread.start()
-        return self
+
+    def _end_threads(self) -> None:
+        self._first.stop()
+        self._others.stop()
+        for thread in self._threads:
+            thread.join()
+        self._threads = []
+
+    def use_threads(self, n_threads: int) -> None:
+        """Compute with so many threads from now on: the old ones are ended and others started, which takes less than a millisecond.
+
+        Raises:
+            EngineError: something is running, or nothing was started.
+        """
+        if self._running is not None or not self._threads:
+            raise EngineError("the executor is computing" if self._threads else "the executor is not running")
+        if n_threads != self.n_threads:
+            self._end_threads()
+            self.n_threads = n_threads
+            self._start_threads()
 
     def submit(self, program: Program, first_segment: int, end_segment: int, position: int, rows: int, first_row: int = 0) -> None:
         """Start computing segments first_segment..end_segment-1 for rows first_row..rows-1 of a batch; returns at once.
@@ -109,14 +137,14 @@ class Executor:
     def run(self, program: Program, first_segment: int, end_segment: int, position: int, rows: int, first_row: int = 0) -> None:
         """Compute here and now, with the calling thread in the place of thread 0. Raises as `submit`."""
         self._hand_over(program, first_segment, end_segment, position, rows, first_row)
-        self._compute(self._first.address, 0, self.n_threads, 1)
+        self._entry.run_threads(self._first.address, 0, self.n_threads, 1)
 
     def _hand_over(self, program: Program, first_segment: int, end_segment: int, position: int, rows: int, first_row: int) -> None:
         """Tell thread 0 what to do, without waking it, and set the others off."""
         if self._running is not None or not self._threads:
             raise EngineError("the executor is already computing" if self._threads else "the executor is not running")
-        if program.n_threads != self.n_threads:
-            raise EngineError(f"a program for {program.n_threads} threads on an executor of {self.n_threads}")
+        if program.n_threads < self.n_threads:
+            raise EngineError(f"a program for {program.n_threads} threads at most on an executor of {self.n_threads}")
         if not 0 <= first_segment < end_segment <= len(program.segments):
             raise EngineError(f"segments {first_segment} to {end_segment} of {len(program.segments)}")
         program.prepare(position, rows, first_row)
@@ -159,11 +187,7 @@ class Executor:
             return
         if self._running is not None:
             self.wait()
-        self._first.stop()
-        self._others.stop()
-        for thread in self._threads:
-            thread.join()
-        self._threads = []
+        self._end_threads()
         os.close(self.eventfd)
         self.eventfd = -1
 

@@ -56,7 +56,8 @@ class PagingSettings:
         policy: "pinned": as many blocks as fit stay, evenly spread over the pass, the others pass through a ring.
             "lru": the least recently used block goes; the wrong one to go in a dense model, whose use is a cycle.
         way: how blocks come into memory (dairllm.engine.paging_window); "auto" measures the file at start.
-        readers: threads that read; None: as many as the measurement finds best, 1 where there is none.
+        readers: threads that read; None: as many as measurements find best.
+        threads: that compute; None: likewise, of those that there are.
         block_bytes: a power of two from 4096 on; None: `block_size` of the weights, which is what the needs were counted in.
     """
 
@@ -65,12 +66,14 @@ class PagingSettings:
     way: Way = "auto"
     readers: int | None = None
     block_bytes: int | None = None
+    threads: int | None = None
 
     @classmethod
     def chosen(cls, paging: Paging, room_blocks: int, block_bytes: int) -> "PagingSettings":
         """By somebody's settings, with the room that a plan found."""
         readers = None if paging.readers == "auto" else int(paging.readers)
-        return cls(room_blocks, paging.policy, paging.way, readers, block_bytes)
+        threads = None if paging.threads == "auto" else int(paging.threads)
+        return cls(room_blocks, paging.policy, paging.way, readers, block_bytes, threads)
 
 
 @dataclass(slots=True)

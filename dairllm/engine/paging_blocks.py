@@ -122,6 +122,15 @@ class Blocks:
         """Have a reader thread do something else, next."""
         self._readers.submit([work], urgent=True)
 
+    @property
+    def readers(self) -> int:
+        """Threads that read; at most as many as there were at first."""
+        return self._readers.count
+
+    @readers.setter
+    def readers(self, count: int) -> None:
+        self._readers.count = count
+
     def count(self, nbytes: int) -> None:
         """Bytes of the file that were read beside the blocks."""
         with self._lock:

@@ -14,13 +14,17 @@ class Readers:
 
     Args:
         count: of threads.
+
+    Attributes:
+        count: of those that work; may be changed to fewer and back.
     """
 
     def __init__(self, count: int) -> None:
+        self.count = count
         self._calls: deque[Callable[[], None]] = deque()
         self._change = threading.Condition()
         self._stopped = False
-        self._threads = [threading.Thread(target=self._work, name=f"reader-{n}", daemon=True) for n in range(count)]
+        self._threads = [threading.Thread(target=self._work, args=(n,), name=f"reader-{n}", daemon=True) for n in range(count)]
         for thread in self._threads:
             thread.start()
 
@@ -31,7 +35,10 @@ class Readers:
                 self._calls.extendleft(reversed(calls))
             else:
                 self._calls.extend(calls)
-            self._change.notify(len(calls))
+            if self.count < len(self._threads):  # those that may not work could be the ones that are woken
+                self._change.notify_all()
+            else:
+                self._change.notify(len(calls))
 
     def close(self) -> None:
         """Forget what waits and end the threads; blocks until what is being read has come."""
@@ -47,10 +54,10 @@ class Readers:
         for thread in self._threads:
             thread.join()
 
-    def _work(self) -> None:
+    def _work(self, number: int) -> None:
         while True:
             with self._change:
-                while not self._calls and not self._stopped:
+                while not (self._calls and number < self.count) and not self._stopped:
                     self._change.wait()
                 if not self._calls:
                     return

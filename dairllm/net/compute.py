@@ -33,6 +33,9 @@ class Computer(Protocol[ProgramT]):
     def eventfd(self) -> int: ...
     @property
     def busy(self) -> bool: ...
+    @property
+    def n_threads(self) -> int: ...
+    def use_threads(self, n_threads: int) -> None: ...
     def submit(self, program: ProgramT, first_segment: int, end_segment: int, position: int, rows: int, first_row: int = 0) -> None: ...
     def finish(self) -> None: ...
     def run(self, program: ProgramT, first_segment: int, end_segment: int, position: int, rows: int, first_row: int = 0) -> None: ...
@@ -61,6 +64,17 @@ class Compute(Generic[P]):
         """Watch it no more."""
         if self._executor.eventfd >= 0:
             asyncio.get_running_loop().remove_reader(self._executor.eventfd)
+
+    @property
+    def n_threads(self) -> int:
+        """That compute."""
+        return self._executor.n_threads
+
+    def use_threads(self, n_threads: int) -> None:
+        """Compute with so many from now on. Nothing may be computing."""
+        if n_threads != self._executor.n_threads:
+            self._executor.use_threads(n_threads)
+            self._took = {}
 
     async def run(self, program: P, first: int, stop: int, position: int, rows: int, first_row: int = 0) -> None:
         """Compute segments first .. stop - 1 for rows first_row .. rows - 1 of a batch.

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from dairllm.engine.paging import PagingMeters, PagingSettings
 from dairllm.engine.paging_choice import WayChoice
+from dairllm.engine.paging_effort import Effort
 from dairllm.engine.program import Program
 from dairllm.engine.weights import FileWeights
 from dairllm.errors import EngineError
@@ -119,6 +120,11 @@ class LocalNode:
     def way(self) -> WayChoice | None:
         """How blocks are read, as measured at `open`; None where nothing is paged."""
         return None if self._own is None else self._own.way
+
+    @property
+    def effort(self) -> Effort | None:
+        """How many threads compute and read for a token, by now; None where nothing is paged."""
+        return None if self._own is None else self._own.effort
 
     @property
     def trouble(self) -> None:

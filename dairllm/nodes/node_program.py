@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from dairllm.engine.paging import PagingMeters, PagingSettings
 from dairllm.engine.paging_choice import WayChoice
+from dairllm.engine.paging_effort import Effort
 from dairllm.engine.program import Program, compile_program
 from dairllm.engine.weights import Weights
 from dairllm.formats.model_file import ModelFile
@@ -36,6 +37,11 @@ class NodeProgram:
     def way(self) -> WayChoice | None:
         """How blocks are read; None where nothing is paged."""
         return self.compute.choice if isinstance(self.compute, PagedCompute) else None
+
+    @property
+    def effort(self) -> Effort | None:
+        """How many threads compute and read for a token, by now; None where nothing is paged."""
+        return self.compute.effort if isinstance(self.compute, PagedCompute) else None
 
     async def close(self) -> None:
         """Nothing is being computed."""

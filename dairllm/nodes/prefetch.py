@@ -8,14 +8,18 @@ to stay busy.
 
 import asyncio
 import contextlib
+import math
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+
+import structlog
 
 from dairllm.engine.pager import Pager
 from dairllm.engine.paging import PagingMeters, PagingSettings, weights_needs
 from dairllm.engine.paging_blocks import Blocks
 from dairllm.engine.paging_choice import WayChoice, choose_way
+from dairllm.engine.paging_effort import Effort, EffortTrial, possible_efforts
 from dairllm.engine.paging_room import divide
 from dairllm.engine.paging_steps import Block, program_steps
 from dairllm.engine.paging_weights import EmbeddingRows, PagedWeights
@@ -31,6 +35,11 @@ from dairllm.net.compute import Compute
 from dairllm.net.runner import in_thread
 
 __all__ = ["PagedCompute", "open_paged"]
+
+log = structlog.get_logger()
+
+_LITTLE = 0.25
+"""Of a pass's time, between one that is measured and the one before."""
 
 
 async def open_paged(
@@ -66,13 +75,14 @@ async def open_paged(
             weights = PagedWeights(places, window)
             program = compile_program(network, node, weights, n_threads=n_threads, piece_bytes=PIECE_BYTES, kv_cache=kv_cache)
             steps, starts = program_steps(program, needs.block_bytes)
-            pager = Pager(window, steps, divide(steps, needs, settings), choice.readers)
+            efforts = possible_efforts(settings.threads, settings.readers, most_threads=n_threads, first_readers=choice.readers)
+            pager = Pager(window, steps, divide(steps, needs, settings), max(effort.readers for effort in efforts))
         except BaseException:
             if weights is not None:
                 weights.close()
             window.close()
             raise
-        return PagedCompute(compute, program, pager, starts, window, weights, choice)
+        return PagedCompute(compute, program, pager, starts, window, weights, choice, EffortTrial(efforts))
 
     return await in_thread("prepare", prepare)
 
@@ -94,8 +104,12 @@ class PagedCompute:
         window: Window,
         weights: PagedWeights,
         choice: WayChoice,
+        trial: EffortTrial,
     ) -> None:
         self.program, self.choice = program, choice
+        self._trial, self._n_threads = trial, program.n_threads
+        self._pass_seconds, self._pass_end = 0.0, -math.inf
+        self._one_row = self._measured = False
         self._compute, self._pager, self._starts = compute, pager, starts
         self._stepwise = program.with_segments([(step.first, step.stop) for step in pager.steps])
         self._window, self._weights = window, weights
@@ -122,6 +136,9 @@ class PagedCompute:
             raise EngineError("paging was made for another program")
         self._window.check()
         step, end = self._starts[first], self._starts[stop]
+        begun = time.perf_counter()
+        if not step:
+            self._begin_pass(begun, rows)
         while step < end:
             self._pager.look_ahead(step)
             if step in self._embedding_steps:
@@ -142,6 +159,31 @@ class PagedCompute:
             step = following
         self._pager.look_ahead(end % len(self._pager.steps))
         self._window.check()  # what was written into the file meanwhile may have been computed with
+        self._pass_seconds += time.perf_counter() - begun
+        if end == len(self._pager.steps):
+            self._end_pass()
+
+    @property
+    def effort(self) -> Effort:
+        """How many threads compute and read for a token, by now."""
+        return self._trial.effort
+
+    def _begin_pass(self, now: float, rows: int) -> None:
+        """Rows of a prompt are computed by all threads, a token by as many as are found best."""
+        self._one_row = rows == 1
+        threads = self.effort.threads if self._one_row else self._n_threads
+        self._compute.use_threads(threads)
+        self._pager.blocks.readers = self.effort.readers
+        # between two tokens in a row there is little time; with more, the ring has filled meanwhile
+        self._measured = self._one_row and self._pager.blocks.kept_all and now - self._pass_end < _LITTLE * self._pass_seconds
+        self._pass_seconds = 0.0
+
+    def _end_pass(self) -> None:
+        self._pass_end = time.perf_counter()
+        if self._measured and not self._trial.over:
+            self._trial.passed(self._pass_seconds)
+            if self._trial.over:
+                log.info("paging: what is fastest", threads=self.effort.threads, readers=self.effort.readers)
 
     async def _run_experts(self, first: int, stop: int, position: int, rows: int, first_row: int) -> None:
         """Steps of experts: all rows together where there is room for all experts that they go through, else row by row."""
@@ -218,6 +260,7 @@ class PagedCompute:
             self._weights.close()
             self._window.close()
 
+        self._compute.use_threads(self._n_threads)
         await in_thread("close", close)
 
 

@@ -155,6 +155,26 @@ async def test_what_is_kept_is_not_read_again(models: dict[str, Path], executor:
         assert again * 0.9 * BLOCK <= read <= (again * 1.2 + 2) * BLOCK, (room, total)
 
 
+async def test_threads_are_tried_without_a_changed_bit(models: dict[str, Path], executor: Executor) -> None:
+    async def tokens(paging: PagingSettings | None) -> tuple[list[bytes], set[tuple[int, int]]]:
+        found, efforts = [], set()
+        async with opened(models["wide_Q40"], executor, paging) as node:
+            await node.feed(PROMPT, 0, logits=False)
+            for place in range(60):
+                found.append(np.array(await node.feed([place], len(PROMPT) + place, logits=True)).tobytes())
+                efforts.add((executor.n_threads, 0 if paging is None else node.effort.readers))
+        return found, efforts
+
+    want, _ = await tokens(None)
+    with ModelFile.open(models["wide_Q40"]) as model:
+        network, (own,) = build_graph(model.spec, 1, default_sync(model.spec.weight_type), 32)
+        needs = paging_needs(network, own, model, block_bytes=BLOCK)
+    got, efforts = await tokens(PagingSettings(needs.ring_blocks_min + 8, "pinned", "map", None, BLOCK))
+    assert got == want
+    assert efforts == {(2, 1), (2, 2), (1, 1), (1, 2)}
+    assert executor.n_threads == 2  # as it was found
+
+
 async def test_less_room_than_a_step_needs_is_refused(models: dict[str, Path], executor: Executor) -> None:
     least, _ = needs_of(models["wide_Q40"])
     with pytest.raises(LimitError, match=rf"room for {least - 1} blocks of {BLOCK} bytes; .* needs {least} at least"):
