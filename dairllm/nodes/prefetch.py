@@ -168,6 +168,11 @@ class PagedCompute:
         """How many threads compute and read for a token, by now."""
         return self._trial.effort
 
+    @property
+    def settled(self) -> bool:
+        """Whether that has been tried, and stays."""
+        return self._trial.over
+
     def _begin_pass(self, now: float, rows: int) -> None:
         """Rows of a prompt are computed by all threads, a token by as many as are found best."""
         self._one_row = rows == 1
