@@ -176,6 +176,12 @@ def serve(
 ) -> None:
     """Answer requests in the form of OpenAI's API, on this machine or together with workers."""
     flags = root_flags(locals())
-    from dairllm.commands import serve as command
+    from dairllm.config import RootSettings, load_settings
+    from dairllm.telemetry import configure_logging
 
-    command.run(config, flags)
+    settings = load_settings(RootSettings, config, flags=flags)
+    configure_logging(settings.log.format, settings.log.level_of(service=True))
+
+    from dairllm.commands import serve as command  # heavy, so that a mistake above is told at once
+
+    command.run(settings)

@@ -6,7 +6,18 @@ from typing import Annotated
 import typer
 
 from dairllm.cli.app import app
-from dairllm.cli.options import ConfigFile, KvCache, MaxSeqLen, MemoryLimit, Shares, Sync, root_flags
+from dairllm.cli.options import (
+    ConfigFile,
+    KvCache,
+    MaxSeqLen,
+    MemoryLimit,
+    PagingWay,
+    Readers,
+    Shares,
+    Sync,
+    Threads,
+    root_flags,
+)
 
 __all__ = ["convert", "inspect", "plan", "tokenize", "verify"]
 
@@ -60,14 +71,20 @@ def plan(
     shares: Shares = None,
     sync: Sync = None,
     max_seq_len: MaxSeqLen = None,
+    threads: Threads = None,
+    paging: PagingWay = None,
+    readers: Readers = None,
     config: ConfigFile = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Read some of the file, and say how long a token will wait for the disk; takes 2 s.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Show what each node would hold within a memory limit, and how much of the weights it would read for each token."""
     flags = root_flags({name: value for name, value in locals().items() if name != "model"})
     from dairllm.commands import plan as command
 
-    command.run(model, config, nodes, flags, json=json)
+    command.run(model, config, nodes, flags, measure=measure, json=json)
 
 
 @app.command()

@@ -7,17 +7,18 @@ import math
 import secrets
 import select
 import sys
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterable
 from contextlib import aclosing, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dairllm import machine
 from dairllm.commands.generate_options import GenerateOptions
 from dairllm.commands.logits_file import LogitsFile
+from dairllm.commands.plan_text import plan_lines, reading, way_line
 from dairllm.commands.progress import COMPILING, byte_bar, waiting
 from dairllm.commands.root_node import planned_model, root_node
+from dairllm.config import RootSettings
 from dairllm.engine.executor import Executor
-from dairllm.engine.paging import PagingMeters
 from dairllm.engine.program import Program
 from dairllm.engine.sampler import Sampler
 from dairllm.errors import ConfigError
@@ -28,9 +29,12 @@ from dairllm.net.runner import run as run_on_loop
 from dairllm.nodes.answer import Answer
 from dairllm.nodes.generation import Generation, check_prompt
 from dairllm.nodes.memory_plan import MemoryPlan
-from dairllm.nodes.report import NodeReport
 from dairllm.text.chat import render_chat
 from dairllm.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from dairllm.nodes.local import LocalNode
+    from dairllm.nodes.root import Cluster
 
 __all__ = ["run", "say"]
 
@@ -45,15 +49,22 @@ def run(options: GenerateOptions) -> None:
         DairllmError: files, settings, workers or the computation; one clear line.
         SystemExit: a signal cut it short.
     """
-    with planned_model(options.root) as (model, plan):
-        tokenizer = None if options.tokenizer is None else Tokenizer.load(options.tokenizer)
-        if tokenizer is not None and tokenizer.vocab_size > model.spec.vocab_size:
-            raise ConfigError(
-                f"the tokenizer knows {tokenizer.vocab_size} tokens, the model {model.spec.vocab_size}: they do not belong together"
-            )
+    with planned_model(options.root, options.tokenizer) as (model, tokenizer, plan):
         prompt_ids = _prompt_ids(options, tokenizer)
         check_prompt(prompt_ids, vocab_size=model.spec.vocab_size, seq_len=model.spec.seq_len)
+        if not options.json and _is_of_interest(plan, options.root):
+            _note(plan_lines(plan))
         run_on_loop(lambda: _generate(options, model, plan, tokenizer, prompt_ids), service=False)
+
+
+def _is_of_interest(plan: MemoryPlan, settings: RootSettings) -> bool:
+    """Whether the plan is shown unasked: it holds something back, or somebody set a limit or wants to know more than usual."""
+    chosen = settings.limits.memory != RootSettings().limits.memory
+    return plan.room_blocks is not None or chosen or settings.log.level in ("debug", "info")
+
+
+def _note(lines: Iterable[str]) -> None:
+    sys.stderr.write("".join(f"{line}\n" for line in lines))
 
 
 def _prompt_ids(options: GenerateOptions, tokenizer: Tokenizer | None) -> list[int]:
@@ -90,6 +101,8 @@ async def _generate(
             compute.open()
             with byte_bar("making the cluster") if workers else nullcontext() as progress:
                 await steps.start("nodes", lambda: node.open(progress), node.close)
+            if node.way is not None and not options.json:
+                _note([way_line(node.way, executor.n_threads)])
             generation = Generation(
                 node,
                 Sampler(options.temperature, options.top_p, secrets.randbits(64) if options.seed is None else options.seed),
@@ -100,7 +113,7 @@ async def _generate(
             )
             text = await _stream(generation, tokenizer, quiet=options.json)
             if options.json:
-                await say(json.dumps(_report(generation, text, node.nodes, executor, node.paging, plan)) + "\n")
+                await say(json.dumps(_report(generation, text, node, executor, plan)) + "\n")
 
 
 async def _stream(generation: Generation, tokenizer: Tokenizer | None, *, quiet: bool) -> str:
@@ -130,10 +143,9 @@ async def say(text: str) -> None:
         sys.stdout.flush()
 
 
-def _report(
-    generation: Generation, text: str, nodes: tuple[NodeReport, ...], executor: Executor, paging: PagingMeters | None, plan: MemoryPlan
-) -> dict[str, Any]:
-    own, *others = [dataclasses.asdict(node) for node in nodes]
+def _report(generation: Generation, text: str, node: "LocalNode | Cluster", executor: Executor, plan: MemoryPlan) -> dict[str, Any]:
+    own, *others = [dataclasses.asdict(report) for report in node.nodes]
+    paging, way = node.paging, node.way
     return {
         "prompt_ids": list(generation.prompt_ids),
         "ids": generation.ids,
@@ -145,12 +157,7 @@ def _report(
         "peak_rss_bytes": machine.peak_rss_bytes(),
         **{name: own[name] for name in ("bytes_sent", "bytes_received", "weight_bytes_sent")},
         "weight_bytes_read": 0 if paging is None else paging.bytes,
-        "paging": None if paging is None else dataclasses.asdict(paging),
-        "memory": {
-            "limit_bytes": plan.limit,
-            "planned_bytes": plan.total,
-            "max_seq_len": plan.seq_len,
-            "missing_bytes_a_token": plan.missing,
-        },
+        "paging": None if paging is None or way is None else dataclasses.asdict(paging) | reading(way, plan),
+        "memory_plan": plan.figures(),
         "nodes": [own | {"kernels": executor.form, "threads": executor.n_threads}, *others],
     }

@@ -4,28 +4,40 @@ import json as json_format
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
+# A plan counts what the process holds, and a server holds most: what it imports is imported here.
+from dairllm.commands import serve as _server  # noqa: F401
+from dairllm.commands.generate_options import tokenizer_path
+from dairllm.commands.plan_text import plan_lines, reading, reading_lines
 from dairllm.commands.root_node import plan_of
 from dairllm.config import RootSettings, load_settings
+from dairllm.engine.paging import PagingSettings
+from dairllm.engine.paging_choice import WayChoice, choose_way
 from dairllm.errors import ConfigError
 from dairllm.formats.model_file import ModelFile
-from dairllm.nodes.memory_plan import MemoryPlan
-from dairllm.units import format_size
+from dairllm.nodes.memory_plan import MemoryPlan, program_bytes
+from dairllm.text.tokenizer import Tokenizer
 
 __all__ = ["run"]
 
+_ANOTHER_START = 2 << 20
+"""How much more a program may hold at its next start: it depends on what of its libraries is in memory already."""
 
-def run(model: Path, config: Path | None, n_nodes: int | None, flags: Mapping[str, tuple[str, object]], *, json: bool) -> None:
+
+def run(
+    model: Path, config: Path | None, n_nodes: int | None, flags: Mapping[str, tuple[str, object]], *, measure: bool, json: bool
+) -> None:
     """Print the plan of this machine alone, or of each node of a cluster, all with the same limit.
 
     Args:
         n_nodes: nodes of a cluster whose workers need not exist; the settings' own if None.
+        measure: read some of the file, and say how long a token will wait for the disk.
 
     Raises:
         LimitError: the limit is too small; has the smallest that works.
         GraphError: the model cannot be shared by so many, or not computed.
         FormatError: it is no whole `.m` file.
+        EngineError: the file cannot be read in the way that was asked for.
     """
     if n_nodes is not None:
         workers = ",".join(f"node-{node}" for node in range(1, n_nodes))
@@ -34,37 +46,30 @@ def run(model: Path, config: Path | None, n_nodes: int | None, flags: Mapping[st
     if n_nodes is not None and n_nodes < 1:
         raise ConfigError(f"--nodes {n_nodes}: there must be one at least")
     with ModelFile.open(model, max_seq_len=settings.model.max_seq_len) as file:
-        plans = [plan_of(settings, file, node) for node in range(len(settings.cluster.workers) + 1)]
+        beside = tokenizer_path(model, settings.model.tokenizer, needed=False)
+        words = None if beside is None else Tokenizer.load(beside)
+        runtime = program_bytes() + _ANOTHER_START
+        del words
+        plans = [plan_of(settings, file, node, runtime=runtime) for node in range(len(settings.cluster.workers) + 1)]
+        choices = [_measured(settings, file, plan) if measure else None for plan in plans]
     if json:
-        json_format.dump({"model": str(model), "nodes": [_object(node, plan) for node, plan in enumerate(plans)]}, sys.stdout)
+        nodes = [
+            {"node": node, **plan.figures(), "reading": None if choice is None else reading(choice, plan)}
+            for node, (plan, choice) in enumerate(zip(plans, choices, strict=True))
+        ]
+        json_format.dump({"model": str(model), "nodes": nodes}, sys.stdout)
         sys.stdout.write("\n")
         return
-    for node, plan in enumerate(plans):
+    for node, (plan, choice) in enumerate(zip(plans, choices, strict=True)):
         if len(plans) > 1:
             sys.stdout.write(f"node {node}{' (the root)' if node == 0 else ''}\n")
-        sys.stdout.writelines(f"{line}\n" for line in lines(plan))
+        lines = plan_lines(plan) + ([] if choice is None else reading_lines(plan, choice))
+        sys.stdout.writelines(f"{line}\n" for line in lines)
 
 
-def lines(plan: MemoryPlan) -> list[str]:
-    """The plan as a table for people."""
-    table = plan.table()
-    width = max(len(what) for what, _, _ in table)
-    return [f"{what:{width}}  {format_size(size):>10}  {remark}" for what, size, remark in table]
-
-
-def _object(node: int, plan: MemoryPlan) -> dict[str, Any]:
-    return {
-        "node": node,
-        "limit_bytes": plan.limit,
-        "smallest_limit_bytes": plan.smallest,
-        "total_bytes": plan.total,
-        "runtime_bytes": plan.runtime,
-        "kv_cache_bytes": plan.kv_cache,
-        "buffer_bytes": plan.buffers,
-        "weight_bytes": plan.weights,
-        "resident_weight_bytes": plan.resident,
-        "missing_bytes_a_token": plan.missing,
-        "max_seq_len": plan.seq_len,
-        "batch_rows": plan.rows,
-        "paged": plan.room_blocks is not None,
-    }
+def _measured(settings: RootSettings, file: ModelFile, plan: MemoryPlan) -> WayChoice | None:
+    """How this machine reads the file; None where nothing would be read."""
+    if plan.room_blocks is None:
+        return None
+    paging = PagingSettings.chosen(settings.paging, plan.room_blocks, plan.needs.block_bytes)
+    return choose_way(file.path, file.stamp, plan.needs.block_bytes, paging.way, paging.readers)

@@ -6,15 +6,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dairllm.config import RootSettings
+import structlog
+
+from dairllm import machine
+from dairllm.config import MemoryAmount, RootSettings
+from dairllm.engine.located_weights import LocatedWeights
 from dairllm.engine.paging import PagingSettings
+from dairllm.engine.weights import FileWeights, Weights
 from dairllm.errors import ConfigError
 from dairllm.formats.model_file import ModelFile
 from dairllm.graph.build import N_BATCHES, build_graph, build_network, build_node
+from dairllm.graph.references import weight_references
 from dairllm.graph.slicing import Share, deal_shares, nearly_equal_sizes, parse_shares
 from dairllm.graph.types import FloatType, NetworkConfig, NodeConfig
 from dairllm.nodes.local import LocalNode, default_sync
 from dairllm.nodes.memory_plan import MemoryPlan, plan_memory
+from dairllm.nodes.weight_stream import SENDING_BYTES
+from dairllm.text.tokenizer import Tokenizer
+from dairllm.units import format_size
 
 if TYPE_CHECKING:
     from dairllm.engine.program import Program
@@ -23,33 +32,54 @@ if TYPE_CHECKING:
 
 __all__ = ["plan_of", "planned_model", "root_node"]
 
+log = structlog.get_logger()
+
 
 @contextmanager
-def planned_model(settings: RootSettings) -> Iterator[tuple[ModelFile, MemoryPlan]]:
-    """The model's file, open, with the context that the plan has room for; and the plan.
+def planned_model(settings: RootSettings, tokenizer: Path | None) -> Iterator[tuple[ModelFile, Tokenizer | None, MemoryPlan]]:
+    """The model's file, open, with the context that the plan has room for; its tokenizer, which the plan counts; and the plan.
 
     Raises:
-        ConfigError: no model is named.
-        FormatError: its file is not what it should be.
-        GraphError: it cannot be computed, or not shared so.
+        ConfigError: no model is named, or the tokenizer is another model's.
+        FormatError: a file is not what it should be.
+        GraphError: the model cannot be computed, or not shared so.
         LimitError: it cannot be computed within the memory limit.
     """
     if settings.model.file is None:
         raise ConfigError("no model: name its file with --model, or as model.file in the configuration")
+    available = machine.memory_bytes()
+    limit = settings.limits.memory.within(available)
+    if limit != settings.limits.memory:
+        asked = str(settings.limits.memory)
+        log.warning("the memory limit is more than there is", limit=asked, available=format_size(available))
     path = Path(settings.model.file)
     with ModelFile.open(path, max_seq_len=settings.model.max_seq_len) as model:
-        plan = plan_of(settings, model)
+        words = None if tokenizer is None else Tokenizer.load(tokenizer)
+        if words is not None and words.vocab_size > model.spec.vocab_size:
+            raise ConfigError(
+                f"the tokenizer knows {words.vocab_size} tokens, the model {model.spec.vocab_size}: they do not belong together"
+            )
+        machine.give_back_memory()  # of what reading the vocabulary took
+        plan = plan_of(settings, model, limit=limit)
         if plan.seq_len == model.spec.seq_len:
-            yield model, plan
+            yield model, words, plan
             return
     with ModelFile.open(path, max_seq_len=plan.seq_len) as model:
-        yield model, plan
+        yield model, words, plan
 
 
-def plan_of(settings: RootSettings, model: ModelFile, node: int = 0) -> MemoryPlan:
-    """The plan of a node of the cluster that the settings describe, by default of the root. Raises as `planned_model`."""
-    n_nodes, sync = len(settings.cluster.workers) + 1, _sync(settings, model)
-    limit, chosen, kv_cache = settings.limits.memory, settings.model.max_seq_len, FloatType[settings.engine.kv_cache.upper()]
+def plan_of(
+    settings: RootSettings, model: ModelFile, node: int = 0, *, limit: MemoryAmount | None = None, runtime: int | None = None
+) -> MemoryPlan:
+    """The plan of a node of the cluster that the settings describe, by default of the root. Raises as `planned_model`.
+
+    Args:
+        limit: in place of the settings'.
+        runtime: what its process holds beside model and caches; this process', as it is now, and what is to come, if None.
+    """
+    n_threads, n_nodes, sync = settings.engine.n_threads, len(settings.cluster.workers) + 1, _sync(settings, model)
+    limit, chosen = limit or settings.limits.memory, settings.model.max_seq_len
+    kv_cache = FloatType[settings.engine.kv_cache.upper()]
     shares = _shares(settings, model, n_nodes)
     if n_nodes == 1:
 
@@ -57,14 +87,23 @@ def plan_of(settings: RootSettings, model: ModelFile, node: int = 0) -> MemoryPl
             network, (only,) = build_graph(replace(model.spec, seq_len=seq_len), 1, sync, rows)
             return network, only
 
-        return plan_memory(model, alone, limit, max_seq_len=chosen, kv_cache=kv_cache)
+        return plan_memory(model, alone, limit, n_threads=n_threads, max_seq_len=chosen, kv_cache=kv_cache, runtime=runtime)
 
     def shared(seq_len: int, rows: int) -> tuple[NetworkConfig, NodeConfig]:
         spec = replace(model.spec, seq_len=seq_len)
         network = build_network(spec, shares, sync, rows)
         return network, build_node(spec, network, node, shares[node])
 
-    return plan_memory(model, shared, limit, share=shares[node], max_seq_len=chosen, rows=(N_BATCHES,), kv_cache=kv_cache)
+    def weigh(graph: NodeConfig) -> Weights:
+        if node == 0:
+            return FileWeights(model, shares[0])
+        return LocatedWeights(model, graph, weight_references(model.spec, shares[node], graph))
+
+    start = len(settings.cluster.workers) * SENDING_BYTES if node == 0 else 0
+    return plan_memory(
+        model, shared, limit, n_threads=n_threads, weigh=weigh, max_seq_len=chosen, rows=(N_BATCHES,), kv_cache=kv_cache,
+        runtime=runtime, start=start,
+    )  # fmt: skip
 
 
 def root_node(settings: RootSettings, model: ModelFile, compute: "Compute[Program]", plan: MemoryPlan) -> "LocalNode | Cluster":

@@ -1,26 +1,30 @@
 """`dairllm serve`: a model behind OpenAI's API, on this machine or with workers."""
 
 import asyncio
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import structlog
 
+from dairllm.api.app import serve_app
+from dairllm.api.prompts import ServedModel
+from dairllm.api.server import HttpServer
 from dairllm.commands.generate_options import tokenizer_path
-from dairllm.config import RootSettings, load_settings
+from dairllm.commands.plan_text import reading
+from dairllm.commands.root_node import planned_model, root_node
+from dairllm.config import RootSettings
+from dairllm.engine.executor import Executor
+from dairllm.engine.program import Program
 from dairllm.errors import ConfigError
+from dairllm.formats.model_file import ModelFile
+from dairllm.net.compute import Compute
 from dairllm.net.runner import Steps, in_thread
 from dairllm.net.runner import run as run_service
-from dairllm.telemetry import Readiness, ServiceMeters, configure_logging
-
-if TYPE_CHECKING:
-    from dairllm.engine.program import Program
-    from dairllm.formats.model_file import ModelFile
-    from dairllm.nodes.local import LocalNode
-    from dairllm.nodes.memory_plan import MemoryPlan
-    from dairllm.nodes.root import Cluster
-    from dairllm.text.tokenizer import Tokenizer
+from dairllm.nodes.local import LocalNode
+from dairllm.nodes.memory_plan import MemoryPlan
+from dairllm.nodes.root import Cluster
+from dairllm.nodes.service import Service
+from dairllm.telemetry import Readiness, ServiceMeters
+from dairllm.text.tokenizer import Tokenizer
 
 __all__ = ["run"]
 
@@ -29,55 +33,38 @@ SPARE_CONNECTIONS = 256
 """Beside those of requests in line: for probes, and for who is told to come again."""
 
 
-def run(config: Path | None, flags: Mapping[str, tuple[str, object]]) -> None:
+def run(settings: RootSettings) -> None:
     """Answer requests until a signal says otherwise.
 
     Raises:
         ConfigError: a setting is wrong, files do not belong together, or this processor cannot run the kernels that were asked for.
         FormatError: a file is not what it should be.
         GraphError: the model cannot be shared so.
+        LimitError: it cannot be computed within the memory limit.
         NetworkError: the address cannot be listened on.
     """
-    settings = load_settings(RootSettings, config, flags=flags)
-    configure_logging(settings.log.format, settings.log.level_of(service=True))
     if settings.model.file is None:
         raise ConfigError("no model: name its file with --model, or as model.file in the configuration")
-    path = Path(settings.model.file)
-    tokenizer_file = tokenizer_path(path, settings.model.tokenizer, needed=True)
-    assert tokenizer_file is not None  # noqa: S101 - for the type checker: it was needed
-
-    from dairllm.commands.root_node import planned_model
-    from dairllm.text.tokenizer import Tokenizer
-
-    with planned_model(settings) as (model, plan):
-        tokenizer = Tokenizer.load(tokenizer_file)
-        if tokenizer.vocab_size > model.spec.vocab_size:
-            raise ConfigError(
-                f"the tokenizer knows {tokenizer.vocab_size} tokens, the model {model.spec.vocab_size}: they do not belong together"
-            )
+    tokenizer_file = tokenizer_path(Path(settings.model.file), settings.model.tokenizer, needed=True)
+    with planned_model(settings, tokenizer_file) as (model, tokenizer, plan):
+        assert tokenizer is not None  # noqa: S101 - for the type checker: its file was needed
         if tokenizer.chat_template is None:
             log.warning("no chat template: /v1/chat/completions cannot be used with this model", tokenizer=str(tokenizer_file))
         run_service(lambda: _serve(settings, model, plan, tokenizer))
 
 
-async def _serve(settings: RootSettings, model: "ModelFile", plan: "MemoryPlan", tokenizer: "Tokenizer") -> None:
+async def _serve(settings: RootSettings, model: ModelFile, plan: MemoryPlan, tokenizer: Tokenizer) -> None:
     """Checks, then the server, which says what it waits for; then kernels; then the model, as often as it takes."""
-    from dairllm.api.app import serve_app
-    from dairllm.api.prompts import ServedModel
-    from dairllm.api.server import HttpServer
-    from dairllm.commands.root_node import root_node
-    from dairllm.engine.executor import Executor
-    from dairllm.net.compute import Compute
-    from dairllm.nodes.service import Service
-
     executor = Executor(settings.engine.n_threads, settings.engine.kernels)
     compute: Compute[Program] = Compute(executor)
     root_node(settings, model, compute, plan)  # told now, what could be known to fail
     readiness, meters = Readiness("starting"), ServiceMeters(kernel_form=executor.form)
 
-    async def opened() -> "LocalNode | Cluster":
+    async def opened() -> LocalNode | Cluster:
         node = root_node(settings, model, compute, plan)
         await node.open()
+        if (way := node.way) is not None:
+            log.info("paging", threads=executor.n_threads, **reading(way, plan))
         return node
 
     async def end_threads() -> None:
@@ -107,6 +94,7 @@ async def _serve(settings: RootSettings, model: "ModelFile", plan: "MemoryPlan",
     async with Steps(settings.deadlines.shutdown + 2.0) as steps:
         port = await steps.start("http server", http.start, http.close)
         log.info("listening", host=server.host, port=port, model=served.name)
+        log.info("memory plan", **plan.summary())
         readiness.reason = "compiling kernels"
         await steps.start("kernels", lambda: in_thread("kernels", executor.start), end_threads)
         compute.open()

@@ -56,8 +56,6 @@ class Emitter:
         recorder: the program so far.
         pieces: (record, piece) of each matmul.
         embeddings: (record, op) of each embedding.
-        max_blocks: blocks of the longest quantized row.
-        attention_shapes: (heads a KV head, head_dim, chunks) of each attention.
         seq_len: positions that all ops have room for; None where none has a limit.
     """
 
@@ -66,8 +64,6 @@ class Emitter:
         self.recorder = Recorder()
         self.pieces: list[tuple[int, Piece]] = []
         self.embeddings: list[tuple[int, Op]] = []
-        self.max_blocks = 1
-        self.attention_shapes: list[tuple[int, int, int]] = []
         self.seq_len: int | None = None
 
     def emit(self, op: Op) -> None:
@@ -247,7 +243,6 @@ class Emitter:
         o.require(o.is_packed(o.op.input), f"{size.float_type.name} weights take Q80 activations from a buffer that only matmuls read")
         p, blocks = o.packed(o.op.input), size.y // BLOCK_VALUES
         o.require((p.width, p.planes) == (size.y, k), f"its weight has {size.y} inputs, its input {p.planes} planes of {p.width} values")
-        self.max_blocks = max(self.max_blocks, blocks)
         q80 = size.float_type == FloatType.Q80
         if experts:
             plane = 0 if o.is_repeated(o.op.input) else p.panels_plane
@@ -316,7 +311,6 @@ class Emitter:
         o.require(n_kv * c.head_dim <= keys.width, f"{n} heads need {n_kv} KV heads, its caches have {keys.width // c.head_dim}")
         self._limit_positions(o, keys.positions)
         group, chunks = min(group, n), -(-keys.positions // CHUNK)
-        self.attention_shapes.append((group, c.head_dim, chunks))
         fields = {
             **rows("q", q),
             **rows("y", y),

@@ -15,7 +15,7 @@ from dairllm.engine.pieces import PIECE_BYTES, Piece, segment_pieces
 from dairllm.engine.weights import FileWeights, Weights
 from dairllm.formats.model_file import ModelFile
 from dairllm.graph.slicing import Share
-from dairllm.graph.types import NetworkConfig, NodeConfig, Op, OpCode, row_bytes
+from dairllm.graph.types import MatmulConfig, NetworkConfig, NodeConfig, Op, OpCode, row_bytes
 
 __all__ = [
     "BLOCK_BYTES",
@@ -41,6 +41,10 @@ RING_BYTES = 32 << 20
 _LEAST_BLOCK = 64 << 10
 _EXPERT_BLOCKS = 8
 _PAGE = 4096
+_STEP_BYTES = 3 << 10
+"""What is remembered of a step: its records while they are made, its blocks, its outlook."""
+_BLOCK_BYTES = 256
+"""What is remembered of a block."""
 
 Way = Literal["auto", "map", "buffered", "direct"]
 Policy = Literal["pinned", "lru"]
@@ -102,6 +106,7 @@ class PagingNeeds(NamedTuple):
         ring_blocks_best: of the ring that pays; room beyond keeps blocks in memory.
         block_bytes: of one block.
         copied_bytes: memory beside the blocks: norms, rows of the embedding, weights that lie in memory.
+        remembered_bytes: what is kept in mind of steps and blocks.
     """
 
     blocks_total: int
@@ -109,6 +114,7 @@ class PagingNeeds(NamedTuple):
     ring_blocks_best: int
     block_bytes: int
     copied_bytes: int
+    remembered_bytes: int = 0
 
 
 def paging_needs(
@@ -130,10 +136,11 @@ def weights_needs(network: NetworkConfig, node: NodeConfig, weights: Weights, *,
     """The same for any weights: those whose views have no offset are in memory already."""
     size = block_bytes or block_size(node, weights)
     total: set[Block] = set()
-    widest, expert_room = 1, 0
+    widest, expert_room, steps = 1, 0, 0
     for pieces in segment_pieces(node, weights, PIECE_BYTES):
         for group in group_pieces(pieces, size):
             members = [pieces[place] for place in group]
+            steps += 1
             total.update(blocks_of(_spans(members), size))
             if not members[0].experts:
                 widest = max(widest, len(blocks_of(_spans(members), size)))
@@ -142,7 +149,8 @@ def weights_needs(network: NetworkConfig, node: NodeConfig, weights: Weights, *,
     least = max(widest, expert_room) + 1
     best = max(RING_BYTES // size, 2 * widest, least)
     count = len(total)
-    return PagingNeeds(count, min(least, count), min(best, count), size, copied_bytes(network, node, weights))
+    remembered = steps * _STEP_BYTES + count * _BLOCK_BYTES if count else 0
+    return PagingNeeds(count, min(least, count), min(best, count), size, copied_bytes(network, node, weights), remembered)
 
 
 def _spans(pieces: Iterable[Piece]) -> Iterable[tuple[int, int]]:
@@ -151,7 +159,7 @@ def _spans(pieces: Iterable[Piece]) -> Iterable[tuple[int, int]]:
 
 def _active(node: NodeConfig) -> int:
     """Experts of a layer that one row goes through, at most."""
-    return max((op.config.n_active_experts for op in _weighted(node) if op.code == OpCode.MATMUL), default=0)  # type: ignore[union-attr]
+    return max((op.config.n_active_experts for op in _weighted(node) if isinstance(op.config, MatmulConfig)), default=0)
 
 
 def _weighted(node: NodeConfig) -> Iterable[Op]:
@@ -171,9 +179,11 @@ def copied_bytes(network: NetworkConfig, node: NodeConfig, weights: Weights) -> 
     """Memory that weights take beside the blocks."""
     total = weights.nbytes
     for op in _weighted(node):
+        if weights.view(op).offset is None:
+            continue
         if op.code == OpCode.EMBEDDING:
             row = row_bytes(op.weight_size.float_type, op.weight_size.x)
             total += network.n_batches * (-(-row // _PAGE) + 1) * _PAGE
-        elif op.code != OpCode.MATMUL and weights.view(op).offset is not None:
+        elif op.code != OpCode.MATMUL:
             total += -(-op.weight_size.nbytes // 64) * 64
     return total

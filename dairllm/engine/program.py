@@ -20,7 +20,7 @@ from dairllm.kernels.panels import TILE_COLUMNS
 from dairllm.kernels.records import FIELDS, Kind, State
 from dairllm.kernels.sizes import CHUNK, attention_scratch_bytes, tile_scratch_bytes
 
-__all__ = ["MemoryNeeds", "Program", "compile_program", "memory_needs"]
+__all__ = ["STACK_BYTES", "MemoryNeeds", "Program", "compile_program", "memory_needs"]
 
 MAX_THREADS = 1024
 

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from dairllm.engine.rope import rope_table
 from dairllm.graph.types import AttentionConfig, NodeConfig, RopeConfig
 
-__all__ = ["RopeTables", "table_bytes"]
+__all__ = ["RopeTables", "cache_positions", "table_bytes"]
 
 _Key = tuple[int, int, int, float, float, float, float, int]
 
@@ -17,7 +17,7 @@ def _key(c: RopeConfig) -> _Key:
     return (int(c.type), c.head_dim, c.seq_len, c.theta, c.scaling_factor, c.low_freq_factor, c.high_freq_factor, c.orig_max_seq_len)
 
 
-def _positions(node: NodeConfig) -> int | None:
+def cache_positions(node: NodeConfig) -> int | None:
     """Positions that the caches have room for: no table need be longer, whatever its op says. None where there is no cache."""
     ops = (op.config for segment in node.segments for op in segment.ops)
     caches = [c.key_cache_buffer for c in ops if isinstance(c, AttentionConfig)]
@@ -30,7 +30,7 @@ def _bounded(c: RopeConfig, positions: int | None) -> RopeConfig:
 
 def table_bytes(node: NodeConfig) -> int:
     """Bytes of all tables that a node's ops need: [positions][head_dim / 2][2] F32 each."""
-    positions = _positions(node)
+    positions = cache_positions(node)
     ops = (op.config for segment in node.segments for op in segment.ops)
     keys = {_key(_bounded(c, positions)) for c in ops if isinstance(c, RopeConfig)}
     return sum(4 * head_dim * seq_len for _, head_dim, seq_len, *_ in keys)
@@ -40,7 +40,7 @@ class RopeTables:
     """Tables of one node's ops, made when first asked for."""
 
     def __init__(self, node: NodeConfig) -> None:
-        self._positions = _positions(node)
+        self._positions = cache_positions(node)
         self._tables: dict[_Key, NDArray[np.float32]] = {}
 
     def address(self, c: RopeConfig) -> int:

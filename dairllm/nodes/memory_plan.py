@@ -1,33 +1,36 @@
 """What a node will hold, decided before anything is loaded: a budget, not a hope.
 
-    limit  >=  program and interpreter  +  KV cache  +  pipes, buffers, tables  +  weights
+    limit  >=  program and interpreter  +  KV cache  +  pipes, buffers, tables, threads  +  weights
 
-The weights are all in place where they fit. Where they do not, they are paged: as many blocks stay as fit, the others pass through a ring.
-Unless somebody chose them, the context is made no longer than a quarter of the limit has room for, and a prompt's batch no larger than a
-tenth.
+What the program holds is measured, not guessed: whoever plans has loaded already what will run, the tokenizer included. The rest is
+counted. The weights are all in place where they fit. Where they do not, they are paged: as many blocks stay as fit, the others pass through
+a ring. Unless somebody chose them, the context is made no longer than a quarter of the limit has room for, and a prompt's batch no larger
+than an eighth.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from dairllm import machine
 from dairllm.config import MemoryAmount
-from dairllm.engine.memory import Layout
-from dairllm.engine.paging import PagingNeeds, paging_needs
-from dairllm.engine.tables import table_bytes
+from dairllm.engine.paging import PagingNeeds, weights_needs
+from dairllm.engine.program import memory_needs
+from dairllm.engine.tables import cache_positions
+from dairllm.engine.weights import FileWeights, Weights
 from dairllm.errors import LimitError
 from dairllm.formats.model_file import ModelFile
-from dairllm.graph.slicing import Share
 from dairllm.graph.types import FloatType, NetworkConfig, NodeConfig
 from dairllm.units import format_size
 
-__all__ = ["BATCH_ROWS", "BuildGraph", "MemoryPlan", "plan_memory"]
+__all__ = ["BATCH_ROWS", "BuildGraph", "MemoryPlan", "plan_memory", "plan_node", "program_bytes"]
 
 BATCH_ROWS = (256, 128, 64, 32)
 """Rows of a prompt that may go through the layers together: where weights are paged, each batch reads them once."""
 
-COMING_BYTES = 12 << 20
-"""What a process holds when its kernels run, beyond what it holds while it plans: object code, threads, the allocator's reserve."""
+COMING_BYTES = 8 << 20
+"""What a process holds when its kernels run, beyond what it holds while it plans: object code, records while they are made, read-ahead of
+links, what answers are made with, the allocator's reserve."""
 
 _LEAST_CONTEXT = 256
 
@@ -45,9 +48,10 @@ class MemoryPlan:
         rows: of a batch.
         runtime: interpreter, libraries, kernels, tokenizer.
         kv_cache: for all positions.
-        buffers: pipes, buffers, tables, and weights that are copied.
-        needs: of the weights, in blocks.
+        buffers: pipes, buffers, tables, what threads work with, and weights that are copied or come over the wire.
+        needs: of the weights in the model's file, in blocks.
         room_blocks: blocks of weights that fit beside all that; None where all of them do.
+        start: the most that is held before the first pass, runtime included.
     """
 
     limit: int
@@ -59,6 +63,7 @@ class MemoryPlan:
     buffers: int
     needs: PagingNeeds
     room_blocks: int | None
+    start: int = 0
 
     @property
     def fixed(self) -> int:
@@ -89,12 +94,61 @@ class MemoryPlan:
     @property
     def is_roomy(self) -> bool:
         """Whether the batch takes nothing from the weights that matters."""
-        return self.room_blocks is None or (self.buffers <= self.limit // 10 and self.room_blocks >= self.needs.ring_blocks_best)
+        return self.room_blocks is None or (self.buffers <= self.limit // 8 and self.room_blocks >= self.needs.ring_blocks_best)
 
     @property
     def smallest(self) -> int:
-        """The least limit that works with this context and batch."""
-        return self.fixed + self.needs.ring_blocks_min * self.needs.block_bytes
+        """The least limit that works with this context and batch, in whole MiB."""
+        least = max(self.fixed + self.needs.ring_blocks_min * self.needs.block_bytes, self.start)
+        return -(-least >> 20) << 20
+
+    @property
+    def fits(self) -> bool:
+        return self.smallest <= self.limit
+
+    def check(self, advice: str = "A shorter context (--max-seq-len, now {seq_len}) needs less") -> None:
+        """Raise LimitError where it does not work within the limit: what is needed, what would do, and `advice`."""
+        if self.fits:
+            return
+        parts = ", ".join(f"{format_size(size)} {what}" for what, size, _ in self.table()[:3])
+        ring = self.needs.ring_blocks_min * self.needs.block_bytes
+        paged = f", {format_size(ring)} to page the weights through" if ring else ""
+        raise LimitError(
+            f"the memory limit {self.limit_text} ({format_size(self.limit)}) is too small: {parts}{paged}; {format_size(self.smallest)} "
+            f"would do. {advice.format(seq_len=self.seq_len)}"
+        )
+
+    def figures(self) -> dict[str, Any]:
+        """For a JSON document."""
+        return {
+            "limit_bytes": self.limit,
+            "smallest_limit_bytes": self.smallest,
+            "total_bytes": self.total,
+            "runtime_bytes": self.runtime,
+            "kv_cache_bytes": self.kv_cache,
+            "buffer_bytes": self.buffers,
+            "weight_bytes": self.weights,
+            "resident_weight_bytes": self.resident,
+            "missing_bytes_a_token": self.missing,
+            "max_seq_len": self.seq_len,
+            "batch_rows": self.rows,
+            "paged": self.room_blocks is not None,
+        }
+
+    def summary(self) -> dict[str, Any]:
+        """For a line of the log."""
+        sizes = {
+            "limit": self.limit,
+            "total": self.total,
+            "program": self.runtime,
+            "kv_cache": self.kv_cache,
+            "buffers": self.buffers,
+            "weights": self.weights,
+            "in_memory": self.resident,
+            "read_a_token": self.missing,
+            "smallest_limit": self.smallest,
+        }
+        return {name: format_size(size) for name, size in sizes.items()} | {"context": self.seq_len, "batch": self.rows}
 
     def table(self) -> list[tuple[str, int, str]]:
         """(what, bytes, remark) of each part, their sum, and what could be."""
@@ -121,40 +175,52 @@ class MemoryPlan:
         ]
 
 
+def program_bytes() -> int:
+    """What this process holds beside model and caches: what it holds now, and what is to come."""
+    return machine.rss_bytes() + COMING_BYTES
+
+
 def plan_memory(
     model: ModelFile,
     build: BuildGraph,
     limit: MemoryAmount,
     *,
-    share: Share | None = None,
+    n_threads: int | None = None,
+    weigh: Callable[[NodeConfig], Weights] | None = None,
     max_seq_len: int | None = None,
     rows: Sequence[int] = BATCH_ROWS,
     kv_cache: FloatType = FloatType.F32,
     runtime: int | None = None,
+    start: int = 0,
 ) -> MemoryPlan:
     """Decide context, batch and room for weights.
 
     Args:
         model: open; its spec's seq_len is the longest context.
-        share: of the node; None for all of the model.
+        n_threads: compute threads; one a processor if None.
+        weigh: where the weights of a graph are; all of the model, in its file, if None.
         max_seq_len: a context that somebody chose.
         rows: batches to choose from, the largest first.
         kv_cache: F32, F16 or Q80.
-        runtime: what the process holds beside model and caches; estimated from what it holds now if None.
+        runtime: what the process holds beside model and caches; as `plan_node`.
+        start: as `plan_node`.
 
     Raises:
         LimitError: nothing works within the limit; has the table and the smallest limit that would.
         GraphError: the model cannot be computed.
     """
-    nbytes = limit.resolve()
-    runtime = machine.rss_bytes() + COMING_BYTES if runtime is None else runtime
+    runtime = program_bytes() if runtime is None else runtime
+    whole = FileWeights(model)
     for seq_len in _contexts(model.spec.seq_len, max_seq_len):
         least = max_seq_len is not None or seq_len <= _LEAST_CONTEXT
         for count in rows:
-            plan = _plan(model, share, build(seq_len, min(count, seq_len)), kv_cache, (nbytes, str(limit), seq_len, runtime))
-            if plan.smallest <= nbytes and (least or plan.kv_cache <= nbytes // 4) and (count == rows[-1] or plan.is_roomy):
+            network, node = build(seq_len, min(count, seq_len))
+            weights = whole if weigh is None else weigh(node)
+            plan = plan_node(network, node, weights, limit, n_threads=n_threads, kv_cache=kv_cache, runtime=runtime, start=start)
+            if plan.fits and (least or plan.kv_cache <= plan.limit // 4) and (count == rows[-1] or plan.is_roomy):
                 return plan
-    raise LimitError(_too_small(plan))
+    plan.check()
+    return plan
 
 
 def _contexts(longest: int, chosen: int | None) -> Iterator[int]:
@@ -168,23 +234,37 @@ def _contexts(longest: int, chosen: int | None) -> Iterator[int]:
         yield longest
 
 
-def _plan(
-    model: ModelFile, share: Share | None, graph: tuple[NetworkConfig, NodeConfig], kv_cache: FloatType, given: tuple[int, str, int, int]
+def plan_node(
+    network: NetworkConfig,
+    node: NodeConfig,
+    weights: Weights,
+    limit: MemoryAmount,
+    *,
+    n_threads: int | None = None,
+    kv_cache: FloatType = FloatType.F32,
+    runtime: int | None = None,
+    beside: int = 0,
+    start: int = 0,
 ) -> MemoryPlan:
-    limit, text, seq_len, runtime = given
-    network, node = graph
-    layout = Layout(network, node, kv_cache)
-    needs = paging_needs(network, node, model, share)
-    buffers = layout.nbytes - layout.cache_bytes + table_bytes(node) + needs.copied_bytes
-    room = max(0, (limit - runtime - layout.cache_bytes - buffers) // needs.block_bytes)
+    """The plan of one graph, whether it fits or not.
+
+    Args:
+        weights: in the model's file, or in memory.
+        n_threads: compute threads; one a processor if None.
+        kv_cache: F32, F16 or Q80.
+        runtime: what the process holds beside model and caches; by default what it holds now, and what is to come.
+        beside: more buffers than the graph's.
+        start: bytes that are needed while the node starts, and no longer, beside runtime.
+
+    Raises:
+        GraphError: the graph cannot be computed.
+    """
+    nbytes = limit.resolve()
+    runtime = program_bytes() if runtime is None else runtime
+    held = memory_needs(network, node, n_threads=n_threads or machine.processors(), kv_cache=kv_cache)
+    needs = weights_needs(network, node, weights)
+    buffers = held.working + needs.copied_bytes + needs.remembered_bytes + beside
+    room = max(0, (nbytes - runtime - held.caches - buffers) // needs.block_bytes)
     room_blocks = None if room >= needs.blocks_total else room
-    return MemoryPlan(limit, text, seq_len, network.n_batches, runtime, layout.cache_bytes, buffers, needs, room_blocks)
-
-
-def _too_small(plan: MemoryPlan) -> str:
-    parts = ", ".join(f"{format_size(size)} {what}" for what, size, _ in plan.table()[:3])
-    ring = plan.needs.ring_blocks_min * plan.needs.block_bytes
-    return (
-        f"the memory limit {plan.limit_text} ({format_size(plan.limit)}) is too small: {parts}, {format_size(ring)} to page the weights "
-        f"through; {format_size(plan.smallest)} would do. A shorter context (--max-seq-len, now {plan.seq_len}) needs less"
-    )
+    seq_len = cache_positions(node) or network.n_batches
+    return MemoryPlan(nbytes, str(limit), seq_len, network.n_batches, runtime, held.caches, buffers, needs, room_blocks, runtime + start)

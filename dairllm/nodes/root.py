@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from dairllm.config import Keepalive, RootDeadlines, WorkerAddress
 from dairllm.engine.paging import PagingMeters, PagingSettings
+from dairllm.engine.paging_choice import WayChoice
 from dairllm.engine.program import Program
 from dairllm.engine.weights import FileWeights
 from dairllm.errors import ConfigError, DairllmError, EngineError, NetworkError, RemoteProtocolError
@@ -132,14 +133,14 @@ class Cluster:
         return (NodeReport(0, "", "dairllm", own.n_heads, own.n_kv_heads, own.ffn.size, *sums), *reports)
 
     @property
-    def seconds(self) -> dict[str, float]:
-        """Spent so far in passes: `compute`, `exchange` (waiting for rows to come or to leave)."""
-        return self._meter.seconds
-
-    @property
     def paging(self) -> PagingMeters | None:
         """What paging of the root's share has read and waited for; None where nothing is paged."""
         return None if self._own is None else self._own.paging
+
+    @property
+    def way(self) -> WayChoice | None:
+        """How blocks of the root's share are read; None where nothing is paged."""
+        return None if self._own is None else self._own.way
 
     @property
     def trouble(self) -> str | None:

@@ -11,13 +11,12 @@ from typing import TypeVar
 
 import structlog
 
-from dairllm import machine
 from dairllm.config import WorkerSettings
 from dairllm.engine.located_weights import LocatedWeights
-from dairllm.engine.paging import PagingSettings, weights_needs
-from dairllm.engine.program import Program, required_bytes
+from dairllm.engine.paging import PagingSettings
+from dairllm.engine.program import Program
 from dairllm.engine.weights import WireWeights
-from dairllm.errors import LimitError, LocalProtocolError, RemoteProtocolError
+from dairllm.errors import LocalProtocolError, RemoteProtocolError
 from dairllm.graph.plan import ROOT, Exchange, Run
 from dairllm.graph.references import NO_MODEL
 from dairllm.graph.types import FloatType
@@ -25,6 +24,7 @@ from dairllm.net.compute import Compute
 from dairllm.net.mesh import Mesh
 from dairllm.net.runner import in_thread
 from dairllm.net.transport import Connection
+from dairllm.nodes.memory_plan import plan_node
 from dairllm.nodes.node_program import NodeProgram, open_program
 from dairllm.nodes.own_model import OwnModel
 from dairllm.nodes.tensor_pass import TensorPass
@@ -41,9 +41,6 @@ __all__ = ["TensorSession"]
 
 log = structlog.get_logger()
 T = TypeVar("T")
-
-RESERVE_BYTES = 8 << 20
-"""Beside what is counted: records while they are made, read-ahead of links, the allocator's own."""
 
 
 class TensorSession:
@@ -128,27 +125,14 @@ class TensorSession:
         weights = WireWeights(node) if located is None else located
         if self._own is not None:
             self._own.file.forget()  # pages of it that are in memory could go at any time, and are counted as held
-        needed = required_bytes(network, node, weights, kv_cache=self._kv_cache)
-        least, paging, held = needed, None, machine.rss_bytes()
-        limit = self._settings.limits.memory
-        if located is not None:
-            needed += 0 if received.references else CHECK_BYTES
-            needs = weights_needs(network, node, located)
-            beside = needed - located.nbytes + needs.copied_bytes + RESERVE_BYTES
-            room = (limit.resolve() - held - beside) // needs.block_bytes
-            least = beside + needs.ring_blocks_min * needs.block_bytes
-            needed = beside + needs.blocks_total * needs.block_bytes
-            if needs.ring_blocks_min <= room < needs.blocks_total:
-                paging, needed = PagingSettings.chosen(self._settings.paging, room, needs.block_bytes), beside + room * needs.block_bytes
-        if held + needed > limit.resolve():
-            raise LimitError(
-                f"the root's graph needs {format_size(least)}, beside {format_size(held)} that this process holds: more than "
-                f"limits.memory allows ({limit}, which is {format_size(limit.resolve())}); {format_size(held + least)} would do"
-            )
-        log.info(
-            "configured", node=node.node, nodes=network.n_nodes, memory=format_size(needed), paged=paging is not None,
-            room=format_size(paging.room_blocks * needs.block_bytes) if paging is not None else "all",
-        )  # fmt: skip
+        settings = self._settings
+        comparing = CHECK_BYTES if located is not None and not received.references else 0
+        plan = plan_node(
+            network, node, weights, settings.limits.memory, n_threads=settings.worker.n_threads, kv_cache=self._kv_cache, beside=comparing
+        )
+        plan.check("A shorter context (--max-seq-len of the root, now {seq_len}) or a smaller share (--shares) needs less")
+        paging = None if plan.room_blocks is None else PagingSettings.chosen(settings.paging, plan.room_blocks, plan.needs.block_bytes)
+        log.info("memory plan", node=node.node, nodes=network.n_nodes, **plan.summary())
         weights.allocate()
         return weights, paging
 

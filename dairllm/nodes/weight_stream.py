@@ -10,10 +10,12 @@ from dairllm.formats.model_slices import OutgoingWeight, outgoing_weights
 from dairllm.graph.slicing import Share
 from dairllm.protocol.dllama.codec import WeightHeader, encode_weight_header
 
-__all__ = ["PIECE_BYTES", "WeightStream"]
+__all__ = ["PIECE_BYTES", "SENDING_BYTES", "WeightStream"]
 
 PIECE_BYTES = 4 << 20
 """Enough that a thread for each piece costs nothing; two of them are held for each worker."""
+SENDING_BYTES = 4 * PIECE_BYTES
+"""Held for each worker while weights are sent: two pieces, the file's pages that one is filled from, and what is read ahead of them."""
 
 
 class WeightStream:
@@ -33,7 +35,7 @@ class WeightStream:
         """The weight that the last piece ended with,"""
         self.left = 0
         """and how many bytes of it are to follow."""
-        self._parts = _walk(weights)
+        self._parts, self._model = _walk(weights), model
         self._next = next(self._parts, None)
 
     def fill(self, piece: memoryview) -> int:
@@ -50,6 +52,7 @@ class WeightStream:
             filled += size
             self.at_hand, self.left = weight.name, (weight.n_rows - first - rows) * weight.row_bytes
             self._next = next(self._parts, None)
+        self._model.forget()  # what was read stays in the page cache, but is not held by this process
         return filled
 
 

@@ -114,7 +114,7 @@ def test_a_server_from_start_to_end(model: Path, start: Start) -> None:
     assert code == 0
     assert seconds < 5
     assert [line["event"] for line in server.lines()] == [
-        "listening", "kernels ready", "ready", "answered", "answered", "shutting down",
+        "listening", "memory plan", "kernels ready", "ready", "answered", "answered", "shutting down",
     ]  # fmt: skip
 
 

@@ -83,7 +83,7 @@ def test_a_worker_from_start_to_end(start: Any) -> None:
     code, seconds = worker.stop()
     assert code == 0
     assert seconds < 3
-    assert {"listening", "root connected", "configured", "weights received", "session finished", "shutting down"} <= {
+    assert {"listening", "root connected", "memory plan", "weights received", "session finished", "shutting down"} <= {
         line["event"] for line in worker.lines()
     }
     assert "Traceback" not in worker.text()

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dairllm.engine.executor import Executor
-from dairllm.engine.program import Program, compile_program, required_bytes
+from dairllm.engine.program import Program, compile_program, memory_needs
 from dairllm.engine.weights import WireWeights
 from dairllm.errors import GraphError
 from dairllm.formats.random_model import small_spec
@@ -46,7 +46,7 @@ GRAPHS = [
 def compiled(network: NetworkConfig, node: NodeConfig, kv_cache: FloatType = FloatType.F32) -> Program | None:
     """As a worker does it: None where the graph asks for more than it may hold."""
     weights = WireWeights(node)
-    if required_bytes(network, node, kv_cache=kv_cache) > ENOUGH:
+    if weights.nbytes + sum(memory_needs(network, node, n_threads=2, kv_cache=kv_cache)) > ENOUGH:
         return None
     weights.allocate()
     return compile_program(network, node, weights, n_threads=2, kv_cache=kv_cache)

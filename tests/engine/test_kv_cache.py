@@ -9,7 +9,7 @@ import pytest
 
 from dairllm.engine.executor import Executor
 from dairllm.engine.memory import Layout
-from dairllm.engine.program import compile_program, required_bytes
+from dairllm.engine.program import STACK_BYTES, compile_program, memory_needs
 from dairllm.engine.weights import FileWeights, WireWeights
 from dairllm.errors import GraphError
 from dairllm.formats.model_file import ModelFile
@@ -133,7 +133,9 @@ def test_a_cache_takes_less_memory(kind: FloatType, block: int) -> None:
     blocks = 2 * spec.n_layers * positions * spec.kv_dim // 32
     assert Layout(network, node).cache_bytes == blocks * 128
     assert Layout(network, node, kind).cache_bytes == blocks * block
-    assert required_bytes(network, node) - required_bytes(network, node, kv_cache=kind) == blocks * (128 - block)
+    plain, small = memory_needs(network, node, n_threads=1), memory_needs(network, node, n_threads=1, kv_cache=kind)
+    assert plain.working == small.working
+    assert plain.caches - small.caches == blocks * (128 - block)
 
 
 @pytest.mark.parametrize("kind", [F16, Q80])
@@ -142,8 +144,8 @@ def test_what_it_needs_is_known_before(kind: FloatType) -> None:
     weights = WireWeights(nodes[1])
     weights.allocate()
     program = compile_program(network, nodes[1], weights, n_threads=1, kv_cache=kind)
-    held = weights.nbytes + program._layout.nbytes + sum(t.nbytes for t in program._kept[1]._tables.values())
-    assert required_bytes(network, nodes[1], kv_cache=kind) == held
+    held = program._layout.nbytes + sum(t.nbytes for t in program._kept[1]._tables.values()) + program.scratch.nbytes + STACK_BYTES
+    assert sum(memory_needs(network, nodes[1], n_threads=1, kv_cache=kind)) == held
 
 
 def test_heads_that_are_no_whole_blocks_are_refused() -> None:
@@ -153,11 +155,11 @@ def test_heads_that_are_no_whole_blocks_are_refused() -> None:
         with pytest.raises(GraphError, match=told):
             compile_program(network, node, FileWeights(model), n_threads=1, kv_cache=Q80)
         with pytest.raises(GraphError, match=told):
-            required_bytes(network, node, kv_cache=Q80)
+            memory_needs(network, node, n_threads=1, kv_cache=Q80)
 
 
 @pytest.mark.parametrize("kind", [Q40, FloatType.NONE])
 def test_other_types_are_refused(kind: FloatType) -> None:
     network, (node,) = build_graph(small_spec(Architecture.QWEN3, Q40), 1, Q80, 8)
     with pytest.raises(GraphError, match=f"KV caches are kept as F32, F16 or Q80, not as {kind.name}"):
-        required_bytes(network, node, kv_cache=kind)
+        memory_needs(network, node, n_threads=1, kv_cache=kind)

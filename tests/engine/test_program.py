@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dairllm.engine.executor import Executor
-from dairllm.engine.program import Program, compile_program, required_bytes
+from dairllm.engine.program import STACK_BYTES, Program, compile_program, memory_needs
 from dairllm.engine.weights import WireWeights
 from dairllm.errors import EngineError, GraphError, RemoteProtocolError
 from dairllm.formats.random_model import small_spec
@@ -67,9 +67,10 @@ def test_caches_are_in_small_pages() -> None:
 
 
 def test_what_it_needs_is_known_before() -> None:
-    program, weights = compiled()
-    held = weights.nbytes + program._layout.nbytes + sum(t.nbytes for t in program._kept[1]._tables.values())
-    assert required_bytes(NETWORK, NODES[1]) == held
+    program, _ = compiled()
+    held = program._layout.nbytes + sum(t.nbytes for t in program._kept[1]._tables.values())
+    needs = memory_needs(NETWORK, NODES[1], n_threads=program.n_threads)
+    assert sum(needs) == held + program.scratch.nbytes + program.n_threads * STACK_BYTES
 
 
 @pytest.mark.parametrize(

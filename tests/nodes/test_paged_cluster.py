@@ -22,6 +22,7 @@ from dairllm.net.compute import Compute
 from dairllm.nodes.generation import Generation
 from dairllm.nodes.local import LocalNode
 from dairllm.nodes.root import Cluster
+from dairllm.units import parse_size
 from tests.nodes.conftest import Log
 
 MIB = 1 << 20
@@ -85,9 +86,8 @@ async def test_root_and_worker_page_their_shares(make_worker: Any, compute: Comp
         assert cluster.paging is not None
         assert cluster.paging.bytes > 13 * MIB
         await cluster.close()
-    (configured,) = (entry for entry in logged if entry["event"] == "configured")
-    assert configured["paged"] is True
-    assert configured["memory"] != configured["room"]
+    (plan,) = (entry for entry in logged if entry["event"] == "memory plan")
+    assert parse_size(plan["in_memory"]) < parse_size(plan["weights"])
 
 
 async def test_a_worker_with_room_for_no_ring_refuses_and_serves_on(

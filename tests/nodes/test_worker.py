@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import re
 import time
 from typing import Any
 
@@ -220,7 +221,8 @@ async def test_a_graph_beyond_the_memory_allowed_is_refused_with_the_numbers(
         assert await play(worker.address, recording.said) == ACKS[:8]
     (failed,) = events(logged, "session failed")
     assert failed["kind"] == "LimitError"
-    assert "more than limits.memory allows (1MiB, which is 1MiB); " in failed["error"]
+    assert failed["error"].startswith("the memory limit 1MiB (1MiB) is too small: ")
+    assert re.search(r"; [\d.]+MiB would do\. A shorter context \(--max-seq-len of the root, now 256\)", failed["error"])
 
 
 async def test_closing_a_worker_that_waits(make_worker: Any) -> None:
