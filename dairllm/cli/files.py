@@ -83,7 +83,9 @@ def plan(
     """Show what each node would hold within a memory limit, and how much of the weights it would read for each token."""
     flags = root_flags({name: value for name, value in locals().items() if name != "model"})
     from dairllm.commands import plan as command
+    from dairllm.telemetry import configure_logging
 
+    configure_logging(level="warning")
     command.run(model, config, nodes, flags, measure=measure, json=json)
 
 
