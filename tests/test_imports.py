@@ -25,12 +25,13 @@ MAY_IMPORT = {
 }
 MAY_IMPORT["nodes"] = BASE | {"graph", "formats", "text", "kernels", "engine", "protocol", "net"}
 MAY_IMPORT["api"] = MAY_IMPORT["nodes"] | {"nodes"}
-MAY_IMPORT["commands"] = MAY_IMPORT["api"] | {"api"}
+MAY_IMPORT["bench"] = MAY_IMPORT["nodes"] | {"nodes"}
+MAY_IMPORT["commands"] = MAY_IMPORT["api"] | {"api", "bench"}
 MAY_IMPORT["cli"] = MAY_IMPORT["commands"] | {"commands"}
 MAY_IMPORT["__main__"] = {"cli"}
 
 TOUCHES_THE_NETWORK = {"asyncio", "uvloop", "socket", "selectors", "socketserver", "ssl", "http", "urllib", "uvicorn", "starlette"}
-MAY_TOUCH_IT = {"net", "nodes", "api", "commands", "cli"}
+MAY_TOUCH_IT = {"net", "nodes", "bench", "api", "commands", "cli"}
 
 FORBIDDEN = {
     "kernels": {"structlog", "logging", "pydantic", "yaml", "rich", "typer"},  # arithmetic alone
