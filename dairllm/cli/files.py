@@ -19,7 +19,7 @@ from dairllm.cli.options import (
     root_flags,
 )
 
-__all__ = ["convert", "inspect", "plan", "tokenize", "verify"]
+__all__ = ["convert", "inspect", "plan", "prepare", "tokenize", "verify"]
 
 
 @app.command()
@@ -90,8 +90,27 @@ def plan(
 
 
 @app.command()
+def prepare(
+    model: Annotated[Path, typer.Argument(metavar="F.m", help="Model file; the shares are put beside it, as F.m.share-0-of-2, ...")],
+    nodes: Annotated[int | None, typer.Option(metavar="N", help="Nodes that share the model, the root included.")] = None,
+    shares: Shares = None,
+    node: Annotated[int | None, typer.Option(metavar="K", help="Only this node's share; the root is 0.  [default: all]")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Write each node's share of a model into a file of its own: a node that pages then reads its share and nothing else.
+
+    Cut short, it goes on where it was when it is called again.
+    """
+    from dairllm.commands import prepare as command
+
+    command.run(model, nodes=nodes, shares=shares, only=node, json=json)
+
+
+@app.command()
 def verify(
-    model: Annotated[Path, typer.Argument(metavar="F.m", help="Model file; its digests lie beside it, as F.m.digests.")],
+    model: Annotated[
+        Path, typer.Argument(metavar="F.m", help="Model file, whose digests lie beside it, as F.m.digests; or a share of one (`prepare`).")
+    ],
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object, with the digest of each tensor.")] = False,
 ) -> None:
     """Read a model file, say which model it is, and whether a tensor has changed since it was first read."""

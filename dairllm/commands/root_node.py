@@ -12,7 +12,7 @@ from dairllm import machine
 from dairllm.config import MemoryAmount, RootSettings
 from dairllm.engine.located_weights import LocatedWeights
 from dairllm.engine.paging import PagingSettings
-from dairllm.engine.weights import FileWeights, Weights
+from dairllm.engine.weights import Weights
 from dairllm.errors import ConfigError
 from dairllm.formats.model_file import ModelFile
 from dairllm.graph.build import N_BATCHES, build_graph, build_network, build_node
@@ -21,6 +21,7 @@ from dairllm.graph.slicing import Share, deal_shares, nearly_equal_sizes, parse_
 from dairllm.graph.types import FloatType, NetworkConfig, NodeConfig
 from dairllm.nodes.local import LocalNode, default_sync
 from dairllm.nodes.memory_plan import MemoryPlan, plan_memory
+from dairllm.nodes.prepared_share import find_share
 from dairllm.nodes.weight_stream import SENDING_BYTES
 from dairllm.text.tokenizer import Tokenizer
 from dairllm.units import format_size
@@ -94,10 +95,12 @@ def plan_of(
         network = build_network(spec, shares, sync, rows)
         return network, build_node(spec, network, node, shares[node])
 
+    _, graph = shared(model.spec.seq_len, N_BATCHES)
+    references = weight_references(model.spec, shares[node], graph)
+    prepared = find_share(model, references)
+
     def weigh(graph: NodeConfig) -> Weights:
-        if node == 0:
-            return FileWeights(model, shares[0])
-        return LocatedWeights(model, graph, weight_references(model.spec, shares[node], graph))
+        return LocatedWeights(model, graph, references, prepared)
 
     start = len(settings.cluster.workers) * SENDING_BYTES if node == 0 else 0
     return plan_memory(

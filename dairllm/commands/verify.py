@@ -1,4 +1,4 @@
-"""`dairllm verify`: whether a model file is what it was when its digests were first made, and which model it is."""
+"""`dairllm verify`: whether a model file is what it was when its digests were first made, and which model it is. Shares of one, too."""
 
 import json as json_format
 import sys
@@ -9,6 +9,7 @@ from dairllm.commands.progress import byte_bar
 from dairllm.errors import FormatError
 from dairllm.formats.digest import Digests, compute_digests, digests_path, keep_digests, kept_digests
 from dairllm.formats.model_file import ModelFile
+from dairllm.formats.share_file import ShareFile, is_share_file
 from dairllm.units import format_size
 
 __all__ = ["run"]
@@ -21,11 +22,15 @@ def run(model: Path, *, json: bool = False) -> None:
     """Read a `.m` file, print its identity and keep its digests; compare them with those that lie beside it.
 
     Args:
+        model: the file, or one of a node's share of it: that is compared with the digests that it holds.
         json: one JSON object in place of a line.
 
     Raises:
-        FormatError: it is no whole `.m` file, or not what the digests beside it were made of; names the tensors.
+        FormatError: it is no whole file, or not what the digests were made of; names the tensors.
     """
+    if is_share_file(model):
+        _verify_share(model, json=json)
+        return
     with ModelFile.open(model) as file:
         with byte_bar(f"reading {model.name}") as progress:
             found = compute_digests(file, progress)
@@ -45,11 +50,40 @@ def run(model: Path, *, json: bool = False) -> None:
             raise _contradiction(file, torn)
 
 
+def _verify_share(path: Path, *, json: bool) -> None:
+    file = ShareFile.open(path)
+    held = file.contents
+    with byte_bar(f"reading {path.name}") as progress:
+        torn = list(file.torn(progress))
+    if json:
+        found = {
+            "path": str(path),
+            "bytes": file.stamp.nbytes,
+            "identity": held.identity.hex(),
+            "node": held.node,
+            "nodes": held.n_nodes,
+            "digest": file.digest.hex(),
+            "torn": [label for label, _ in torn],
+        }
+        json_format.dump(found, sys.stdout)
+        sys.stdout.write("\n")
+    elif not torn:
+        slices = f"{len(held.slices)} slices, {format_size(file.stamp.nbytes)}"
+        sys.stdout.write(f"{path}: node {held.node} of {held.n_nodes} nodes' share of {held.identity.hex()} ({slices}; whole)\n")
+    if torn:
+        raise FormatError(
+            path, torn[0][1], "what `dairllm prepare` wrote", f"other bytes in {_named(*(label for label, _ in torn))}; run it again"
+        )
+
+
+def _named(*labels: str) -> str:
+    return ", ".join(labels[:_NAMED]) + (f" and {len(labels) - _NAMED} more" if len(labels) > _NAMED else "")
+
+
 def _contradiction(file: ModelFile, torn: list[str]) -> FormatError:
     offsets = {"the header": 0, **{tensor.label: tensor.offset for tensor in file.tensors}}
-    named = ", ".join(torn[:_NAMED]) + (f" and {len(torn) - _NAMED} more" if len(torn) > _NAMED else "")
     beside = digests_path(file.path).name
-    found = f"other bytes in {named}; copy the file again, or delete {beside} where it was changed on purpose"
+    found = f"other bytes in {_named(*torn)}; copy the file again, or delete {beside} where it was changed on purpose"
     return FormatError(file.path, offsets[torn[0]], f"what {beside} was made of", found)
 
 

@@ -1,7 +1,8 @@
 """Weights of any node's share, located in a model file that this machine has: most in place, some copied.
 
 In place is what lies together in the file: rows of a matrix, columns of all its rows, whole norms. Copied is what does not: rows or columns
-of heads that lie apart, and a classifier slice that ends with padding.
+of heads that lie apart, and a classifier slice that ends with padding. Where a file of the share has been prepared (`dairllm prepare`), all
+matrices are in place there.
 """
 
 from collections.abc import Iterable, Iterator
@@ -10,11 +11,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from dairllm.engine.memory import aligned
-from dairllm.engine.weights import WeightView
+from dairllm.engine.weights import WeightsFile, WeightView
 from dairllm.errors import GraphError
 from dairllm.formats.model_file import ModelFile
 from dairllm.formats.model_layout import Slice, Tensor, part_slices
 from dairllm.formats.model_slices import OutgoingWeight, sliced_weight
+from dairllm.formats.share_file import ShareFile
 from dairllm.graph.references import WeightReference
 from dairllm.graph.slicing import Axis, Part
 from dairllm.graph.types import NodeConfig, Op, OpCode, row_bytes
@@ -68,13 +70,15 @@ class LocatedWeights:
     Args:
         node: the configuration.
         references: one for each of its ops that has a weight.
+        share: a file of this share of the model, its weights located.
 
     Raises:
-        GraphError: a reference that no op needs, or an op without one; no such tensor or part of it; another type or size than the op's.
+        GraphError: a reference that no op needs, or an op without one; no such tensor or part of it; another type or size than the op's, or
+            than that of the share.
     """
 
-    def __init__(self, model: ModelFile, node: NodeConfig, references: Iterable[WeightReference]) -> None:
-        self._model = model
+    def __init__(self, model: ModelFile, node: NodeConfig, references: Iterable[WeightReference], share: ShareFile | None = None) -> None:
+        self._model, self._share = model, share
         self._base = model.raw.ctypes.data
         ops: dict[tuple[str, int], Op] = {}
         for op in (op for segment in node.segments for op in segment.ops if op.weight_size.length):
@@ -87,7 +91,11 @@ class LocatedWeights:
             if key not in ops or key in self._found:
                 problem = "is referred to twice" if key in ops else "is no weight of the configuration"
                 raise GraphError(f"{reference.name} of layer {reference.layer} {problem}")
-            self._found[key] = _locate(model, ops[key], reference.part)
+            self._found[key] = found = _locate(model, ops[key], reference.part)
+            if share is not None and ops[key].code == OpCode.MATMUL:
+                place = share.place(*key)
+                if place is None or (place.n_rows, place.row_bytes) != (found.n_rows, found.row_bytes):
+                    raise GraphError(f"{share.path} has another {reference.name} of layer {reference.layer} than the graph")
         lacking = next((f"{name} of layer {index}" for name, index in ops if (name, index) not in self._found), None)
         if lacking is not None:
             raise GraphError(f"nothing refers to {lacking}")
@@ -95,7 +103,7 @@ class LocatedWeights:
         self.nbytes = 0
         """Of what is copied."""
         for key, found in self._found.items():
-            if not found.in_place:
+            if not found.in_place and (share is None or share.place(*key) is None):
                 self._copies[key] = self.nbytes
                 self.nbytes += -(-found.nbytes // 64) * 64
         self._memory = np.zeros(0, np.uint8)
@@ -113,10 +121,17 @@ class LocatedWeights:
         if self._copies:
             self._model.forget()
 
+    @property
+    def matmul_file(self) -> WeightsFile:
+        return self._model if self._share is None else self._share
+
     def view(self, op: Op) -> WeightView:
         found = self._found.get((op.name, op.index))
         if found is None:
             raise GraphError(f"op {op.name} of layer {op.index} needs a weight and announces none")
+        place = None if self._share is None else self._share.place(op.name, op.index)
+        if self._share is not None and place is not None:
+            return WeightView(self._share.address + place.offset, place.row_bytes, place.expert_stride, place.offset)
         if found.in_place:
             piece = found.slices[0]
             return WeightView(self._base + piece.offset, piece.stride, found.expert_stride, piece.offset)

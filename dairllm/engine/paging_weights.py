@@ -11,8 +11,10 @@ from numpy.typing import NDArray
 from dairllm.engine import system
 from dairllm.engine.memory import aligned
 from dairllm.engine.paging_window import Window
-from dairllm.engine.weights import Weights, WeightView
+from dairllm.engine.weights import Weights, WeightsFile, WeightView
 from dairllm.errors import EngineError
+from dairllm.formats.file_stamp import FileStamp
+from dairllm.formats.model_file import ModelFile
 from dairllm.graph.types import Op, OpCode, row_bytes
 
 __all__ = ["EmbeddingRows", "PagedWeights", "SmallReads"]
@@ -21,17 +23,26 @@ __all__ = ["EmbeddingRows", "PagedWeights", "SmallReads"]
 class SmallReads:
     """Reads of a few KiB, through a descriptor of their own: through the window a row would bring a whole block.
 
+    Args:
+        stamp: which file that was when its header was read.
+
     Raises:
-        EngineError: from every method, where the file cannot be read.
+        EngineError: from every method, where the file cannot be read, or is another one by now.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, stamp: FileStamp) -> None:
+        self._path, self._stamp = path, stamp
         try:
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise EngineError(f"{path} cannot be opened: {error.strerror or error}") from None
         os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_RANDOM)
+
+    def check(self) -> None:
+        """Raise EngineError where the open file was cut, or written to, since its header was read."""
+        change = self._stamp.change(self._path, self._fd)
+        if change is not None:
+            raise EngineError(change)
 
     def read(self, offset: int, nbytes: int, address: int) -> None:
         """Bytes of the file to an address; the page cache keeps none of them."""
@@ -65,6 +76,7 @@ class EmbeddingRows:
         Raises:
             EngineError: the file is shorter than it was, or the disk fails.
         """
+        self._file.check()
         system.advise(self.address, self._nbytes, "dontneed")
         rows = {min(max(token, 0), self._n_rows - 1) for token in tokens}
         for row in rows:
@@ -80,8 +92,9 @@ class PagedWeights:
     """`dairllm.engine.weights.Weights` over a window.
 
     Args:
-        places: where each op's weight lies in the file.
-        window: on that file.
+        places: where each op's weight lies in its file.
+        window: on the file of the matmuls.
+        model: whose file holds all else.
 
     Attributes:
         nbytes: memory beside the window.
@@ -91,12 +104,16 @@ class PagedWeights:
         EngineError: the file cannot be read.
     """
 
-    def __init__(self, places: Weights, window: Window) -> None:
+    def __init__(self, places: Weights, window: Window, model: ModelFile) -> None:
         self._places, self._window = places, window
-        self._file = SmallReads(window.path)
+        self._file = SmallReads(model.path, model.stamp)
         self._copies: list[NDArray[np.uint8]] = []
         self.nbytes = places.nbytes
         self.embedding: EmbeddingRows | None = None
+
+    @property
+    def matmul_file(self) -> WeightsFile | None:
+        return self._places.matmul_file
 
     def view(self, op: Op) -> WeightView:
         place = self._places.view(op)

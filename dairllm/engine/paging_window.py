@@ -105,13 +105,9 @@ class Window:
 
     def check(self) -> None:
         """Raise EngineError where the open file was cut, or written to, since its header was read."""
-        now = FileStamp.of(self._fd)
-        if now == self._stamp:
-            return
-        if now.nbytes != self._stamp.nbytes:
-            raise EngineError(f"{self.path} had {self._stamp.nbytes} bytes when it was opened and has {now.nbytes} now")
-        replaced = (now.device, now.inode) != (self._stamp.device, self._stamp.inode)
-        raise EngineError(f"{self.path} has been {'replaced' if replaced else 'written to'} since it was opened")
+        change = self._stamp.change(self.path, self._fd)
+        if change is not None:
+            raise EngineError(change)
 
     def close(self) -> None:
         """Give up all memory. Nobody may be using it."""

@@ -4,25 +4,28 @@ Kernels take a raw address and strides, so a slice of a mapped file needs no cop
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 from dairllm.engine.memory import aligned
 from dairllm.errors import GraphError, RemoteProtocolError
+from dairllm.formats.file_stamp import FileStamp
 from dairllm.formats.model_file import ModelFile
 from dairllm.formats.model_layout import Slice, Tensor, share_slices, whole
 from dairllm.graph.slicing import Share
 from dairllm.graph.types import NodeConfig, Op, OpCode, row_bytes
 
-__all__ = ["FileWeights", "WeightView", "Weights", "WireWeights"]
+__all__ = ["FileWeights", "WeightView", "Weights", "WeightsFile", "WireWeights"]
 
 
 @dataclass(frozen=True, slots=True)
 class WeightView:
     """Rows of a weight: `row` bytes apart; experts `expert` bytes apart.
 
-    `offset` is where the first byte lies in the model file, with the same strides; None where the weight is in memory of its own.
+    `offset` is where the first byte lies in its file, with the same strides; None where the weight is in memory of its own. A matmul's file
+    is the weights' `matmul_file`, any other op's the model's.
     """
 
     address: int
@@ -31,10 +34,22 @@ class WeightView:
     offset: int | None = None
 
 
+class WeightsFile(Protocol):
+    """A file that weights lie in."""
+
+    path: Path
+    stamp: FileStamp
+
+
 class Weights(Protocol):
     """Both kinds. `nbytes` is what they hold in memory of their own."""
 
     nbytes: int
+
+    @property
+    def matmul_file(self) -> WeightsFile | None:
+        """Where matmuls' weights lie: in the model's file or one of a node's share of it; None where all are in memory."""
+        ...
 
     def view(self, op: Op) -> WeightView:
         """The weight of an op; GraphError where it has none."""
@@ -74,6 +89,10 @@ class WireWeights:
             self._received[key] = 0
             self.nbytes += -(-nbytes // 64) * 64
         self._memory = np.zeros(0, np.uint8)
+
+    @property
+    def matmul_file(self) -> None:
+        return None
 
     def allocate(self) -> None:
         """Called once the owner has found `nbytes` to be allowed."""
@@ -128,6 +147,10 @@ class FileWeights:
         self._model, self._share = model, share
         self._base = model.raw.ctypes.data
         self.nbytes = 0
+
+    @property
+    def matmul_file(self) -> ModelFile:
+        return self._model
 
     def view(self, op: Op) -> WeightView:
         first = self._model.tensor(op.name, op.index)

@@ -32,10 +32,10 @@ class FileStamp:
         found = os.stat(file)
         return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
 
-    def change(self, path: Path) -> str | None:
-        """What has happened to the file under `path` since, for people; None where it is the same."""
+    def change(self, path: Path, descriptor: int | None = None) -> str | None:
+        """What has happened to the file under `path`, or to the one that was opened there, since, for people; None where it is the same."""
         try:
-            now = FileStamp.of(path)
+            now = FileStamp.of(path if descriptor is None else descriptor)
         except OSError as error:
             return f"{path} cannot be found any more: {error.strerror or error}"
         if now == self:

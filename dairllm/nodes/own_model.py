@@ -8,8 +8,9 @@ from dairllm.engine.located_weights import LocatedWeights
 from dairllm.errors import GraphError, RemoteProtocolError
 from dairllm.formats.digest import Progress, kept_digests, model_digests
 from dairllm.formats.model_file import ModelFile
-from dairllm.graph.references import NO_MODEL, weight_references
+from dairllm.graph.references import NO_MODEL, WeightReference, weight_references
 from dairllm.graph.slicing import equal_shares
+from dairllm.nodes.prepared_share import find_share
 from dairllm.protocol.dllama.codec import KIN
 from dairllm.protocol.dllama.events import NodeReceived
 
@@ -65,7 +66,7 @@ class OwnModel:
         """
         if received.references:
             try:
-                return LocatedWeights(self.file, received.node, received.references)
+                return self._locate(received, received.references)
             except GraphError as error:
                 raise RemoteProtocolError(f"the root's references to weights: {error}") from error
         if told == NO_MODEL:
@@ -77,10 +78,14 @@ class OwnModel:
         try:
             spec, node = self.file.spec, received.node
             share = equal_shares(spec, received.network.n_nodes)[node.node]
-            return LocatedWeights(self.file, node, weight_references(spec, share, node))
+            return self._locate(received, weight_references(spec, share, node))
         except GraphError as error:
             log.info("weights come over the wire", reason=f"the root's graph is not that of {self.file.path}: {error}")
             return None
+
+    def _locate(self, received: NodeReceived, references: tuple[WeightReference, ...]) -> LocatedWeights:
+        share = find_share(self.file, references, lambda: self._identity)
+        return LocatedWeights(self.file, received.node, references, share)
 
     def close(self) -> None:
         self.file.close()

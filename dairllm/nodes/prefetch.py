@@ -56,7 +56,7 @@ async def open_paged(
     """A node's program over the blocks of its model file, and what computes it.
 
     Args:
-        places: where the node's weights lie in the file.
+        places: where the node's weights lie: matmuls in their file, all else in the model's.
         compute: open; stays the caller's.
         kv_cache: F32, F16 or Q80.
 
@@ -68,11 +68,12 @@ async def open_paged(
 
     def prepare() -> PagedCompute:
         needs = weights_needs(network, node, places, block_bytes=settings.block_bytes)
-        choice = choose_way(model.path, model.stamp, needs.block_bytes, settings.way, settings.readers)
-        window = open_window(choice.way, model.path, model.stamp, needs.block_bytes)
+        file = places.matmul_file or model
+        choice = choose_way(file.path, file.stamp, needs.block_bytes, settings.way, settings.readers)
+        window = open_window(choice.way, file.path, file.stamp, needs.block_bytes)
         weights = None
         try:
-            weights = PagedWeights(places, window)
+            weights = PagedWeights(places, window, model)
             program = compile_program(network, node, weights, n_threads=n_threads, piece_bytes=PIECE_BYTES, kv_cache=kv_cache)
             steps, starts = program_steps(program, needs.block_bytes)
             efforts = possible_efforts(settings.threads, settings.readers, most_threads=n_threads, first_readers=choice.readers)

@@ -20,10 +20,10 @@ import structlog
 from numpy.typing import NDArray
 
 from dairllm.config import Keepalive, RootDeadlines, WorkerAddress
+from dairllm.engine.located_weights import LocatedWeights
 from dairllm.engine.paging import PagingMeters, PagingSettings
 from dairllm.engine.paging_choice import WayChoice
 from dairllm.engine.program import Program
-from dairllm.engine.weights import FileWeights
 from dairllm.errors import ConfigError, DairllmError, EngineError, NetworkError, RemoteProtocolError
 from dairllm.formats.digest import WORTH_KEEPING, model_digests
 from dairllm.formats.model_file import ModelFile
@@ -37,6 +37,7 @@ from dairllm.net.compute import Compute
 from dairllm.net.runner import in_thread
 from dairllm.nodes.local import default_sync
 from dairllm.nodes.node_program import NodeProgram, open_program
+from dairllm.nodes.prepared_share import find_share
 from dairllm.nodes.remote_worker import FAREWELL_SECONDS, RemoteWorker
 from dairllm.nodes.report import NodeReport
 from dairllm.nodes.tensor_pass import TensorPass
@@ -154,11 +155,12 @@ class Cluster:
         Raises:
             NetworkError: a worker cannot be reached, or went away; names it and the stage.
             RemoteProtocolError: a worker said something that no worker says.
+            RefusedError: a worker has no room for its share, or cannot compute it; says what would do.
             ConfigError: a worker of distributed-llama cannot compute this model; says how to convert it.
             EngineError: the root's own share cannot be computed.
         """
         self._identity = await in_thread("digests", lambda: self._identify(progress))
-        weights = FileWeights(self._model, self._share)
+        weights = await in_thread("weights", self._locate)
         paged = None if self._paging is None else (self._model, self._paging)
         self._own = own = await open_program(
             self._network, self._node, weights, self._compute, n_threads=self._n_threads, kv_cache=self._kv_cache, paged=paged
@@ -231,6 +233,13 @@ class Cluster:
                 progress(f"reading {label}", done, total)
 
         return model_digests(self._model, tell).identity
+
+    def _locate(self) -> LocatedWeights:
+        """The root's own share."""
+        references = weight_references(self._model.spec, self._share, self._node)
+        weights = LocatedWeights(self._model, self._node, references, find_share(self._model, references, lambda: self._identity))
+        weights.allocate()
+        return weights
 
     async def _dial(self) -> None:
         """Connect to all, or to none: until all are there, nothing has been said to anybody."""
