@@ -15,7 +15,7 @@ import dairllm
 
 DATA = Path(__file__).parent / "data" / "dllama"
 TINY = DATA / "tiny.t"
-COMMANDS = ("demo", "worker", "health", "generate", "serve", "tokenize", "convert", "inspect", "plan", "prepare", "verify")
+COMMANDS = ("demo", "worker", "health", "generate", "serve", "tokenize", "convert", "inspect", "plan", "prepare", "verify", "bench")
 
 
 def command(*words: object) -> list[str]:

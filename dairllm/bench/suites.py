@@ -43,6 +43,7 @@ class Bench:
         steps: ids to generate.
         percents: of the weights that are to fit, for paging.
         nodes: of a cluster.
+        patience: seconds to wait for idle processors before each run.
         in_group: whether paging runs in a control group of its limit, page cache included; where llama.cpp is measured it always does.
     """
 
@@ -58,6 +59,7 @@ class Bench:
     steps: int = 32
     percents: tuple[int, ...] = (25, 50, 70)
     nodes: int = 2
+    patience: float = 30.0
     in_group: bool = False
 
     @cached_property
@@ -78,10 +80,9 @@ class Bench:
         task = NodeTask(str(self.model), kernels=self.kernels, rounds=1, **{"threads": self.threads} | more)
         return self.quietly(partial(_node, task))
 
-    @staticmethod
-    def quietly(run: Callable[[], _T]) -> _T:
+    def quietly(self, run: Callable[[], _T]) -> _T:
         """When the processors are idle."""
-        if not wait_until_idle():
+        if self.patience and not wait_until_idle(self.patience):
             sys.stderr.write("(the processors are busy with something else)\n")
         return run()
 

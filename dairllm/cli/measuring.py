@@ -30,6 +30,7 @@ def bench(
     cgroup: Annotated[
         bool, typer.Option("--cgroup", help="Page in a control group of the limit, page cache included; takes root.")
     ] = False,
+    patience: Annotated[float, typer.Option(metavar="SECONDS", min=0, help="How long to wait for idle processors, each time.")] = 30.0,
     dllama: Annotated[Path | None, typer.Option(metavar="PATH", help="distributed-llama's program, to be measured in turn.")] = None,
     turbo: Annotated[bool, typer.Option(help="Whether its nodes poll the network, as they do by default.")] = True,
     llamacpp_python: Annotated[
@@ -57,6 +58,7 @@ def bench(
         percents=percent or [25, 50, 70],
         nodes=nodes,
         in_group=cgroup,
+        patience=patience,
         dllama=dllama,
         turbo=turbo,
         llamacpp_python=llamacpp_python,

@@ -34,6 +34,7 @@ def run(
     percents: Sequence[int],
     nodes: int,
     in_group: bool,
+    patience: float,
     dllama: Path | None,
     turbo: bool,
     llamacpp_python: Path | None,
@@ -85,6 +86,7 @@ def run(
             percents=tuple(percents),
             nodes=nodes,
             in_group=in_group,
+            patience=patience,
         )
         found: list[Measured] = []
         told = conditions(model, kernels, bench.threads)
