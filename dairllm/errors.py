@@ -8,6 +8,7 @@
     +-- ProtocolError           what crosses the wire
     |   +-- LocalProtocolError  we used the protocol wrongly: a bug of ours
     |   +-- RemoteProtocolError the peer did
+    +-- RefusedError            a worker does not do its part: it says why
     +-- NetworkError            a peer cannot be reached, went away, or did not speak in time
     +-- EngineError             the computation itself failed
     +-- ChatTemplateError       a model's chat template fails (dairllm.text.chat)
@@ -27,6 +28,7 @@ __all__ = [
     "LocalProtocolError",
     "NetworkError",
     "ProtocolError",
+    "RefusedError",
     "RemoteProtocolError",
 ]
 
@@ -77,6 +79,10 @@ class LocalProtocolError(ProtocolError):
 
 class RemoteProtocolError(ProtocolError):
     """The peer said something that the protocol does not allow."""
+
+
+class RefusedError(DairllmError):
+    """A worker cannot do its part of the work, and has said why."""
 
 
 class NetworkError(DairllmError):

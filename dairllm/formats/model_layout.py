@@ -90,10 +90,6 @@ class Slice:
     def nbytes(self) -> int:
         return self.n_rows * self.slice_row_bytes
 
-    @property
-    def is_contiguous(self) -> bool:
-        return self.slice_row_bytes == self.stride or self.n_rows == 1
-
 
 def tensor_layout(spec: ModelSpec, header_bytes: int) -> tuple[Tensor, ...]:
     """All tensors in file order. For a spec that has been checked (`model_header`)."""

@@ -7,13 +7,13 @@ from functools import partial
 from typing import Literal
 
 from dairllm.config import Keepalive, RootDeadlines, WorkerAddress
-from dairllm.errors import NetworkError, RemoteProtocolError
+from dairllm.errors import NetworkError, RefusedError, RemoteProtocolError
 from dairllm.graph.slicing import Share
 from dairllm.net.runner import in_thread
 from dairllm.net.transport import Connection, dial, resolve
 from dairllm.nodes.report import NodeReport
 from dairllm.nodes.weight_stream import PIECE_BYTES, WeightStream
-from dairllm.protocol.dllama.events import Acknowledged
+from dairllm.protocol.dllama.events import Acknowledged, Refused
 from dairllm.protocol.dllama.root import RootSession, Stage
 from dairllm.units import format_duration
 
@@ -102,10 +102,13 @@ class RemoteWorker:
 
         Raises:
             NetworkError: it is gone, or silent.
+            RefusedError: it does not do its part; says why.
             RemoteProtocolError: it says something else.
         """
         self.link.send([data])
         event = await self.link.next_event(self.wire, self._deadlines.answer)
+        if isinstance(event, Refused):
+            raise RefusedError(f"{self.name} refuses its share: {event.reason}")
         if not isinstance(event, Acknowledged):
             raise RemoteProtocolError(f"expected an ACK, found {event}")
         return event

@@ -5,6 +5,7 @@ follows from the graph: run segments, exchange slices of a pipe, run the next. W
 the transport's, computing the engine's; here is the order of things, and which memory they share.
 """
 
+import contextlib
 import math
 import time
 from typing import TypeVar
@@ -16,7 +17,7 @@ from dairllm.engine.located_weights import LocatedWeights
 from dairllm.engine.paging import PagingSettings
 from dairllm.engine.program import Program
 from dairllm.engine.weights import WireWeights
-from dairllm.errors import LocalProtocolError, RemoteProtocolError
+from dairllm.errors import DairllmError, LocalProtocolError, NetworkError, RemoteProtocolError
 from dairllm.graph.plan import ROOT, Exchange, Run
 from dairllm.graph.references import NO_MODEL
 from dairllm.graph.types import FloatType
@@ -80,8 +81,12 @@ class TensorSession:
         """
         await self._join()
         received, marker, model = await self._configure()
-        weights, paging = await in_thread("prepare", lambda: self._prepare(received, marker, model))
-        own = await self._open(received, weights, paging)
+        try:
+            weights, paging = await in_thread("prepare", lambda: self._prepare(received, marker, model))
+            own = await self._open(received, weights, paging)
+        except (DairllmError, MemoryError) as error:
+            await self._refuse(str(error) or "out of memory")
+            raise
         try:
             self._acknowledge()
             await self._load(received, weights)
@@ -205,6 +210,14 @@ class TensorSession:
 
     def _acknowledge(self) -> None:
         self._root.send([self._wire.acknowledge()])
+
+    async def _refuse(self, reason: str) -> None:
+        """Tell a root of ours why, and stay until it leaves: the other workers would miss us in the mesh that they still make."""
+        told = self._wire.refuse(reason)
+        if told:
+            with contextlib.suppress(NetworkError, RemoteProtocolError):
+                self._root.send([told])
+                await self._next(self._settings.deadlines.handshake)
 
     def _count(self, rows: int, seconds: float) -> None:
         self.rows += rows

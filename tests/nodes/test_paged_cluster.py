@@ -12,7 +12,7 @@ from dairllm.engine.executor import Executor
 from dairllm.engine.paging import PagingSettings, paging_needs
 from dairllm.engine.program import Program
 from dairllm.engine.sampler import Sampler
-from dairllm.errors import RemoteProtocolError
+from dairllm.errors import RefusedError
 from dairllm.formats.model_file import ModelFile
 from dairllm.formats.random_model import small_spec, write_random_model
 from dairllm.graph.build import build_network, build_node
@@ -93,11 +93,19 @@ async def test_root_and_worker_page_their_shares(make_worker: Any, compute: Comp
 async def test_a_worker_with_room_for_no_ring_refuses_and_serves_on(
     make_worker: Any, compute: Compute[Program], logged: Log, path: Path
 ) -> None:
-    worker = await make_worker(own=path, limits=room(9))
+    """Whoever started the root is told what is missing where, and the other worker is left in good order."""
+    poor, other = await make_worker(own=path, limits=room(9)), await make_worker(own=path)
+    addresses = [WorkerAddress("127.0.0.1", worker.port) for worker in (poor, other)]
+    told = (
+        rf"worker 127\.0\.0\.1:{poor.port} \(node 1\) refuses its share: the memory limit \d+B \(.*\) is too small: .*; .* would do\. "
+        r"A shorter context \(--max-seq-len of the root, now \d+\) or a smaller share \(--shares\) needs less"
+    )
     with ModelFile.open(path) as model:
-        cluster = Cluster(model, [WorkerAddress("127.0.0.1", worker.port)], compute, n_threads=1)
-        with pytest.raises(RemoteProtocolError, match="its log says why"):
-            await cluster.open()
-    (failed,) = (entry for entry in logged if entry["event"] == "session failed")
-    assert failed["kind"] == "LimitError"
-    assert "would do" in failed["error"]
+        for _ in range(2):
+            with pytest.raises(RefusedError, match=told):
+                await Cluster(model, addresses, compute, n_threads=1).open()
+        cluster = Cluster(model, addresses[1:], compute, n_threads=1)
+        await cluster.open()
+        await cluster.close()
+    failed = [entry["kind"] for entry in logged if entry["event"] == "session failed"]
+    assert failed == ["LimitError", "LimitError"]

@@ -38,6 +38,8 @@ __all__ = [
     "HELLO_1",
     "KIN",
     "MARKER",
+    "MAX_REASON_BYTES",
+    "REFUSAL",
     "Control",
     "Greeting",
     "Peer",
@@ -53,6 +55,7 @@ __all__ = [
     "encode_greeting",
     "encode_network",
     "encode_node",
+    "encode_refusal",
     "encode_stop",
     "encode_weight_header",
     "encode_weights_end",
@@ -75,6 +78,11 @@ model that it has (``graph.references``)."""
 
 HELLO_1 = b"dai1"
 """Its word to a root of version 1, or that of a worker of version 1: nothing follows, models are not spoken of."""
+
+REFUSAL = b"dai?"
+"""In place of the ACK to a node configuration, said to a root of ours by a worker that cannot do its part; the reason follows."""
+
+MAX_REASON_BYTES = 2048
 
 _PAIR = struct.Struct("<II")
 _NETWORK = struct.Struct("<III")  # batches, nodes, pipes
@@ -293,6 +301,12 @@ def decode_weight_header(data: bytes, limits: Limits = DEFAULT_LIMITS) -> Weight
 
 def encode_control(control: Control) -> bytes:
     return _PAIR.pack(control.position, control.rows)
+
+
+def encode_refusal(reason: str) -> bytes:
+    """Why a worker does not do its part: a word, `u32` bytes, UTF-8."""
+    text = reason.encode("utf-8", "replace")[:MAX_REASON_BYTES]
+    return REFUSAL + U32.pack(len(text)) + text
 
 
 def encode_stop() -> bytes:

@@ -17,6 +17,7 @@ __all__ = [
     "Greeting",
     "NetworkReceived",
     "NodeReceived",
+    "Refused",
     "Stop",
     "WeightHeader",
     "WeightReceived",
@@ -32,6 +33,13 @@ class Acknowledged:
 
     ours: bool
     model: bytes = NO_MODEL
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """A worker of ours does not do its part, and says why; its session is over."""
+
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)

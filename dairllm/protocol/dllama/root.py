@@ -7,7 +7,8 @@ What the worker says is a word for each ``> Acknowledged``, and rows of pipes af
 bytes of weights are the owner's to send, between its node's acknowledgement and `end_weights`.
 
 *Our own workers.* The network configuration bears a marker where a C++ worker does not look; a worker of ours answers it with a word of its
-own (``codec.HELLO``) and the identity of the model that it has, if it has one. To such a worker the node configuration is preceded by
+own (``codec.HELLO``) and the identity of the model that it has, if it has one. Such a worker may answer its node configuration with a
+refusal and the reason. To such a worker the node configuration is preceded by
 references to its weights, or by none where its model is another. Then both kinds go on alike.
 
 *Leaving.* A C++ worker whose root goes away before the weights are complete ends its process. So a session that is given up is told to its
@@ -15,7 +16,7 @@ end, with nothing in it: see `farewell`.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from dairllm.errors import LocalProtocolError
@@ -27,6 +28,8 @@ from dairllm.protocol.dllama.codec import (
     HELLO,
     HELLO_1,
     MARKER,
+    MAX_REASON_BYTES,
+    REFUSAL,
     Control,
     Greeting,
     encode_ack,
@@ -37,7 +40,8 @@ from dairllm.protocol.dllama.codec import (
     encode_stop,
     encode_weights_end,
 )
-from dairllm.protocol.dllama.events import Acknowledged, Filled
+from dairllm.protocol.dllama.events import Acknowledged, Filled, Refused
+from dairllm.protocol.dllama.fields import U32
 from dairllm.protocol.dllama.references import write_references
 from dairllm.protocol.dllama.rows import RowsLink
 
@@ -63,8 +67,12 @@ class _Owed:
 
     to: str
     may_be_hello: bool = False
+    may_be_refusal: bool = False
     is_model: bool = False
     """Whether it is what follows a HELLO."""
+    reason_bytes: int = -1
+    """Where it is what follows a refusal: of the reason, once that is known."""
+    is_reason: bool = False
 
 
 class RootSession(RowsLink):
@@ -85,6 +93,7 @@ class RootSession(RowsLink):
         self._n_workers = 0
         self._alone = False
         self._model = NO_MODEL
+        self._ours = False  # as far as it has told: it knows what a refusal is
 
     def __repr__(self) -> str:
         return f"<RootSession node {self.node}, {'dead' if self.dead else self._stage.value}, expecting {self.expecting}>"
@@ -128,7 +137,7 @@ class RootSession(RowsLink):
         if references and not has_model:
             raise LocalProtocolError("references to weights are for a worker that has told its model")
         data = (write_references(references) if has_model else b"") + encode_node(node)
-        return self._say(Stage.NETWORK, Stage.NODE, data, _Owed("the node configuration"))
+        return self._say(Stage.NETWORK, Stage.NODE, data, _Owed("the node configuration", may_be_refusal=self._ours))
 
     def end_weights(self) -> bytes:
         return self._say(Stage.NODE, Stage.WEIGHTS, encode_weights_end(), _Owed("the end of the weights"))
@@ -176,16 +185,22 @@ class RootSession(RowsLink):
 
     # What comes.
 
-    def next_event(self) -> Acknowledged | Filled | None:
+    def next_event(self) -> Acknowledged | Refused | Filled | None:
         self._check_alive()
         if self._owed is None:
             return self._next_filled()
         if self._owed.is_model:
             return self._next_model()
+        if self._owed.is_reason:
+            return self._next_refused(self._owed)
         word = self._intake.take(len(ACK))
         if word is None:
             return None
+        if word == REFUSAL and self._owed.may_be_refusal:
+            self._owed = _Owed("the node configuration: why it refuses", is_reason=True)
+            return self._next_refused(self._owed)
         if word == HELLO and self._owed.may_be_hello:
+            self._ours = True
             self._owed = _Owed("the network configuration: its model", is_model=True)
             return self._next_model()
         ours = word == HELLO_1 and self._owed.may_be_hello
@@ -202,6 +217,23 @@ class RootSession(RowsLink):
             return None
         self._model, self._owed = model, None
         return Acknowledged(True, model)
+
+    def _next_refused(self, owed: _Owed) -> Refused | None:
+        size = owed.reason_bytes
+        if size < 0:
+            word = self._intake.take(U32.size)
+            if word is None:
+                return None
+            (size,) = U32.unpack(word)
+            if size > MAX_REASON_BYTES:
+                raise self._fail(f"expected a reason of at most {MAX_REASON_BYTES} bytes, found one of {size}")
+            self._owed = replace(owed, reason_bytes=size)
+        text = self._intake.take(size)
+        if text is None:
+            return None
+        reason = "".join(c if c.isprintable() else "?" for c in text.decode("utf-8", "replace"))
+        self._fail(f"refused: {reason}")
+        return Refused(reason)
 
     def eof(self) -> None:
         """The worker has closed the connection, which only a goodbye asks it to.

@@ -6,6 +6,7 @@ as the exchange is told, and yields to the session what it waits for:
     Need(n)         n bytes from the root
     an event        for the owner
     _Consent        the owner must ``acknowledge()``: with ACK, or where a root of ours has shown itself, HELLO and the model that it has
+                    or, once the configuration is complete, say to a root of ours why not: ``refuse()``
     _Payload(n)     n bytes whose destination the owner gives with ``receive_into()``
 
     Greeting > ACK | Go | NetworkReceived > ACK | NodeReceived > ACK | (WeightHeader > views | WeightReceived)* | WeightsEnd > ACK |
@@ -30,6 +31,7 @@ from dairllm.protocol.dllama.codec import (
     Control,
     Greeting,
     WeightHeader,
+    encode_refusal,
     read_ack,
     read_control,
     read_greeting,
@@ -63,6 +65,7 @@ class Stage(Enum):
 class _Consent:
     to: str
     word: bytes = ACK
+    may_be_refused: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +90,7 @@ class WorkerSession(Link):
         self._limits = limits
         self._stage = Stage.GREETING
         self._model = NO_MODEL  # that the root has been told
+        self._kin = False
         self._script = self._conversation()
         self._step: _Step | None = next(self._script)
 
@@ -102,13 +106,6 @@ class WorkerSession(Link):
     def ack_due(self) -> bool:
         """True while the owner owes the root an ACK."""
         return isinstance(self._step, _Consent)
-
-    @property
-    def awaits_root(self) -> bool:
-        """True while nothing but bytes from the root leads on: a deadline may run (but not in the stage CONTROL: an idle chat)."""
-        if isinstance(self._step, _Payload):
-            return self._filling
-        return isinstance(self._step, Need)
 
     @property
     def expecting(self) -> str:
@@ -141,6 +138,17 @@ class WorkerSession(Link):
             word += model
         self._advance(b"")
         return word
+
+    def refuse(self, reason: str) -> bytes:
+        """The bytes that tell a root of ours why the owner does not do its part, in place of `acknowledge`; the session is over with them.
+        Nothing where no such answer is due, or to a root of distributed-llama, which could not understand it.
+        """
+        step = self._step
+        if self.dead or not isinstance(step, _Consent) or not step.may_be_refused or not self._kin:
+            return b""
+        self._script.close()
+        self._step, self._stage = None, Stage.STOPPED
+        return encode_refusal(reason)
 
     def next_event(self) -> Event | None:
         """What the root said next; None while its bytes have not all come, or while the owner has to act first (ACK, memory)."""
@@ -209,7 +217,9 @@ class WorkerSession(Link):
         if network.n_nodes != greeting.n_workers + 1:
             raise RemoteProtocolError(f"expected a network of {greeting.n_workers + 1} nodes, found {network.n_nodes}")
         yield NetworkReceived(network, marker)
-        yield _Consent("the network configuration", _word_for(marker))
+        word = _word_for(marker)
+        yield _Consent("the network configuration", word)
+        self._kin = word == HELLO
         self._stage = Stage.NODE
         references: tuple[WeightReference, ...] = ()
         if self._model != NO_MODEL:
@@ -222,7 +232,7 @@ class WorkerSession(Link):
         except GraphError as error:
             raise RemoteProtocolError(f"a graph that cannot be run: {error}") from error
         yield NodeReceived(network, node, plan, references)
-        yield _Consent("the node configuration")
+        yield _Consent("the node configuration", may_be_refused=True)
         return network, incoming_rows(network, plan, ROOT)
 
     def _weights(self) -> Generator[_Step, bytes, None]:

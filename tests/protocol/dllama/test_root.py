@@ -1,5 +1,6 @@
 """The root's end of a link against the worker's end: two sessions that hear each other, without sockets."""
 
+import struct
 from collections.abc import Callable
 
 import pytest
@@ -11,8 +12,20 @@ from dairllm.graph.plan import token_plan
 from dairllm.graph.references import NO_MODEL, weight_references
 from dairllm.graph.slicing import equal_shares
 from dairllm.graph.types import FloatType
-from dairllm.protocol.dllama.codec import ACK, HELLO, HELLO_1, MARKER, Control, Greeting, WeightHeader, encode_weight_header
-from dairllm.protocol.dllama.events import Acknowledged, Filled, NodeReceived, Stop, WeightReceived, WeightsEnd
+from dairllm.protocol.dllama.codec import (
+    ACK,
+    HELLO,
+    HELLO_1,
+    MARKER,
+    MAX_REASON_BYTES,
+    REFUSAL,
+    Control,
+    Greeting,
+    WeightHeader,
+    encode_refusal,
+    encode_weight_header,
+)
+from dairllm.protocol.dllama.events import Acknowledged, Filled, NodeReceived, Refused, Stop, WeightReceived, WeightsEnd
 from dairllm.protocol.dllama.root import RootSession, Stage
 from dairllm.protocol.dllama.worker import WorkerSession
 
@@ -232,6 +245,48 @@ def test_nothing_may_be_said_before_the_answer() -> None:
     assert hear(root, ACK[3:]) == Acknowledged(ours=False)
     with pytest.raises(LocalProtocolError, match="comes after making the mesh"):
         root.configure_network(NETWORK)
+
+
+def test_a_refusal_and_its_reason_may_come_in_pieces() -> None:
+    root, _ = configured_network(MODEL)
+    root.configure_node(NODES[1])
+    said = encode_refusal("a memory limit of 1MiB\x1b[2J: 2MiB would do, süß")
+    for end in range(len(said) - 1):
+        assert hear(root, said[end : end + 1]) is None
+    assert hear(root, said[-1:]) == Refused("a memory limit of 1MiB?[2J: 2MiB would do, süß")
+    assert root.dead
+    root.eof()  # nothing else can come
+
+
+def test_a_worker_refuses_where_it_owes_an_answer_to_the_node_configuration() -> None:
+    root, worker = configured_network(NO_MODEL)
+    assert worker.wire.refuse("too early") == b""
+    worker.wire.receive_data(root.configure_node(NODES[1]))
+    assert isinstance(worker.wire.next_event(), NodeReceived)
+    said = worker.wire.refuse("x" * 5000)
+    assert hear(root, said) == Refused("x" * MAX_REASON_BYTES)
+    assert worker.wire.expecting == "the end of the connection"
+    worker.wire.eof()
+    assert worker.wire.refuse("again") == b""
+
+
+def test_a_worker_of_another_kind_cannot_refuse() -> None:
+    root = session()
+    root.greet(GREETING)
+    hear(root, ACK)
+    root.go()
+    root.configure_network(NETWORK)
+    hear(root, ACK)
+    root.configure_node(NODES[1])
+    with pytest.raises(RemoteProtocolError, match="expected its ACK to the node configuration, found b'dai"):
+        hear(root, encode_refusal("no"))
+
+
+def test_a_reason_is_not_long() -> None:
+    root, _ = configured_network(MODEL)
+    root.configure_node(NODES[1])
+    with pytest.raises(RemoteProtocolError, match="expected a reason of at most 2048 bytes, found one of 1000000"):
+        hear(root, REFUSAL + struct.pack("<I", 1_000_000))
 
 
 def test_a_worker_may_not_speak_unasked() -> None:

@@ -148,7 +148,7 @@ def test_truncated_anywhere_is_only_a_lack_of_data(small_recording: Any, whole: 
     for length in [*range(0, configuration, 7), *range(configuration, len(data), 2503), len(data) - 1]:
         owner = new_owner()
         owner.hear_all([data[:length]])
-        assert owner.session.awaits_root
+        assert not owner.session.ack_due
         assert owner.events == whole.events[: len(owner.events)]
         if length:
             with pytest.raises(RemoteProtocolError, match=r"root, byte \d+: closed the connection; expecting "):
@@ -185,10 +185,10 @@ def test_a_session_says_what_it_expects(small_recording: Any, owner: Any) -> Non
     session.receive_data(words(5, 2) + bytes(100))
     assert session.next_event() == Control(5, 2)
     assert session.expecting == "512 more of 512 bytes of pipe X, rows 0..1"
-    assert not session.awaits_root
+    assert session.memory_due == 512
     session.receive_into(memoryview(bytearray(512)))
     assert session.expecting == "412 more of 512 bytes of pipe X, rows 0..1"
-    assert session.awaits_root
+    assert not session.memory_due
     session.receive_data(bytes(412))
     assert session.next_event() == Filled()
     assert session.expecting == "136 more of 136 bytes of pipe ZQ, slice 0, rows 0..1"
@@ -216,7 +216,6 @@ def test_a_root_that_is_ahead_waits(small_recording: Any) -> None:
     assert session.next_event() == Greeting(1, 0, ())
     assert session.next_event() is None
     assert session.ack_due
-    assert not session.awaits_root
     assert session.expecting == "our own ACK to the greeting"
     assert session.acknowledge() == ACK
     assert session.next_event() == Go()
