@@ -135,7 +135,8 @@ class TensorSession:
         plan = plan_node(
             network, node, weights, settings.limits.memory, n_threads=settings.worker.n_threads, kv_cache=self._kv_cache, beside=comparing
         )
-        plan.check("A shorter context (--max-seq-len of the root, now {seq_len}) or a smaller share (--shares) needs less")
+        here = "" if located is not None else ", or the model on a disk of this worker (worker.model),"
+        plan.check(f"A shorter context (--max-seq-len of the root, now {{seq_len}}) or a smaller share (--shares){here} needs less")
         paging = None if plan.room_blocks is None else PagingSettings.chosen(settings.paging, plan.room_blocks, plan.needs.block_bytes)
         log.info("memory plan", node=node.node, nodes=network.n_nodes, **plan.summary())
         weights.allocate()

@@ -147,7 +147,7 @@ class WorkerSession(Link):
         if self.dead or not isinstance(step, _Consent) or not step.may_be_refused or not self._kin:
             return b""
         self._script.close()
-        self._step, self._stage = None, Stage.STOPPED
+        self._step = None
         return encode_refusal(reason)
 
     def next_event(self) -> Event | None:
@@ -178,9 +178,9 @@ class WorkerSession(Link):
         """The root has closed the connection.
 
         Raises:
-            RemoteProtocolError: it may not at this point; only before the first byte, and after Stop.
+            RemoteProtocolError: it may not at this point; only before the first byte, after a refusal, and after Stop.
         """
-        if self.dead or self._stage is Stage.STOPPED or not self.bytes_received:
+        if self.dead or self._stage is Stage.STOPPED or self._step is None or not self.bytes_received:
             return
         raise self._fail(f"closed the connection; expecting {self.expecting}")
 
