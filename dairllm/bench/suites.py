@@ -17,6 +17,9 @@ from dairllm.bench.processes import output
 from dairllm.bench.programs import Dairllm, Dllama, LlamaCpp, Speed, Task
 from dairllm.bench.pure_read import forget
 from dairllm.bench.results import Measured
+from dairllm.errors import GraphError
+from dairllm.formats.model_file import ModelFile
+from dairllm.graph.slicing import equal_shares
 
 __all__ = ["BENCHES", "Bench"]
 
@@ -146,15 +149,26 @@ def cluster(bench: Bench) -> Iterator[Measured]:
     nodes = f"{bench.nodes} nodes of {threads} thread{'s' * (threads > 1)}"
     what = [Measured("cluster", f"{name}, {nodes}", "tokens/s") for name in ("prompt", "generation")]
     under = [Measured("cluster", f"{name}, {nodes}, under their root", "tokens/s") for name in ("prompt", "generation")]
+    theirs = bench.dllama if _equal_shares(bench) else None
     for _ in range(bench.rounds):
         _add(what, None, bench.quietly(partial(bench.ours.with_workers, shared, bench.ours, count)))
         _add(what, "one node", bench.quietly(partial(bench.ours.run, alone)))
-        if bench.dllama is not None:
-            _add(what, bench.dllama.name, bench.quietly(partial(bench.dllama.with_workers, shared, bench.dllama, count)))
-            _add(under, None, bench.quietly(partial(bench.dllama.with_workers, shared, bench.ours, count)))
-            _add(under, "their worker", bench.quietly(partial(bench.dllama.with_workers, shared, bench.dllama, count)))
+        if theirs is not None:
+            _add(what, theirs.name, bench.quietly(partial(theirs.with_workers, shared, theirs, count)))
+            _add(under, None, bench.quietly(partial(theirs.with_workers, shared, bench.ours, count)))
+            _add(under, "their worker", bench.quietly(partial(theirs.with_workers, shared, theirs, count)))
     yield from what
-    yield from under if bench.dllama is not None else ()
+    yield from under if theirs is not None else ()
+
+
+def _equal_shares(bench: Bench) -> bool:
+    """Whether nodes can have the same share each; distributed-llama knows no other."""
+    with ModelFile.open(bench.model) as model:
+        try:
+            equal_shares(model.spec, bench.nodes)
+        except GraphError:
+            return False
+    return True
 
 
 def paging(bench: Bench) -> Iterator[Measured]:
@@ -180,6 +194,7 @@ def paging(bench: Bench) -> Iterator[Measured]:
                     theirs = bench.quietly(partial(bench.llama_cpp.run, task, group))
                 measured.peers.setdefault(bench.llama_cpp.name, []).append(1e3 / theirs.generation)
         with _limited(limit, in_group) as group:
+            forget(bench.model)
             speed = bench.quietly(partial(bench.ours.generate, task, limit=limit, group=group))
             held = None if group is None else group.peak
         read = statistics.median(rate for report in reports for rate in report["read_bytes_per_second"])
@@ -196,6 +211,7 @@ def paging(bench: Bench) -> Iterator[Measured]:
         }
         if bench.llama_cpp is not None:
             measured.more["first_ids_that_are_the_same"] = _same(speed.more["ids"], theirs.more["ids"])
+            measured.more["peer_read_bytes_a_token"] = theirs.more["read_bytes"] // (bench.steps + 1)
         yield measured
 
 

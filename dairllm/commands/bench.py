@@ -41,7 +41,7 @@ def run(
     picture: Path | None,
     json: bool,
 ) -> None:
-    """Measure, and print a table, or one JSON object.
+    """Measure, and print a table of each bench as it is done, or one JSON object at the end.
 
     Args:
         benches: names of dairllm.bench.suites.BENCHES; all where there are none.
@@ -90,13 +90,17 @@ def run(
         )
         found: list[Measured] = []
         told = conditions(model, kernels, bench.threads)
+        if not json:
+            sys.stdout.write(f"{heading(told)}\n")
         for name in benches or BENCHES:
-            with waiting(f"measuring: {name}"):
-                found += BENCHES[name](bench)
+            with waiting(f"measuring {name}"):
+                new = list(BENCHES[name](bench))
+            found += new
+            if not json:
+                sys.stdout.writelines(f"{line}\n" for line in ("", name, *lines(new)))
+                sys.stdout.flush()
     if picture is not None:
         picture.write_text(svg(found, told), encoding="utf-8")
     if json:
         json_format.dump({"conditions": told, "results": [each.as_json() for each in found]}, sys.stdout, indent=1)
         sys.stdout.write("\n")
-        return
-    sys.stdout.writelines(f"{line}\n" for line in (heading(told), "", *lines(found)))

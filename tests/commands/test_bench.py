@@ -46,8 +46,9 @@ def test_json_says_what_was_measured_and_under_what_conditions(model: Path, tmp_
 def test_a_table_of_kernels_and_a_cluster(model: Path) -> None:
     code, out, err = bench(model, "kernels", "cluster", "--prompt", 32)
     assert code == 0, err
-    head, _, columns, *lines = out.splitlines()
+    head, _, name, columns, *lines = out.splitlines()
     assert "a.m" in head
+    assert name == "kernels"
     assert columns.split("  ")[-1].strip() == "against others"
     assert any(line.startswith("matmul q40, 1 row") for line in lines)
     assert any(line.startswith("generation, 2 nodes of 1 thread") and "x one node" in line for line in lines)
