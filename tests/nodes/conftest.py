@@ -46,6 +46,7 @@ from dairllm.protocol.dllama.codec import (
 from dairllm.protocol.dllama.events import Event
 from dairllm.protocol.dllama.worker import Stage, WorkerSession
 from dairllm.telemetry import Meters
+from tests.nodes.clusters import compute, make_cluster  # noqa: F401 - fixtures
 
 DATA = Path(__file__).parents[1] / "data" / "dllama"
 Log = list[dict[str, Any]]

@@ -5,7 +5,7 @@ import os
 import random
 import re
 import shutil
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,22 +14,16 @@ import numpy as np
 import pytest
 
 from dairllm import machine
-from dairllm.config import WorkerAddress
-from dairllm.engine.executor import Executor
 from dairllm.engine.program import Program
-from dairllm.engine.sampler import Sampler
 from dairllm.formats.model_file import ModelFile
 from dairllm.formats.random_model import small_spec, write_random_model
 from dairllm.graph.build import build_graph, build_network, build_node
 from dairllm.graph.model import Architecture, ModelSpec
 from dairllm.graph.references import WeightReference, weight_references
-from dairllm.graph.slicing import Axis, Part, Span, deal_shares, equal_shares, nearly_equal_sizes, parse_shares
+from dairllm.graph.slicing import Axis, Part, Span, deal_shares, equal_shares, nearly_equal_sizes
 from dairllm.graph.types import FloatType
 from dairllm.net.compute import Compute
-from dairllm.nodes.generation import Generation
-from dairllm.nodes.local import LocalNode
 from dairllm.nodes.own_model import OwnModel
-from dairllm.nodes.root import Cluster
 from dairllm.protocol.dllama.codec import (
     MARKER,
     Control,
@@ -44,49 +38,12 @@ from dairllm.protocol.dllama.codec import (
     encode_weights_end,
 )
 from dairllm.protocol.dllama.references import write_references
+from tests.nodes.clusters import MakeCluster, ids_of, one_node
 
 MIB = 1 << 20
 IDS = [(7 * place + 3) % 320 for place in range(37)]
 NARROW = small_spec(weight_type=FloatType.F32, n_heads=9, n_kv_heads=3, dim=144, hidden_dim=192, vocab_size=322)
 WIDE = small_spec(weight_type=FloatType.F32, n_heads=8, n_kv_heads=4, dim=256, head_dim=32, hidden_dim=1024, vocab_size=320, n_layers=6)
-
-
-@pytest.fixture
-async def compute(executors: list[Executor]) -> AsyncIterator[Compute[Program]]:
-    made: Compute[Program] = Compute(executors[-1])
-    made.open()
-    yield made
-    made.close()
-
-
-MakeCluster = Callable[..., Cluster]
-
-
-@pytest.fixture
-async def make_cluster(compute: Compute[Program]) -> AsyncIterator[MakeCluster]:
-    made: list[tuple[Cluster, ModelFile]] = []
-
-    def make(path: Path, ports: Sequence[int], shares: str | None = None) -> Cluster:
-        model = ModelFile.open(path)
-        sizes = None if shares is None else parse_shares(shares)
-        made.append((Cluster(model, [WorkerAddress("127.0.0.1", port) for port in ports], compute, n_threads=1, sizes=sizes), model))
-        return made[-1][0]
-
-    yield make
-    for cluster, model in made:
-        await cluster.close()
-        model.close()
-
-
-async def ids_of(model: Any, steps: int = 12) -> list[int]:
-    return [token async for token in Generation(model, Sampler(0.0, 1.0, 0), IDS, steps).run()]
-
-
-async def one_node(path: Path, compute: Compute[Program]) -> list[int]:
-    with ModelFile.open(path) as model:
-        node = LocalNode(model, compute, n_threads=1)
-        await node.open()
-        return await ids_of(node)
 
 
 def copied(path: Path, name: str) -> Path:
@@ -137,11 +94,11 @@ async def test_ids_are_the_same_and_no_weights_are_sent(
     """Equal shares and others, heads that lie apart, classifier slices that end with padding; root after root."""
     write_random_model(tmp_path / "m.m", spec, seed=4)
     if spec.weight_type == FloatType.F32:
-        expected = await one_node(tmp_path / "m.m", compute)
+        expected = await one_node(tmp_path / "m.m", compute, IDS, 12)
     else:  # partial sums are rounded on the wire: other nodes are the measure
         sent_to = make_cluster(tmp_path / "m.m", [(await make_worker()).port for _ in range(n_nodes - 1)], shares)
         await sent_to.open()
-        expected = await ids_of(sent_to)
+        expected = await ids_of(sent_to, IDS, 12)
         assert all(node.weight_bytes_sent for node in sent_to.nodes[1:])
         await sent_to.close()
     workers = [await make_worker(own=copied(tmp_path / "m.m", f"{number}.m")) for number in range(n_nodes - 1)]
@@ -152,7 +109,7 @@ async def test_ids_are_the_same_and_no_weights_are_sent(
         for node in cluster.nodes[1:]:
             assert node.weight_bytes_sent == 0
             assert node.bytes_sent < 64 * 1024
-        assert await ids_of(cluster) == expected
+        assert await ids_of(cluster, IDS, 12) == expected
         await cluster.close()
     for worker in workers:
         await until(lambda worker=worker: worker.meters.sessions == {"finished": 2})
@@ -185,7 +142,7 @@ async def test_a_worker_with_another_model_is_sent_weights(
     cluster = make_cluster(tmp_path / "m.m", [worker.port])
     await cluster.open()
     assert cluster.nodes[1].weight_bytes_sent > 0
-    assert await ids_of(cluster) == await one_node(tmp_path / "m.m", compute)
+    assert await ids_of(cluster, IDS, 12) == await one_node(tmp_path / "m.m", compute, IDS, 12)
     assert events(logged, "weights are to be sent")[0]["own_model"] == "another"
     assert events(logged, "weights come over the wire")[0]["reason"] == f"the root's model is another than {tmp_path / 'other' / 'm.m'}"
 
@@ -206,7 +163,7 @@ async def test_a_worker_whose_file_has_changed_is_sent_weights(
     worker = await make_worker(own=own)
     first = make_cluster(tmp_path / "m.m", [worker.port])
     await first.open()
-    expected = await ids_of(first)
+    expected = await ids_of(first, IDS, 12)
     assert first.nodes[1].weight_bytes_sent == 0
     await first.close()
     change(own)
@@ -214,7 +171,7 @@ async def test_a_worker_whose_file_has_changed_is_sent_weights(
     cluster = make_cluster(tmp_path / "m.m", [worker.port])
     await cluster.open()
     assert cluster.nodes[1].weight_bytes_sent > 0
-    assert await ids_of(cluster) == expected
+    assert await ids_of(cluster, IDS, 12) == expected
     assert reason in events(logged, "the model is not used")[0]["reason"]
 
 
@@ -225,13 +182,13 @@ async def test_workers_of_all_kinds_side_by_side(
     write_random_model(tmp_path / "m.m", NARROW, seed=4)
     workers = [await make_worker(own=tmp_path / "m.m"), await make_worker(), await make_worker()]
     disguised = await make_proxy(("127.0.0.1", workers[2].port), disguise=True)
-    expected = await one_node(tmp_path / "m.m", compute)
+    expected = await one_node(tmp_path / "m.m", compute, IDS, 12)
     for order in ([0, 1, 2], [2, 1, 0]):
         ports = [(workers[0].port, workers[1].port, disguised.port)[place] for place in order]
         cluster = make_cluster(tmp_path / "m.m", ports)
         await cluster.open()
         assert [bool(node.weight_bytes_sent) for node in cluster.nodes[1:]] == [place != 0 for place in order]
-        assert await ids_of(cluster) == expected
+        assert await ids_of(cluster, IDS, 12) == expected
         await cluster.close()
         for worker in workers:
             await until(lambda worker=worker: not worker.meters.sessions_running)

@@ -1,6 +1,6 @@
 """A cluster whose nodes have room for part of their shares, read from their own disks: one node's ids, and no weights over the wire."""
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,21 +8,20 @@ import pytest
 
 from dairllm import machine
 from dairllm.config import WorkerAddress
-from dairllm.engine.executor import Executor
-from dairllm.engine.paging import PagingSettings, paging_needs
+from dairllm.engine.located_weights import LocatedWeights
+from dairllm.engine.paging import PagingSettings, weights_needs
 from dairllm.engine.program import Program
-from dairllm.engine.sampler import Sampler
 from dairllm.errors import RefusedError
 from dairllm.formats.model_file import ModelFile
 from dairllm.formats.random_model import small_spec, write_random_model
 from dairllm.graph.build import build_network, build_node
+from dairllm.graph.references import weight_references
 from dairllm.graph.slicing import ShareSize, deal_shares, parse_shares
 from dairllm.graph.types import FloatType
 from dairllm.net.compute import Compute
-from dairllm.nodes.generation import Generation
-from dairllm.nodes.local import LocalNode
 from dairllm.nodes.root import Cluster
 from dairllm.units import parse_size
+from tests.nodes.clusters import ids_of, one_node
 from tests.nodes.conftest import Log
 
 MIB = 1 << 20
@@ -38,32 +37,12 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture
-async def compute(executors: list[Executor]) -> AsyncIterator[Compute[Program]]:
-    made: Compute[Program] = Compute(executors[-1])
-    made.open()
-    yield made
-    made.close()
-
-
-async def ids_of(model: Any, steps: int) -> list[int]:
-    return [token async for token in Generation(model, Sampler(0.0, 1.0, 0), IDS, steps).run()]
-
-
-async def one_node(path: Path, compute: Compute[Program], steps: int) -> list[int]:
-    with ModelFile.open(path) as model:
-        node = LocalNode(model, compute, n_threads=1)
-        await node.open()
-        found = await ids_of(node, steps)
-        await node.close()
-        return found
-
-
 def half(model: ModelFile, sizes: Sequence[ShareSize]) -> PagingSettings:
     """Room for half of the root's blocks."""
     shares = deal_shares(model.spec, sizes)
     network = build_network(model.spec, shares, FloatType.F32)
-    needs = paging_needs(network, build_node(model.spec, network, 0, shares[0]), model, shares[0])
+    node = build_node(model.spec, network, 0, shares[0])
+    needs = weights_needs(network, node, LocatedWeights(model, node, weight_references(model.spec, shares[0], node)))
     assert needs.blocks_total > needs.ring_blocks_min + 2
     return PagingSettings((needs.blocks_total + needs.ring_blocks_min) // 2, "pinned", "map", 1, needs.block_bytes)
 
@@ -74,14 +53,14 @@ def room(mib: int) -> dict[str, object]:
 
 @pytest.mark.parametrize("shares", ["4/1024,4/1024", "5/1088,3/960"])
 async def test_root_and_worker_page_their_shares(make_worker: Any, compute: Compute[Program], logged: Log, path: Path, shares: str) -> None:
-    expected = await one_node(path, compute, 12)
+    expected = await one_node(path, compute, IDS, 12)
     worker = await make_worker(own=path, limits=room(32), paging={"way": "map", "readers": 1})
     with ModelFile.open(path) as model:
         sizes = parse_shares(shares)
         address = WorkerAddress("127.0.0.1", worker.port)
         cluster = Cluster(model, [address], compute, n_threads=1, sizes=sizes, paging=half(model, sizes))
         await cluster.open()
-        assert await ids_of(cluster, 12) == expected
+        assert await ids_of(cluster, IDS, 12) == expected
         assert cluster.nodes[0].weight_bytes_sent == 0
         assert cluster.paging is not None
         assert cluster.paging.bytes > 13 * MIB

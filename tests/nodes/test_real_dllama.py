@@ -21,9 +21,7 @@ import numpy as np
 import pytest
 
 from dairllm.config import WorkerAddress
-from dairllm.engine.executor import Executor
 from dairllm.engine.program import Program
-from dairllm.engine.sampler import Sampler
 from dairllm.errors import ConfigError, NetworkError
 from dairllm.formats.model_file import ModelFile
 from dairllm.formats.random_model import byte_vocabulary, small_spec, write_random_model
@@ -32,10 +30,9 @@ from dairllm.graph.model import Architecture, ModelSpec
 from dairllm.graph.slicing import parse_shares
 from dairllm.graph.types import FloatType
 from dairllm.net.compute import Compute
-from dairllm.nodes.generation import Generation, Model
-from dairllm.nodes.local import LocalNode
 from dairllm.nodes.root import Cluster
 from tests.commands.worker_process import WorkerProcess
+from tests.nodes.clusters import ids_of, one_node
 
 DLLAMA = os.environ.get("DAIRLLM_TEST_DLLAMA", "")
 DATA = Path(__file__).parents[1] / "data" / "dllama"
@@ -240,14 +237,6 @@ async def test_our_root_over_a_worker_with_the_model_beside_one_of_theirs(
             assert await ids_of(cluster, IDS, 12) == expected
 
 
-@pytest.fixture
-async def compute(executors: list[Executor]) -> AsyncIterator[Compute[Program]]:
-    made: Compute[Program] = Compute(executors[-1])
-    made.open()
-    yield made
-    made.close()
-
-
 @contextlib.asynccontextmanager
 async def our_root(compute: Compute[Program], path: Path, ports: Sequence[int], shares: str | None = None) -> AsyncIterator[Cluster]:
     """Open, over the workers at these ports."""
@@ -260,18 +249,6 @@ async def our_root(compute: Compute[Program], path: Path, ports: Sequence[int], 
             yield cluster
         finally:
             await cluster.close()
-
-
-async def ids_of(model: Model, prompt: Sequence[int], steps: int) -> list[int]:
-    async with asyncio.timeout(20):
-        return [token async for token in Generation(model, Sampler(0.0, 1.0, 0), prompt, steps).run()]
-
-
-async def one_node(path: Path, compute: Compute[Program], prompt: Sequence[int], steps: int) -> list[int]:
-    with ModelFile.open(path) as model:
-        node = LocalNode(model, compute, n_threads=1)
-        await node.open()
-        return await ids_of(node, prompt, steps)
 
 
 IDS = [(7 * place + 3) % 320 for place in range(37)]

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from dairllm.config import RootDeadlines, WorkerAddress
+from dairllm.config import WorkerAddress
 from dairllm.engine.executor import Executor
 from dairllm.engine.program import Program
-from dairllm.engine.sampler import Sampler
 from dairllm.errors import ConfigError, DairllmError, EngineError, GraphError, NetworkError, RemoteProtocolError
 from dairllm.formats.model_file import ModelFile
 from dairllm.formats.random_model import small_spec, write_random_model
@@ -23,63 +22,22 @@ from dairllm.graph.plan import Run
 from dairllm.graph.slicing import parse_shares
 from dairllm.graph.types import FloatType
 from dairllm.net.compute import Compute
-from dairllm.nodes.generation import Generation
-from dairllm.nodes.local import LocalNode
 from dairllm.nodes.root import Cluster
 from dairllm.protocol.dllama.codec import ACK, MARKER, Control, encode_node
 from dairllm.protocol.dllama.events import NodeReceived
 from dairllm.protocol.dllama.worker import Stage, WorkerSession
+from tests.nodes.clusters import MakeCluster, ids_of, one_node
 from tests.nodes.conftest import Recording, Running, load_recording
 
 DATA = Path(__file__).parents[1] / "data" / "dllama"
 GOLDEN = json.loads((DATA / "golden.json").read_text())["models"]
 NEAR_TIE = 0.15
 
-MakeCluster = Callable[..., Cluster]
-
-
-@pytest.fixture
-async def compute(executors: list[Executor]) -> AsyncIterator[Compute[Program]]:
-    made: Compute[Program] = Compute(executors[-1])
-    made.open()
-    yield made
-    made.close()
-
-
-@pytest.fixture
-async def make_cluster(compute: Compute[Program]) -> AsyncIterator[MakeCluster]:
-    """A root, not opened yet, over a model file and the ports of its workers. All are closed in the end."""
-    made: list[tuple[Cluster, ModelFile]] = []
-
-    def make(path: Path, ports: Sequence[int], shares: str | None = None, **deadlines: str) -> Cluster:
-        model = ModelFile.open(path)
-        workers = [WorkerAddress("127.0.0.1", port) for port in ports]
-        sizes = None if shares is None else parse_shares(shares)
-        cluster = Cluster(model, workers, compute, n_threads=1, sizes=sizes, deadlines=RootDeadlines.model_validate(deadlines))
-        made.append((cluster, model))
-        return cluster
-
-    yield make
-    for cluster, model in made:
-        await cluster.close()
-        model.close()
-
-
-async def ids_of(model: Any, prompt: Sequence[int], steps: int) -> list[int]:
-    return [token async for token in Generation(model, Sampler(0.0, 1.0, 0), prompt, steps).run()]
-
 
 async def feed(cluster: Cluster, tokens: Sequence[int], position: int) -> NDArray[np.float32]:
     logits = await cluster.feed(tokens, position, logits=True)
     assert logits is not None
     return logits.copy()
-
-
-async def one_node(path: Path, compute: Compute[Program], prompt: Sequence[int], steps: int) -> list[int]:
-    with ModelFile.open(path) as model:
-        node = LocalNode(model, compute, n_threads=1)
-        await node.open()
-        return await ids_of(node, prompt, steps)
 
 
 # The C++ root's bytes
