@@ -5,6 +5,7 @@ The host side is two steps, so that an event loop never waits: `submit` rings th
 pool costs four times as much for each segment.)
 """
 
+import contextlib
 import os
 import select
 import threading
@@ -13,6 +14,7 @@ from types import TracebackType
 import numpy as np
 import structlog
 
+from dairllm.engine import system
 from dairllm.engine.memory import aligned
 from dairllm.engine.program import Program
 from dairllm.errors import EngineError
@@ -24,6 +26,9 @@ from dairllm.kernels.sizes import BARRIER_BYTES
 __all__ = ["Executor"]
 
 log = structlog.get_logger()
+
+_FEW_PROCESSORS = 8
+"""On more, two threads hardly ever meet on one of them while others are free."""
 
 
 class _Mailbox:
@@ -70,6 +75,9 @@ class Executor:
         self.form = forms.select(kernels)
         self._threads: list[threading.Thread] = []
         self._running: Program | None = None
+        self._processors = os.sched_getaffinity(0)
+        self._avoided = -1
+        """The processor that all threads but the first keep off; -1: none."""
         self.eventfd = -1
 
     def start(self) -> "Executor":
@@ -90,6 +98,7 @@ class Executor:
         entry = self._entry
         self._first, self._others = _Mailbox(entry, self.eventfd), _Mailbox(entry, self.eventfd)
         self._addresses: tuple[int, ...] = ()  # of the program that the mailboxes know
+        self._avoided = -1
         self._threads = [
             threading.Thread(
                 target=entry.run_threads,
@@ -136,8 +145,23 @@ class Executor:
 
     def run(self, program: Program, first_segment: int, end_segment: int, position: int, rows: int, first_row: int = 0) -> None:
         """Compute here and now, with the calling thread in the place of thread 0. Raises as `submit`."""
+        if 1 < self.n_threads <= len(self._processors) <= _FEW_PROCESSORS:
+            self._keep_apart()
         self._hand_over(program, first_segment, end_segment, position, rows, first_row)
         self._entry.run_threads(self._first.address, 0, self.n_threads, 1)
+
+    def _keep_apart(self) -> None:
+        """Keep the other threads off the calling thread's processor.
+
+        Where a reader, say, is about to leave the other one as they are woken, the scheduler puts them beside the thread that wakes them,
+        and there they stay: at each barrier one spins in vain, then sleeps to let another go on. That took three times the computation.
+        """
+        here = system.processor()
+        if here != self._avoided and here in self._processors:
+            self._avoided = here
+            for thread in self._threads[1:]:
+                with contextlib.suppress(OSError):  # not allowed here: it is only slower
+                    os.sched_setaffinity(thread.native_id or 0, self._processors - {here})
 
     def _hand_over(self, program: Program, first_segment: int, end_segment: int, position: int, rows: int, first_row: int) -> None:
         """Tell thread 0 what to do, without waking it, and set the others off."""

@@ -1,9 +1,11 @@
-"""The system calls that paging is made of, called so that other threads run meanwhile: `mmap.madvise` holds the interpreter lock."""
+"""System calls that paging is made of, called so that other threads run meanwhile (`mmap.madvise` holds the interpreter lock), and where
+a thread runs.
+"""
 
 import ctypes
 import os
 
-__all__ = ["HUGE_PAGE", "PAGE", "advise", "map_file", "move", "read_into", "release_file", "renew", "reserve", "unmap"]
+__all__ = ["HUGE_PAGE", "PAGE", "advise", "map_file", "move", "processor", "read_into", "release_file", "renew", "reserve", "unmap"]
 
 PAGE = 4096
 HUGE_PAGE = 2 << 20
@@ -18,6 +20,9 @@ _mremap.restype = ctypes.c_void_p
 _madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _pread.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int64]
 _pread.restype = ctypes.c_ssize_t
+
+_processor = ctypes.PyDLL(None).sched_getcpu
+_processor.argtypes, _processor.restype = [], ctypes.c_int
 
 _READ, _WRITE = 1, 2
 _SHARED, _PRIVATE, _FIXED, _ANONYMOUS, _NORESERVE = 1, 2, 0x10, 0x20, 0x4000
@@ -111,3 +116,8 @@ def read_into(fd: int, address: int, nbytes: int, offset: int) -> int:
 def release_file(fd: int, offset: int, nbytes: int) -> None:
     """Let the page cache forget part of a file; where nbytes is 0, all from `offset` on."""
     os.posix_fadvise(fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
+
+
+def processor() -> int:
+    """The number of the processor that the calling thread is on at this moment; negative where that cannot be told."""
+    return int(_processor())

@@ -1,6 +1,7 @@
 """A program: its life, and the rows and positions that it takes."""
 
 import gc
+import os
 import re
 import weakref
 from pathlib import Path
@@ -95,7 +96,7 @@ def test_what_it_has_no_room_for_is_refused(first: int, end: int, position: int,
         executor.run(program, 0, 1, 63, 1)  # and goes on
 
 
-def test_an_executor_computes_one_thing_at_a_time_and_for_its_own_threads() -> None:
+def test_an_executor_computes_one_thing_at_a_time_with_no_more_threads_than_the_program_has_room_for() -> None:
     program, _ = compiled()
     with Executor(1) as executor:
         executor.submit(program, 0, program.n_segments, 0, 8)
@@ -104,10 +105,28 @@ def test_an_executor_computes_one_thing_at_a_time_and_for_its_own_threads() -> N
         executor.wait()
         with pytest.raises(EngineError, match="still computing"):
             executor.finish()
-        with pytest.raises(EngineError, match="a program for 2 threads on an executor of 1"):
-            executor.run(compiled(2)[0], 0, 1, 0, 1)
+        executor.run(compiled(2)[0], 0, 1, 0, 1)
     with pytest.raises(EngineError, match="not running"):
         executor.submit(program, 0, 1, 0, 1)
+    with Executor(2) as executor, pytest.raises(EngineError, match="a program for 1 threads at most on an executor of 2"):
+        executor.run(program, 0, 1, 0, 1)
+
+
+@pytest.mark.skipif(not 2 <= len(os.sched_getaffinity(0)) <= 8, reason="of many processors, or of one, threads are not kept off")
+def test_threads_keep_off_the_processor_that_the_caller_computes_on() -> None:
+    mine = os.sched_getaffinity(0)
+    program, _ = compiled(2)
+    try:
+        with Executor(2) as executor:
+            other = executor._threads[1].native_id
+            assert other is not None
+            for here in sorted(mine)[:2]:
+                os.sched_setaffinity(0, {here})
+                executor.run(program, 0, program.n_segments, 0, 1)
+                assert os.sched_getaffinity(other) == mine - {here}
+                assert os.sched_getaffinity(0) == {here}
+    finally:
+        os.sched_setaffinity(0, mine)
 
 
 def test_weights_that_nobody_announced_are_refused() -> None:
