@@ -131,6 +131,7 @@ async def _rounds(task: NodeTask, model: ModelFile, plan: MemoryPlan, own: NodeP
     profiles = {rows: np.zeros(len(Kind), np.int64) for rows in task.rows}
     await _settle(own, model.spec.vocab_size)
     feeder = _Feeder(own, model.spec.vocab_size)
+    fetched, passes = 0, 0
     for _ in range(task.rounds):
         if own.way is None:
             reading.append(read_memory(model, task.threads))
@@ -138,15 +139,17 @@ async def _rounds(task: NodeTask, model: ModelFile, plan: MemoryPlan, own: NodeP
             reading.append(read_file(model, streamed, own.way, plan.needs.block_bytes, ring=plan.needs.ring_blocks_best))
         for rows in task.rows:
             await feeder.feed(rows)  # finds the caches, or the ring, as something else has left them
-            profile = own.program.profile()
+            profile, before = own.program.profile(), _fetched(own)
             seconds[rows] += [await feeder.feed(rows) for _ in range(task.passes)]
             profiles[rows] += profile.sum(axis=0)
+            fetched, passes = fetched + _fetched(own) - before, passes + task.passes
     return {
         "seconds": {str(rows): found for rows, found in seconds.items()},
         "profile": {str(rows): _shares(cycles) for rows, cycles in profiles.items()},
         "read_bytes_per_second": reading,
         "weight_bytes": _weight_bytes(model),
         "missing_bytes": len(streamed) * plan.needs.block_bytes,
+        "read_bytes_a_pass": fetched // passes,
         "way": None if own.way is None or own.effort is None else {"way": own.way.way, **own.effort._asdict()},
         "paging": None if own.paging is None else asdict(own.paging),
         "peak_rss_bytes": machine.peak_rss_bytes(),
@@ -156,11 +159,16 @@ async def _rounds(task: NodeTask, model: ModelFile, plan: MemoryPlan, own: NodeP
 
 async def _settle(own: NodeProgram, vocab_size: int) -> None:
     """Until a node that pages has found how many threads are best."""
-    feeder = _Feeder(own, vocab_size)
+    feeder = _Feeder(own, vocab_size, token=11)  # not those that are measured: their experts would be there already
     for _ in range(_SETTLING):
         if not isinstance(own.compute, PagedCompute) or own.compute.settled:
             return
         await feeder.feed(1)
+
+
+def _fetched(own: NodeProgram) -> int:
+    """Bytes read from the disk so far."""
+    return 0 if own.paging is None else own.paging.bytes
 
 
 def _weight_bytes(model: ModelFile) -> int:
@@ -177,10 +185,10 @@ class _Feeder:
         digest: of all logits.
     """
 
-    def __init__(self, own: NodeProgram, vocab_size: int) -> None:
+    def __init__(self, own: NodeProgram, vocab_size: int, token: int = 5) -> None:
         self._own, self._vocab_size = own, vocab_size
         self._tokens, self._logits = (own.program.values(pipe) for pipe in (TOKEN_PIPE, LOGITS_PIPE))
-        self._token, self._position = 5, 0
+        self._token, self._position = token, 0
         self.digest = hashlib.sha256()
 
     async def feed(self, rows: int) -> float:

@@ -17,6 +17,7 @@ from dairllm.bench.processes import output
 from dairllm.bench.programs import Dairllm, Dllama, LlamaCpp, Speed, Task
 from dairllm.bench.pure_read import forget
 from dairllm.bench.results import Measured
+from dairllm.engine.paging import Policy
 from dairllm.errors import GraphError
 from dairllm.formats.model_file import ModelFile
 from dairllm.graph.slicing import equal_shares
@@ -46,6 +47,7 @@ class Bench:
         steps: ids to generate.
         percents: of the weights that are to fit, for paging.
         nodes: of a cluster.
+        policy: of paging.
         patience: seconds to wait for idle processors before each run.
         in_group: whether paging runs in a control group of its limit, page cache included; where llama.cpp is measured it always does.
     """
@@ -62,6 +64,7 @@ class Bench:
     steps: int = 32
     percents: tuple[int, ...] = (25, 50, 70)
     nodes: int = 2
+    policy: Policy = "pinned"
     patience: float = 30.0
     in_group: bool = False
 
@@ -181,7 +184,14 @@ def paging(bench: Bench) -> Iterator[Measured]:
         plan = _plan_at(bench, percent)
         limit = plan["limit_bytes"]
         node = NodeTask(
-            str(bench.model), bench.threads, bench.kernels, limit, rounds=1, runtime=plan["runtime_bytes"], batch=plan["batch_rows"]
+            str(bench.model),
+            bench.threads,
+            bench.kernels,
+            limit,
+            rounds=1,
+            runtime=plan["runtime_bytes"],
+            batch=plan["batch_rows"],
+            policy=bench.policy,
         )
         reports = []
         for _ in range(bench.rounds):
@@ -198,13 +208,15 @@ def paging(bench: Bench) -> Iterator[Measured]:
             speed = bench.quietly(partial(bench.ours.generate, task, limit=limit, group=group))
             held = None if group is None else group.peak
         read = statistics.median(rate for report in reports for rate in report["read_bytes_per_second"])
-        missing = reports[0]["missing_bytes"]
-        measured.bound = missing / read * 1e3
+        fetched = statistics.median(report["read_bytes_a_pass"] for report in reports)
+        measured.bound = fetched / read * 1e3
         measured.more = {
             "limit_bytes": limit,
             "peak_rss_bytes": speed.more["peak_rss_bytes"],
             "peak_group_bytes": held,
-            "missing_bytes": missing,
+            "missing_bytes": reports[0]["missing_bytes"],
+            "read_bytes_a_token": fetched,
+            "weight_bytes_of_a_token": reports[0]["weight_bytes"],
             "read_bytes_per_second": read,
             "ways": [report["way"] for report in reports],
             "logits": sorted({report["logits"] for report in reports}),

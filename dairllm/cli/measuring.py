@@ -27,6 +27,7 @@ def bench(
         typer.Option(metavar="P", min=0, max=99, help="Of the weights in memory, for paging; may be repeated.  [default: 25, 50, 70]"),
     ] = None,
     nodes: Annotated[int, typer.Option(metavar="N", min=2, help="Of a cluster, all on this machine.")] = 2,
+    policy: Annotated[str | None, typer.Option(metavar="pinned|lru", help="Which weights stay, for paging.  [default: pinned]")] = None,
     cgroup: Annotated[
         bool, typer.Option("--cgroup", help="Page in a control group of the limit, page cache included; takes root.")
     ] = False,
@@ -45,7 +46,8 @@ def bench(
     from dairllm.telemetry import configure_logging
 
     flags = {"engine.threads": ("--threads", number_or_word(threads)), "engine.kernels": ("--kernels", kernels)}
-    engine = load_settings(RootSettings, flags=flags).engine
+    settings = load_settings(RootSettings, flags=flags | {"paging.policy": ("--policy", policy)})
+    engine = settings.engine
     configure_logging(level="warning")
     command.run(
         what or [],
@@ -57,6 +59,7 @@ def bench(
         prompt=prompt,
         percents=percent or [25, 50, 70],
         nodes=nodes,
+        policy=settings.paging.policy,
         in_group=cgroup,
         patience=patience,
         dllama=dllama,

@@ -33,6 +33,7 @@ def run(
     prompt: int,
     percents: Sequence[int],
     nodes: int,
+    policy: str,
     in_group: bool,
     patience: float,
     dllama: Path | None,
@@ -85,6 +86,7 @@ def run(
             prompt=prompt,
             percents=tuple(percents),
             nodes=nodes,
+            policy="lru" if policy == "lru" else "pinned",
             in_group=in_group,
             patience=patience,
         )
