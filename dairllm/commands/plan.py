@@ -2,8 +2,10 @@
 
 import json as json_format
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from dairllm import machine
 
 # A plan counts what the process holds, and a server holds most: what it imports is imported here.
 from dairllm.commands import serve as _server  # noqa: F401
@@ -48,10 +50,13 @@ def run(
     with ModelFile.open(model, max_seq_len=settings.model.max_seq_len) as file:
         beside = tokenizer_path(model, settings.model.tokenizer, needed=False)
         words = None if beside is None else Tokenizer.load(beside)
+        peak = machine.peak_rss_bytes() + _ANOTHER_START
+        machine.give_back_memory()
         runtime = program_bytes() + _ANOTHER_START
         del words
-        plans = [plan_of(settings, file, node, runtime=runtime) for node in range(len(settings.cluster.workers) + 1)]
-        choices = [_measured(settings, file, plan) if measure else None for plan in plans]
+        plans = [plan_of(settings, file, node, runtime=runtime, peak=peak) for node in range(len(settings.cluster.workers) + 1)]
+        measured = _measured(settings, file, plans) if measure else {}
+    choices = [None if plan.room_blocks is None else measured.get(plan.needs.block_bytes) for plan in plans]
     if json:
         nodes = [
             {"node": node, **plan.figures(), "reading": None if choice is None else reading(choice, plan)}
@@ -67,9 +72,8 @@ def run(
         sys.stdout.writelines(f"{line}\n" for line in lines)
 
 
-def _measured(settings: RootSettings, file: ModelFile, plan: MemoryPlan) -> WayChoice | None:
-    """How this machine reads the file; None where nothing would be read."""
-    if plan.room_blocks is None:
-        return None
-    paging = PagingSettings.chosen(settings.paging, plan.room_blocks, plan.needs.block_bytes)
-    return choose_way(file.path, file.stamp, plan.needs.block_bytes, paging.way, paging.readers)
+def _measured(settings: RootSettings, file: ModelFile, plans: Sequence[MemoryPlan]) -> dict[int, WayChoice]:
+    """How this machine reads the file, by the size of blocks; empty where nothing would be read."""
+    sizes = dict.fromkeys(plan.needs.block_bytes for plan in plans if plan.room_blocks is not None)
+    paging = PagingSettings.chosen(settings.paging, 0, 0)
+    return {size: choose_way(file.path, file.stamp, size, paging.way, paging.readers) for size in sizes}

@@ -6,25 +6,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import structlog
-
 from dairllm import machine
 from dairllm.config import MemoryAmount, RootSettings
 from dairllm.engine.located_weights import LocatedWeights
 from dairllm.engine.paging import PagingSettings
 from dairllm.engine.weights import Weights
-from dairllm.errors import ConfigError
+from dairllm.errors import ConfigError, GraphError
 from dairllm.formats.model_file import ModelFile
 from dairllm.graph.build import N_BATCHES, build_graph, build_network, build_node
 from dairllm.graph.references import weight_references
 from dairllm.graph.slicing import Share, deal_shares, nearly_equal_sizes, parse_shares
 from dairllm.graph.types import FloatType, NetworkConfig, NodeConfig
 from dairllm.nodes.local import LocalNode, default_sync
-from dairllm.nodes.memory_plan import MemoryPlan, plan_memory
+from dairllm.nodes.memory_plan import MemoryPlan, plan_memory, possible_limit, program_bytes
 from dairllm.nodes.prepared_share import find_share
 from dairllm.nodes.weight_stream import SENDING_BYTES
 from dairllm.text.tokenizer import Tokenizer
-from dairllm.units import format_size
 
 if TYPE_CHECKING:
     from dairllm.engine.program import Program
@@ -32,8 +29,6 @@ if TYPE_CHECKING:
     from dairllm.nodes.root import Cluster
 
 __all__ = ["plan_of", "planned_model", "root_node"]
-
-log = structlog.get_logger()
 
 
 @contextmanager
@@ -48,11 +43,6 @@ def planned_model(settings: RootSettings, tokenizer: Path | None) -> Iterator[tu
     """
     if settings.model.file is None:
         raise ConfigError("no model: name its file with --model, or as model.file in the configuration")
-    available = machine.memory_bytes()
-    limit = settings.limits.memory.within(available)
-    if limit != settings.limits.memory:
-        asked = str(settings.limits.memory)
-        log.warning("the memory limit is more than there is", limit=asked, available=format_size(available))
     path = Path(settings.model.file)
     with ModelFile.open(path, max_seq_len=settings.model.max_seq_len) as model:
         words = None if tokenizer is None else Tokenizer.load(tokenizer)
@@ -61,7 +51,7 @@ def planned_model(settings: RootSettings, tokenizer: Path | None) -> Iterator[tu
                 f"the tokenizer knows {words.vocab_size} tokens, the model {model.spec.vocab_size}: they do not belong together"
             )
         machine.give_back_memory()  # of what reading the vocabulary took
-        plan = plan_of(settings, model, limit=limit)
+        plan = plan_of(settings, model, limit=possible_limit(settings.limits.memory), peak=machine.peak_rss_bytes())
         if plan.seq_len == model.spec.seq_len:
             yield model, words, plan
             return
@@ -70,14 +60,22 @@ def planned_model(settings: RootSettings, tokenizer: Path | None) -> Iterator[tu
 
 
 def plan_of(
-    settings: RootSettings, model: ModelFile, node: int = 0, *, limit: MemoryAmount | None = None, runtime: int | None = None
+    settings: RootSettings,
+    model: ModelFile,
+    node: int = 0,
+    *,
+    limit: MemoryAmount | None = None,
+    runtime: int | None = None,
+    peak: int = 0,
 ) -> MemoryPlan:
     """The plan of a node of the cluster that the settings describe, by default of the root. Raises as `planned_model`.
 
     Args:
         limit: in place of the settings'.
         runtime: what its process holds beside model and caches; this process', as it is now, and what is to come, if None.
+        peak: what it has held at most until now: a limit below that is broken already.
     """
+    runtime = program_bytes() if runtime is None else runtime
     n_threads, n_nodes, sync = settings.engine.n_threads, len(settings.cluster.workers) + 1, _sync(settings, model)
     limit, chosen = limit or settings.limits.memory, settings.model.max_seq_len
     kv_cache = FloatType[settings.engine.kv_cache.upper()]
@@ -88,7 +86,9 @@ def plan_of(
             network, (only,) = build_graph(replace(model.spec, seq_len=seq_len), 1, sync, rows)
             return network, only
 
-        return plan_memory(model, alone, limit, n_threads=n_threads, max_seq_len=chosen, kv_cache=kv_cache, runtime=runtime)
+        return plan_memory(
+            model, alone, limit, n_threads=n_threads, max_seq_len=chosen, kv_cache=kv_cache, runtime=runtime, start=peak - runtime
+        )
 
     def shared(seq_len: int, rows: int) -> tuple[NetworkConfig, NodeConfig]:
         spec = replace(model.spec, seq_len=seq_len)
@@ -102,10 +102,10 @@ def plan_of(
     def weigh(graph: NodeConfig) -> Weights:
         return LocatedWeights(model, graph, references, prepared)
 
-    start = len(settings.cluster.workers) * SENDING_BYTES if node == 0 else 0
+    sending = len(settings.cluster.workers) * SENDING_BYTES if node == 0 else 0
     return plan_memory(
         model, shared, limit, n_threads=n_threads, weigh=weigh, max_seq_len=chosen, rows=(N_BATCHES,), kv_cache=kv_cache,
-        runtime=runtime, start=start,
+        runtime=runtime, start=max(sending, peak - runtime),
     )  # fmt: skip
 
 
@@ -149,4 +149,7 @@ def _shares(settings: RootSettings, model: ModelFile, n_nodes: int) -> tuple[Sha
     sizes = parse_shares(settings.cluster.shares)
     if len(sizes) != n_nodes:
         raise ConfigError(f"shares for {len(sizes)} nodes, but there are {n_nodes}: this one, which comes first, and the workers")
-    return deal_shares(model.spec, sizes)
+    try:
+        return deal_shares(model.spec, sizes)
+    except GraphError as error:
+        raise ConfigError(str(error)) from error

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from dairllm.engine.paging import WAYS, Way
@@ -118,7 +119,7 @@ def _rate(window: Window, blocks: Sequence[int], readers: int) -> float:
 
     begun = time.perf_counter()
     threads = Readers(readers)
-    threads.submit([lambda first=first, count=count: read(first, count) for first, count in pieces])  # type: ignore[misc]
+    threads.submit([partial(read, first, count) for first, count in pieces])
     threads.finish()
     if failed:
         raise failed[0]

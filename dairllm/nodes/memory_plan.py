@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import structlog
+
 from dairllm import machine
 from dairllm.config import MemoryAmount
 from dairllm.engine.paging import PagingNeeds, weights_needs
@@ -23,7 +25,9 @@ from dairllm.formats.model_file import ModelFile
 from dairllm.graph.types import FloatType, NetworkConfig, NodeConfig
 from dairllm.units import format_size
 
-__all__ = ["BATCH_ROWS", "BuildGraph", "MemoryPlan", "plan_memory", "plan_node", "program_bytes"]
+__all__ = ["BATCH_ROWS", "BuildGraph", "MemoryPlan", "plan_memory", "plan_node", "possible_limit", "program_bytes"]
+
+log = structlog.get_logger()
 
 BATCH_ROWS = (256, 128, 64, 32)
 """Rows of a prompt that may go through the layers together: where weights are paged, each batch reads them once."""
@@ -114,8 +118,8 @@ class MemoryPlan:
         ring = self.needs.ring_blocks_min * self.needs.block_bytes
         paged = f", {format_size(ring)} to page the weights through" if ring else ""
         raise LimitError(
-            f"the memory limit {self.limit_text} ({format_size(self.limit)}) is too small: {parts}{paged}; {format_size(self.smallest)} "
-            f"would do. {advice.format(seq_len=self.seq_len)}"
+            f"the memory limit {self._limit} is too small: {parts}{paged}; {format_size(self.smallest)} would do. "
+            + advice.format(seq_len=self.seq_len)
         )
 
     def figures(self) -> dict[str, Any]:
@@ -150,6 +154,11 @@ class MemoryPlan:
         }
         return {name: format_size(size) for name, size in sizes.items()} | {"context": self.seq_len, "batch": self.rows}
 
+    @property
+    def _limit(self) -> str:
+        size = format_size(self.limit)
+        return size if self.limit_text == size else f"{self.limit_text} = {size}"
+
     def table(self) -> list[tuple[str, int, str]]:
         """(what, bytes, remark) of each part, their sum, and what could be."""
         if self.room_blocks is None:
@@ -169,10 +178,19 @@ class MemoryPlan:
             (
                 "in all",
                 self.total,
-                f"limit {self.limit_text}" + ("" if self.limit_text == format_size(self.limit) else f" = {format_size(self.limit)}"),
+                f"limit {self._limit}",
             ),
             ("smallest limit", self.smallest, f"everything in memory from {format_size(self.fixed + self.weights)} on"),
         ]
+
+
+def possible_limit(limit: MemoryAmount) -> MemoryAmount:
+    """A limit, or what the machine or the control group has where that is less, which the log is told: no plan may count on more."""
+    available = machine.memory_bytes()
+    possible = limit.within(available)
+    if possible != limit:
+        log.warning("the memory limit is more than there is", limit=str(limit), available=format_size(available))
+    return possible
 
 
 def program_bytes() -> int:

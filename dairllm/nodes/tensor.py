@@ -25,7 +25,7 @@ from dairllm.net.compute import Compute
 from dairllm.net.mesh import Mesh
 from dairllm.net.runner import in_thread
 from dairllm.net.transport import Connection
-from dairllm.nodes.memory_plan import plan_node
+from dairllm.nodes.memory_plan import plan_node, possible_limit
 from dairllm.nodes.node_program import NodeProgram, open_program
 from dairllm.nodes.own_model import OwnModel
 from dairllm.nodes.tensor_pass import TensorPass
@@ -132,9 +132,8 @@ class TensorSession:
             self._own.file.forget()  # pages of it that are in memory could go at any time, and are counted as held
         settings = self._settings
         comparing = CHECK_BYTES if located is not None and not received.references else 0
-        plan = plan_node(
-            network, node, weights, settings.limits.memory, n_threads=settings.worker.n_threads, kv_cache=self._kv_cache, beside=comparing
-        )
+        limit, n_threads = possible_limit(settings.limits.memory), settings.worker.n_threads
+        plan = plan_node(network, node, weights, limit, n_threads=n_threads, kv_cache=self._kv_cache, beside=comparing)
         here = "" if located is not None else ", or the model on a disk of this worker (worker.model),"
         plan.check(f"A shorter context (--max-seq-len of the root, now {{seq_len}}) or a smaller share (--shares){here} needs less")
         paging = None if plan.room_blocks is None else PagingSettings.chosen(settings.paging, plan.room_blocks, plan.needs.block_bytes)

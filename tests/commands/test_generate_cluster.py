@@ -14,7 +14,7 @@ import pytest
 
 from dairllm.formats.model_file import ModelFile
 from dairllm.formats.tokenizer_file import TokenizerFile
-from tests.commands.worker_process import WorkerProcess
+from tests.commands.node_process import WorkerProcess
 
 DATA = Path(__file__).parent.parent / "data" / "dllama"
 MODEL = DATA / "llama_f32.m"
@@ -102,7 +102,7 @@ def test_what_can_be_checked_is_checked_before_anybody_is_dialled(workers: Worke
     mistakes: list[tuple[int, str, tuple[object, ...]]] = [
         (2, "layers is still to come", ("--prompt-ids", "1", "--mode", "layers")),
         (2, "shares for 3 nodes, but there are 2", ("--prompt-ids", "1", "--shares", "2/64,1/32,1/32")),
-        (1, "the nearest that can be dealt: 1/64,3/64", ("--prompt-ids", "1", "--shares", "3/64,3/64")),
+        (2, "the nearest that can be dealt: 1/64,3/64", ("--prompt-ids", "1", "--shares", "3/64,3/64")),
         (2, "token 0 of the prompt is 999", ("--prompt-ids", "999")),
         (2, "the context has room for 2", ("--prompt", "the on", "--tokenizer", DATA / "tiny.t", "--max-seq-len", 2)),
         (1, "empty.t", ("--prompt", "a", "--tokenizer", tmp_path / "empty.t")),

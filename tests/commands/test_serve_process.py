@@ -1,11 +1,8 @@
 """`dairllm serve` as an operator meets it: a process, its log, its exit code, OpenAI's client."""
 
 import json
-import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,60 +15,7 @@ import pytest
 
 from dairllm.formats.random_model import byte_vocabulary, small_spec, write_random_model
 from tests.api.serving import write_model
-
-START_SECONDS = 180  # kernels may have to be compiled first
-PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
-
-
-class ServeProcess:
-    """A server that logs JSON to a file; `port` is known once it says so."""
-
-    def __init__(self, log: Path, *arguments: str, environment: dict[str, str]) -> None:
-        self._log = log
-        with log.open("wb") as stderr:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "dairllm", "serve", "--port", "0", *arguments],
-                stdout=subprocess.DEVNULL,
-                stderr=stderr,
-                env={**os.environ, "DAIRLLM_ENGINE__THREADS": "1", **environment},
-            )
-
-    def text(self) -> str:
-        return self._log.read_text()
-
-    def lines(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.text().splitlines() if line.startswith("{")]
-
-    def wait_for(self, event: str, seconds: float = START_SECONDS) -> dict[str, Any]:
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
-            for line in self.lines():
-                if line["event"] == event:
-                    return line
-            assert self.process.poll() is None, self.text()
-            time.sleep(0.02)
-        raise AssertionError(f"no {event!r} in {self.text()}")
-
-    @property
-    def port(self) -> int:
-        return int(self.wait_for("listening")["port"])
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-    def client(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="unused", max_retries=0, timeout=60)
-
-    def resident_bytes(self) -> int:
-        return int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]) * PAGE_BYTES
-
-    def stop(self, signum: signal.Signals = signal.SIGTERM) -> tuple[int, float]:
-        """Exit code, and seconds that it took."""
-        start = time.monotonic()
-        self.process.send_signal(signum)
-        return self.process.wait(30), time.monotonic() - start
-
+from tests.commands.node_process import ServeProcess
 
 Start = Callable[..., ServeProcess]
 
@@ -86,9 +30,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
     yield start
     for one in made:
-        if one.process.poll() is None:
-            one.process.kill()
-            one.process.wait(10)
+        one.end()
 
 
 @pytest.fixture(scope="module")
@@ -222,7 +164,7 @@ def test_memory_is_flat(model: Path, start: Start) -> None:
         (["--model", "{model}", "--tokenizer", "{wide}"], 2, "the tokenizer knows 400 tokens, the model 320: they do not belong together"),
         (["--model", "{model}", "--kernels", "sse"], 2, "flag --kernels: engine.kernels: expected 'auto', 'portable'"),
         (["--model", "{model}", "--shares", "2/2,2/2"], 2, "shares for 2 nodes, but there are 1"),
-        (["--model", "{model}", "--shares", "3/2,1/2", "--workers", "127.0.0.1:1"], 1, "3/2"),
+        (["--model", "{model}", "--shares", "3/2,1/2", "--workers", "127.0.0.1:1"], 2, "3/2"),
         (["--model", "{model}", "--workers", "a,b,c,d,e,f,g"], 1, "8 nodes"),
         (["--model", "{model}", "--port", "70000"], 2, "flag --port: server.port"),
         (["--config", "nowhere.yaml"], 2, "nowhere.yaml: cannot be read: No such file or directory"),

@@ -17,7 +17,7 @@ import pytest
 
 from dairllm.formats.digest import compute_digests
 from dairllm.formats.model_file import ModelFile
-from tests.commands.worker_process import WorkerProcess
+from tests.commands.node_process import WorkerProcess
 
 DATA = Path(__file__).parents[1] / "data" / "dllama"
 ACK = b"\xaa\xaag\x01"
@@ -33,9 +33,7 @@ def start(tmp_path: Path) -> Iterator[Any]:
 
     yield start
     for one in made:
-        if one.process.poll() is None:
-            one.process.kill()
-            one.process.wait(10)
+        one.end()
 
 
 def said() -> bytes:

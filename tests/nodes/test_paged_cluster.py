@@ -76,7 +76,7 @@ async def test_a_worker_with_room_for_no_ring_refuses_and_serves_on(
     poor, other = await make_worker(own=path, limits=room(9)), await make_worker(own=path)
     addresses = [WorkerAddress("127.0.0.1", worker.port) for worker in (poor, other)]
     told = (
-        rf"worker 127\.0\.0\.1:{poor.port} \(node 1\) refuses its share: the memory limit \d+B \(.*\) is too small: .*; .* would do\. "
+        rf"worker 127\.0\.0\.1:{poor.port} \(node 1\) refuses its share: the memory limit \d+B = .* is too small: .*; .* would do\. "
         r"A shorter context \(--max-seq-len of the root, now \d+\) or a smaller share \(--shares\) needs less"
     )
     with ModelFile.open(path) as model:

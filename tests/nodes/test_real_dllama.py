@@ -31,7 +31,7 @@ from dairllm.graph.slicing import parse_shares
 from dairllm.graph.types import FloatType
 from dairllm.net.compute import Compute
 from dairllm.nodes.root import Cluster
-from tests.commands.worker_process import WorkerProcess
+from tests.commands.node_process import WorkerProcess
 from tests.nodes.clusters import ids_of, one_node
 
 DLLAMA = os.environ.get("DAIRLLM_TEST_DLLAMA", "")
