@@ -12,9 +12,7 @@ from typing import Literal, NamedTuple
 from dairllm.config import Paging
 from dairllm.engine.paging_steps import Block, blocks_of, group_pieces
 from dairllm.engine.pieces import PIECE_BYTES, Piece, segment_pieces
-from dairllm.engine.weights import FileWeights, Weights
-from dairllm.formats.model_file import ModelFile
-from dairllm.graph.slicing import Share
+from dairllm.engine.weights import Weights
 from dairllm.graph.types import MatmulConfig, NetworkConfig, NodeConfig, Op, OpCode, row_bytes
 
 __all__ = [
@@ -28,7 +26,6 @@ __all__ = [
     "Way",
     "block_size",
     "copied_bytes",
-    "paging_needs",
     "weights_needs",
 ]
 
@@ -117,23 +114,15 @@ class PagingNeeds(NamedTuple):
     remembered_bytes: int = 0
 
 
-def paging_needs(
-    network: NetworkConfig, node: NodeConfig, model: ModelFile, share: Share | None = None, *, block_bytes: int | None = None
-) -> PagingNeeds:
-    """The needs of a node whose weights lie in the model file. Nothing is read or allocated.
+def weights_needs(network: NetworkConfig, node: NodeConfig, weights: Weights, *, block_bytes: int | None = None) -> PagingNeeds:
+    """The needs of a node. Weights whose views have no offset are in memory already. Nothing is read or allocated.
 
     Args:
-        share: of the node; None for the graph of one node.
         block_bytes: where another size than `block_size` is wanted.
 
     Raises:
-        GraphError: the file has not the weights that the graph names.
+        GraphError: the weights are not those that the graph names.
     """
-    return weights_needs(network, node, FileWeights(model, share), block_bytes=block_bytes)
-
-
-def weights_needs(network: NetworkConfig, node: NodeConfig, weights: Weights, *, block_bytes: int | None = None) -> PagingNeeds:
-    """The same for any weights: those whose views have no offset are in memory already."""
     size = block_bytes or block_size(node, weights)
     total: set[Block] = set()
     widest, expert_room, steps = 1, 0, 0

@@ -13,8 +13,6 @@ from dairllm.engine.memory import aligned
 from dairllm.errors import GraphError, RemoteProtocolError
 from dairllm.formats.file_stamp import FileStamp
 from dairllm.formats.model_file import ModelFile
-from dairllm.formats.model_layout import Slice, Tensor, share_slices, whole
-from dairllm.graph.slicing import Share
 from dairllm.graph.types import NodeConfig, Op, OpCode, row_bytes
 
 __all__ = ["FileWeights", "WeightView", "Weights", "WeightsFile", "WireWeights"]
@@ -130,21 +128,10 @@ class WireWeights:
 
 
 class FileWeights:
-    """Views into the mapped model file, which must stay open while a program uses them. Nothing is copied.
+    """All of a model, for the graph of one node: views into its mapped file, which must stay open while a program uses them."""
 
-    Args:
-        share: whose weights; all of the model (the graph for one node) where it is None.
-
-    Raises:
-        GraphError: the heads of the share do not lie together in the file, so that they must be copied. Those of node 0 always do.
-    """
-
-    def __init__(self, model: ModelFile, share: Share | None = None) -> None:
-        if share is not None and not len(share.heads) == len(share.kv_heads) == 1:
-            raise GraphError(
-                f"{len(share.heads)} spans of query heads and {len(share.kv_heads)} of KV heads: weights in place need one of each"
-            )
-        self._model, self._share = model, share
+    def __init__(self, model: ModelFile) -> None:
+        self._model = model
         self._base = model.raw.ctypes.data
         self.nbytes = 0
 
@@ -157,16 +144,7 @@ class FileWeights:
         expert = 0
         if op.weight_size.z > 1:
             expert = self._model.tensor(op.name, op.index, 1).offset - first.offset
-        place = self._place(first)
-        needed, found = op.weight_size.nbytes, place.nbytes * op.weight_size.z
+        needed, found = op.weight_size.nbytes, first.nbytes * op.weight_size.z
         if needed != found:
             raise GraphError(f"op {op.name} of layer {op.index} needs {needed} bytes of weights; the file has {found}")
-        return WeightView(self._base + place.offset, place.stride, expert, place.offset)
-
-    def _place(self, tensor: Tensor) -> Slice:
-        if self._share is None:
-            return whole(tensor)
-        places = share_slices(tensor, self._model.spec, self._share)
-        if len(places) != 1:
-            raise GraphError(f"the share has no part of {tensor.label}")
-        return places[0]
+        return WeightView(self._base + first.offset, first.row_bytes, expert, first.offset)

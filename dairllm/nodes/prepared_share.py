@@ -37,6 +37,7 @@ def find_share(model: ModelFile, references: Sequence[WeightReference], identify
             try:
                 if file.contents.identity == (identify or (lambda: model_digests(model).identity))():
                     file.locate(model)
+                    log.info("weights are read from the prepared share", share=str(path))
                     return file
                 reason = f"it was made of another model than {model.path} is now; `dairllm prepare` makes it anew"
             except FormatError as error:

@@ -11,9 +11,12 @@ from hypothesis import strategies as st
 
 from dairllm.engine.located_weights import LocatedWeights
 from dairllm.errors import GraphError
+from dairllm.formats.digest import model_digests
 from dairllm.formats.model_file import ModelFile
 from dairllm.formats.model_slices import outgoing_weights
 from dairllm.formats.random_model import small_spec, write_random_model
+from dairllm.formats.share_file import ShareFile
+from dairllm.formats.share_writer import ShareWriter
 from dairllm.graph.build import LOGITS_PIPE, build_network, build_node
 from dairllm.graph.model import Architecture, ModelSpec
 from dairllm.graph.references import WeightReference, weight_references
@@ -75,6 +78,7 @@ def seen(weights: LocatedWeights, op: Op) -> bytes:
 
 @pytest.mark.parametrize(("name", "shares"), SHARES)
 def test_a_kernel_sees_what_a_root_would_send(models: dict[str, ModelFile], name: str, shares: int | str) -> None:
+    """In the model's file, and in one of the share."""
     model = models[name]
     found, nodes, logits_rows = dealt(model.spec, shares)
     for node, (share, graph) in enumerate(zip(found, nodes, strict=True)):
@@ -96,6 +100,14 @@ def test_a_kernel_sees_what_a_root_would_send(models: dict[str, ModelFile], name
             assert (view.offset is not None) == located.in_place
             if view.offset is not None:
                 assert view.address - view.offset == model.raw.ctypes.data
+        if node:
+            file = ShareFile.open(ShareWriter(model, model_digests(model).identity, node, len(nodes), share).prepare().path)
+            file.locate(model)
+            prepared = LocatedWeights(model, graph, weight_references(model.spec, share, graph), file)
+            assert prepared.nbytes == 0, "nothing is copied"
+            for op in ops_of(graph):
+                assert seen(prepared, op) == sent[op.name, op.index], (node, op.name, op.index)
+            file.close()
         scattered = len(share.heads) > 1 or len(share.kv_heads) > 1
         assert scattered == any(weights.view(op).offset is None for op in ops_of(graph) if op.name in ("block_matmul_q", "block_matmul_k"))
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from dairllm.engine.pager import Pager
-from dairllm.engine.paging import PagingNeeds, PagingSettings, Policy, paging_needs
+from dairllm.engine.paging import PagingNeeds, PagingSettings, Policy, weights_needs
 from dairllm.engine.paging_choice import choose_way
 from dairllm.engine.paging_room import Division, divide, spread
 from dairllm.engine.paging_steps import Block, Step, blocks_of
@@ -262,7 +262,7 @@ def test_needs_are_the_blocks_of_all_matrices(arch: Architecture, tmp_path: Path
     write_random_model(tmp_path / "m.m", small_spec(arch, dim=128))
     with ModelFile.open(tmp_path / "m.m") as model:
         network, (node,) = build_graph(model.spec, 1, FloatType.Q80, 32)
-        found = paging_needs(network, node, model, block_bytes=BLOCK)
+        found = weights_needs(network, node, FileWeights(model), block_bytes=BLOCK)
         spans = [(tensor.offset, tensor.nbytes) for tensor in model.tensors if "matmul" in tensor.name or "gate" in tensor.name]
         assert found.blocks_total == len(blocks_of(spans, BLOCK))
         assert 1 < found.ring_blocks_min <= found.ring_blocks_best <= found.blocks_total

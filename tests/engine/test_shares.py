@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 
 from dairllm.engine.executor import Executor
+from dairllm.engine.located_weights import LocatedWeights
 from dairllm.engine.program import compile_program
-from dairllm.engine.weights import FileWeights
-from dairllm.errors import GraphError
 from dairllm.formats.model_file import ModelFile
 from dairllm.formats.model_slices import outgoing_weights
 from dairllm.formats.random_model import small_spec, write_random_model
 from dairllm.graph.build import LOGITS_PIPE, build_network, build_node
 from dairllm.graph.model import Architecture, ModelSpec
+from dairllm.graph.references import weight_references
 from dairllm.graph.slicing import deal_shares, nearly_equal_sizes, parse_shares
 from dairllm.graph.types import FloatType, NetworkConfig, NodeConfig, Op, OpCode, RopeType
 from tests.engine.engine_cluster import EngineCluster
@@ -227,24 +227,9 @@ def test_weights_in_place_give_the_same_bits(
         network, nodes, weights = shared(model, shares, F32)
         dealt = deal_shares(spec, nearly_equal_sizes(spec, shares) if isinstance(shares, int) else parse_shares(shares))
         copied, in_place = (EngineCluster(network, nodes, weights, executor) for _ in range(2))
-        mapped = FileWeights(model, dealt[0])
+        mapped = LocatedWeights(model, nodes[0], weight_references(spec, dealt[0], nodes[0]))
         assert mapped.nbytes == 0
         in_place.programs[0] = compile_program(network, nodes[0], mapped, n_threads=executor.n_threads)
         for batch in (1, 7, 16):
             found, want = (cluster.feed(TOKENS[:24], batch) for cluster in (in_place, copied))
             assert found.tobytes() == want.tobytes()
-
-
-def test_heads_that_lie_apart_cannot_stay_in_place(folder: Path) -> None:
-    problem = "2 spans of query heads and 2 of KV heads: weights in place need one of each"
-    with random_model(folder, MODELS["three KV heads"]) as model, pytest.raises(GraphError, match=problem):
-        FileWeights(model, deal_shares(model.spec, parse_shares("5/128,4/96"))[1])
-
-
-def test_rows_that_a_file_has_not_cannot_stay_in_place(folder: Path) -> None:
-    with random_model(folder, MODELS["two KV heads"]) as model:
-        shares = deal_shares(model.spec, parse_shares("4/96,4/96"))
-        network = build_network(model.spec, shares, F32)
-        node = build_node(model.spec, network, 1, shares[1])
-        with pytest.raises(GraphError, match=r"final_matmul_logits of layer 0 needs \d+ bytes of weights; the file has"):
-            compile_program(network, node, FileWeights(model, shares[1]), n_threads=1)

@@ -77,7 +77,11 @@ def test_it_holds_what_a_root_would_send(tmp_path: Path, spec: ModelSpec, shares
             share = writer_of(model, node, shares)
             sizes = nearly_equal_sizes(spec, shares) if isinstance(shares, int) else parse_shares(shares)
             done = share.prepare()
-            assert (done.state, done.nbytes, done.path) == ("written", share.path.stat().st_size, path.with_name(f"m.m.share-{node}-of-{n_nodes}"))
+            assert (done.state, done.nbytes, done.path) == (
+                "written",
+                share.path.stat().st_size,
+                path.with_name(f"m.m.share-{node}-of-{n_nodes}"),
+            )
             file = ShareFile.open(done.path)
             assert file.place("block_matmul_q", 0) is None
             file.locate(model)
@@ -155,7 +159,7 @@ def test_no_share_of_another_model(path: Path, tmp_path: Path) -> None:
     for changes in ({"n_layers": 2}, {"hidden_dim": 128}, {"vocab_size": 640}):
         other = tmp_path / "other.m"
         write_random_model(other, small_spec(**{"dim": 128, "hidden_dim": 256, "n_layers": 3} | changes))
-        with ModelFile.open(other) as model, pytest.raises(FormatError, match="a share of other.m|slices of a share"):
+        with ModelFile.open(other) as model, pytest.raises(FormatError, match=r"a share of other\.m|slices of a share"):
             share.locate(model)
 
 
@@ -198,16 +202,16 @@ def test_it_goes_on_where_it_was_cut_short(path: Path, tmp_path: Path, name: str
 def cut_short(path: Path, part: float) -> Path:
     """The part that an attempt has left."""
 
-    class Cut(Exception):
+    class CutError(Exception):
         pass
 
     def progress(_label: str, done: int, total: int) -> None:
         if done > part * total:
-            raise Cut
+            raise CutError
 
     with ModelFile.open(path) as model:
         writer = writer_of(model)
-        with pytest.raises(Cut):
+        with pytest.raises(CutError):
             writer.prepare(progress)
         return writer.part_path
 

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from dairllm.engine.executor import Executor
-from dairllm.engine.paging import PagingSettings, Way, paging_needs
+from dairllm.engine.paging import PagingSettings, Way, weights_needs
 from dairllm.engine.paging_window import BufferedWindow
 from dairllm.engine.program import Program
+from dairllm.engine.weights import FileWeights
 from dairllm.errors import EngineError, LimitError
 from dairllm.formats.model_file import ModelFile
 from dairllm.formats.random_model import small_spec, write_random_model
@@ -83,7 +84,7 @@ def needs_of(path: Path, block_bytes: int = BLOCK) -> tuple[int, int]:
     """(least room, room for all)."""
     with ModelFile.open(path) as model:
         network, (node,) = build_graph(model.spec, 1, default_sync(model.spec.weight_type), 256)
-        needs = paging_needs(network, node, model, block_bytes=block_bytes)
+        needs = weights_needs(network, node, FileWeights(model), block_bytes=block_bytes)
         assert needs.block_bytes == block_bytes
     return needs.ring_blocks_min, needs.blocks_total
 
@@ -168,7 +169,7 @@ async def test_threads_are_tried_without_a_changed_bit(models: dict[str, Path], 
     want, _ = await tokens(None)
     with ModelFile.open(models["wide_Q40"]) as model:
         network, (own,) = build_graph(model.spec, 1, default_sync(model.spec.weight_type), 32)
-        needs = paging_needs(network, own, model, block_bytes=BLOCK)
+        needs = weights_needs(network, own, FileWeights(model), block_bytes=BLOCK)
     got, efforts = await tokens(PagingSettings(needs.ring_blocks_min + 8, "pinned", "map", None, BLOCK))
     assert got == want
     assert efforts == {(2, 1), (2, 2), (1, 1), (1, 2)}
