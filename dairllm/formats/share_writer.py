@@ -25,7 +25,7 @@ from dairllm.formats.share_layout import PlacedSlice, share_layout
 from dairllm.graph.slicing import Share
 from dairllm.units import format_size
 
-__all__ = ["PreparedShare", "ShareWriter"]
+__all__ = ["PreparedShare", "ShareWriter", "check_room"]
 
 _DIGEST_BYTES = 32
 _PIECE_BYTES = 1 << 20
