@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from dairllm.commands.progress import byte_bar
-from dairllm.errors import ConfigError
-from dairllm.formats.digest import model_digests
+from dairllm.errors import ConfigError, FormatError
+from dairllm.formats.digest import Progress, digests_path, kept_digests, model_digests
 from dairllm.formats.model_file import ModelFile
 from dairllm.formats.share_writer import PreparedShare, ShareWriter, check_room
 from dairllm.graph.slicing import deal_shares, nearly_equal_sizes, parse_shares
@@ -29,7 +29,7 @@ def run(model: Path, *, nodes: int | None = None, shares: str | None = None, onl
 
     Raises:
         ConfigError: there are fewer than two nodes, or no such node.
-        FormatError: the model is no whole `.m` file, or changes meanwhile.
+        FormatError: the model is no whole `.m` file, is torn, or changes meanwhile.
         GraphError: the model cannot be shared so.
         LimitError: the disk has no room for them.
         OSError: a file cannot be written.
@@ -49,7 +49,7 @@ def run(model: Path, *, nodes: int | None = None, shares: str | None = None, onl
     with ModelFile.open(model) as file:
         dealt = deal_shares(file.spec, nearly_equal_sizes(file.spec, n_nodes) if sizes is None else sizes)
         with byte_bar(f"reading {model.name}") as progress:
-            identity = model_digests(file, progress).identity
+            identity = _identity(file, progress)
         wanted = range(n_nodes) if only is None else [only]
         writers = [ShareWriter(file, identity, node, n_nodes, dealt[node]) for node in wanted]
         check_room(model.parent, sum(writer.missing_bytes for writer in writers), f"shares of {model}")
@@ -64,6 +64,16 @@ def run(model: Path, *, nodes: int | None = None, shares: str | None = None, onl
     if json:
         json_format.dump({"model": str(model), "identity": identity.hex(), "nodes": n_nodes, "files": list(map(_object, done))}, sys.stdout)
         sys.stdout.write("\n")
+
+
+def _identity(file: ModelFile, progress: Progress | None) -> bytes:
+    """Raises FormatError where the file is not what the digests beside it were made of: a torn model is not to be spread."""
+    digests, kept = model_digests(file, progress), kept_digests(file)
+    torn = [] if kept is None else kept.differences(digests, file)
+    if torn:
+        beside = digests_path(file.path).name
+        raise FormatError(file.path, None, f"what {beside} was made of", f"other bytes in {torn[0]}; `dairllm verify` says more")
+    return digests.identity
 
 
 def _object(share: PreparedShare) -> dict[str, Any]:

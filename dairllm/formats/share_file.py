@@ -268,8 +268,11 @@ def share_path(model: Path, node: int, n_nodes: int) -> Path:
 
 
 def share_paths(model: Path) -> list[Path]:
-    """What lies beside a model under the name of a share of it."""
-    return sorted(path for path in model.parent.iterdir() if path.name.startswith(f"{model.name}.share-") and path.is_file())
+    """What lies beside a model under the name of a share of it; nothing where its folder cannot be read."""
+    try:
+        return sorted(path for path in model.parent.iterdir() if path.name.startswith(f"{model.name}.share-") and path.is_file())
+    except OSError:
+        return []
 
 
 def is_share_file(path: Path) -> bool:

@@ -77,6 +77,16 @@ def test_what_cannot_be_shared(path: Path, options: dict[str, object], error: ty
     assert list(path.parent.iterdir()) == [path]
 
 
+def test_a_torn_model_is_not_spread(path: Path) -> None:
+    verify.run(path)
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    path.write_bytes(raw)
+    with pytest.raises(FormatError, match=r"what m\.m\.digests was made of, found other bytes in final_matmul_logits"):
+        prepare.run(path, nodes=2)
+    assert not path.with_name("m.m.share-0-of-2").exists()
+
+
 def test_the_command(path: Path) -> None:
     command = [sys.executable, "-m", "dairllm", "prepare", str(path), "--nodes", "2", "--node", "1", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
