@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["give_back_libraries", "give_back_memory", "memory_bytes", "peak_rss_bytes", "processors", "rss_bytes"]
+__all__ = ["free_memory_bytes", "give_back_libraries", "give_back_memory", "memory_bytes", "peak_rss_bytes", "processors", "rss_bytes"]
 
 
 _PAGE_OUT = 21  # MADV_PAGEOUT
@@ -20,10 +20,33 @@ def memory_bytes(root: Path = Path("/")) -> int:
     Args:
         root: the file system to look at.
     """
-    amounts = [_meminfo(root) or _physical()]
+    amounts = [_meminfo(root).get("MemTotal") or _physical()]
     for text in _cgroup_files(root, "memory.max", "memory/memory.limit_in_bytes"):
         if text.isdigit():  # version 2 writes "max" where there is no limit, version 1 a number larger than any memory
             amounts.append(int(text))
+    return min(amounts)
+
+
+def free_memory_bytes(root: Path = Path("/")) -> int:
+    """Bytes that could be taken now without pushing out what programs hold: the machine's, swap included, or the tightest control group's.
+
+    Pages of files count as free, in use or not, so that there is rather less than this says. Memory that a group may swap does not
+    count: with a limit that small it is the disk that would be waited for.
+
+    Args:
+        root: the file system to look at.
+    """
+    told = _meminfo(root)
+    amounts = [told["MemAvailable"] + told.get("SwapFree", 0) if "MemAvailable" in told else _physical()]
+    for folder, is_legacy in _cgroups(root, "memory"):
+        names = ("memory.limit_in_bytes",) if is_legacy else ("memory.max", "memory.high")
+        limits = [int(text) for text in (_read(folder / name) or "" for name in names) if text.isdigit()]
+        used = _read(folder / ("memory.usage_in_bytes" if is_legacy else "memory.current")) or ""
+        if limits and used.isdigit():
+            fields = [line.split() for line in (_read(folder / "memory.stat") or "").splitlines()]
+            of_files = ("total_inactive_file", "total_active_file") if is_legacy else ("inactive_file", "active_file")
+            files = sum(int(field[1]) for field in fields if field[0] in of_files)
+            amounts.append(max(0, min(limits) - int(used) + files))
     return min(amounts)
 
 
@@ -77,9 +100,10 @@ def _status(field: str, process: int | None) -> int:
     return next((int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith(field)), 0)
 
 
-def _meminfo(root: Path) -> int | None:
-    text = _read(root / "proc/meminfo") or ""
-    return next((int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith("MemTotal:")), None)
+def _meminfo(root: Path) -> dict[str, int]:
+    """Bytes, by the system's names."""
+    fields = [line.split() for line in (_read(root / "proc/meminfo") or "").splitlines()]
+    return {field[0].rstrip(":"): int(field[1]) * 1024 for field in fields if len(field) == 3}
 
 
 def _physical() -> int:
@@ -88,23 +112,27 @@ def _physical() -> int:
 
 def _cgroup_files(root: Path, unified: str | None, legacy: str | None) -> Iterator[str]:
     """Texts of a file in our control group and in each above it. `legacy` is "controller/file" for version 1."""
+    controller, _, legacy_name = (legacy or "").partition("/")
+    for folder, is_legacy in _cgroups(root, controller):
+        name = legacy_name if is_legacy else unified
+        text = _read(folder / name) if name else None
+        if text is not None:
+            yield text
+
+
+def _cgroups(root: Path, legacy_controller: str) -> Iterator[tuple[Path, bool]]:
+    """Folders of our control group and of each above it, and whether they are of version 1, where each controller has a tree."""
     base = root / "sys/fs/cgroup"
     for line in (_read(root / "proc/self/cgroup") or "").splitlines():
         _, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
-        if not controllers and unified is not None:
-            folder, name = base, unified
-        elif legacy is not None and legacy.partition("/")[0] in controllers.split(","):
-            controller, _, name = legacy.partition("/")
-            folder = base / controller
-        else:
+        if controllers and legacy_controller not in controllers.split(","):
             continue
+        top = base / legacy_controller if controllers else base
         # Inside a container the path may be the host's and not exist here: then only the top, which is our own group, is found.
         parts = [part for part in path.split("/") if part not in ("", "..")]
         for depth in range(len(parts), -1, -1):
-            text = _read(folder.joinpath(*parts[:depth]) / name)
-            if text is not None:
-                yield text
+            yield top.joinpath(*parts[:depth]), bool(controllers)
 
 
 def _read(path: Path) -> str | None:

@@ -15,7 +15,9 @@ import dairllm
 
 DATA = Path(__file__).parent / "data" / "dllama"
 TINY = DATA / "tiny.t"
-COMMANDS = ("demo", "worker", "health", "generate", "serve", "tokenize", "convert", "inspect", "plan", "prepare", "verify", "bench")
+COMMANDS = (
+    "demo", "worker", "health", "generate", "serve", "tokenize", "convert", "inspect", "plan", "prepare", "verify", "kernels", "bench",
+)  # fmt: skip
 
 
 def command(*words: object) -> list[str]:

@@ -73,6 +73,37 @@ def test_a_quota_of_version_1_bounds_the_processors(root: Path) -> None:
     assert machine.processors(root) == 1
 
 
+def test_free_is_what_the_machine_has_with_its_swap(root: Path) -> None:
+    write(root, "proc/meminfo", "MemTotal: 8388608 kB\nMemAvailable: 1048576 kB\nSwapFree: 2097152 kB\nHugePages_Total: 0\n")
+    assert machine.free_memory_bytes(root) == 3 * GIB
+    write(root, "proc/meminfo", "MemTotal: 8388608 kB\n")
+    assert machine.free_memory_bytes(root) > 0, "a system that does not tell has what there is"
+
+
+def test_free_in_a_group_is_what_it_holds_less_than_its_limit_files_apart(root: Path) -> None:
+    write(root, "proc/meminfo", "MemTotal: 8388608 kB\nMemAvailable: 8388608 kB\n")
+    write(root, "proc/self/cgroup", "0::/a/b\n")
+    write(root, "sys/fs/cgroup/memory.stat", "anon 1\n")  # the top has no limit, and does not say what it uses
+    for name, text in {"memory.max": 4 * GIB, "memory.high": "max", "memory.current": 3 * GIB, "memory.stat": "anon 0"}.items():
+        write(root, f"sys/fs/cgroup/a/{name}", f"{text}\n")
+    assert machine.free_memory_bytes(root) == GIB
+    stat = f"anon {GIB}\nfile {GIB}\ninactive_file {GIB // 4}\nactive_file {GIB // 4}\nshmem {GIB // 2}\n"
+    for name, text in {"memory.max": 2 * GIB, "memory.high": "max", "memory.current": 2 * GIB, "memory.stat": stat}.items():
+        write(root, f"sys/fs/cgroup/a/b/{name}", f"{text}\n")
+    assert machine.free_memory_bytes(root) == GIB // 2
+    write(root, "sys/fs/cgroup/a/b/memory.high", str(GIB))
+    assert machine.free_memory_bytes(root) == 0, "from there on it is slowed down"
+
+
+def test_free_in_a_group_of_version_1(root: Path) -> None:
+    write(root, "proc/meminfo", "MemTotal: 8388608 kB\nMemAvailable: 8388608 kB\n")
+    write(root, "proc/self/cgroup", "3:memory:/docker/abc\n")
+    of_group = {"limit_in_bytes": 3 * GIB, "usage_in_bytes": 2 * GIB, "stat": f"inactive_file 9\ntotal_active_file {GIB // 2}\n"}
+    for name, text in of_group.items():
+        write(root, f"sys/fs/cgroup/memory/memory.{name}", str(text))
+    assert machine.free_memory_bytes(root) == 3 * GIB // 2
+
+
 def test_resident_memory_is_at_most_its_peak() -> None:
     assert 0 < machine.rss_bytes() <= machine.peak_rss_bytes()
 

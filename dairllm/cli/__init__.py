@@ -3,7 +3,7 @@
 Only this package's imports are paid for by `dairllm --help`, so a command imports its body when it is called.
 """
 
-from dairllm.cli import computing, files, measuring
+from dairllm.cli import computing, files, installing, measuring
 from dairllm.cli.app import app, main
 
-__all__ = ["app", "computing", "files", "main", "measuring"]
+__all__ = ["app", "computing", "files", "installing", "main", "measuring"]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-__all__ = ["COMPILING", "PATIENCE_SECONDS", "byte_bar", "is_watched", "waiting"]
+__all__ = ["COMPILING", "PATIENCE_SECONDS", "byte_bar", "count_bar", "is_watched", "waiting"]
 
 PATIENCE_SECONDS = 2.0
 """How long a command may be silent."""
@@ -40,6 +40,30 @@ def byte_bar(title: str) -> Iterator[Callable[[str, int, int], None] | None]:
 
         def progress(detail: str, done: int, total: int) -> None:
             bar.update(task, completed=done, total=total, detail=detail)
+
+        yield progress
+
+
+@contextmanager
+def count_bar(title: str, total: int) -> Iterator[Callable[[str, int], None]]:
+    """A bar that goes away at the end, for a few things that take long: told what is at hand and how many are done. A line for each where
+    nobody would see it move; a bar without an end where there is but one."""
+    if not is_watched():
+
+        def line(detail: str, done: int) -> None:
+            sys.stderr.write(f"{title}: {detail} ({done + 1} of {total}) ...\n")
+
+        yield line
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[count]}"), TimeElapsedColumn())
+    with Progress(*columns, TextColumn("{task.fields[detail]}"), console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(title, total=total if total > 1 else None, detail="", count="")
+
+        def progress(detail: str, done: int) -> None:
+            bar.update(task, completed=done, detail=detail, count=f"{done}/{total}" if total > 1 else "")
 
         yield progress
 

@@ -1,18 +1,20 @@
 """The functions by which Python enters the kernels: `run_threads` and `ring` of interpreter.py, compiled.
 
-They are object code, kept from an earlier start or made by another process, in memory without the compiler that made it. Where it cannot be
-loaded, numba compiles in this process: 100 MB more, the same numbers.
+They are object code, shipped, kept from an earlier start or made by another process, in memory without the compiler that made it. Where it
+cannot be loaded, numba compiles in this process: 100 MB more, the same numbers.
 """
 
 import ctypes
+import platform
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from dairllm.errors import EngineError
+from dairllm.kernels import targets
 from dairllm.kernels.object_code import ObjectCode, ObjectCodeError
-from dairllm.kernels.object_code_cache import ObjectCodeCache, Objects
+from dairllm.kernels.object_code_cache import ObjectCodeCache, Objects, numba_folder
 from dairllm.kernels.object_code_compiler import SIGNATURES, compile_objects
 from dairllm.machine import give_back_libraries
 
@@ -38,7 +40,7 @@ class Entry:
 
 
 def load_entry() -> Entry:
-    """The entry of this process, in its form. Compiles where nobody has: seconds at first run on a machine.
+    """The entry of this process, in its form. Compiles where nobody has: half a minute, once.
 
     Raises:
         EngineError: there is not enough memory to compile.
@@ -46,21 +48,24 @@ def load_entry() -> Entry:
     global _loaded
     with _loading:
         if _loaded is None:
-            cache = ObjectCodeCache()
             try:
-                _loaded = _called_as_c(_objects(cache))
+                _loaded = _called_as_c(_objects())
             except ObjectCodeError as error:
-                _loaded = _compiled_here(cache, str(error))
+                _loaded = _compiled_here(str(error))
         return _loaded
 
 
-def _objects(cache: ObjectCodeCache) -> Objects:
+def _objects() -> Objects:
+    target = targets.current()
+    if target is None:
+        raise ObjectCodeError(f"there is no object code for {platform.machine()}")
+    cache = ObjectCodeCache(target)
     objects = cache.read()
     if objects is None:
         with cache.alone():
             objects = cache.read()  # whoever was waited for has compiled them
             if objects is None:
-                objects = compile_objects()
+                objects = compile_objects(target)
                 cache.write(objects)
     return objects
 
@@ -90,13 +95,13 @@ def _function(objects: Objects, name: str, n_args: int) -> Any:
     return function
 
 
-def _compiled_here(cache: ObjectCodeCache, why: str) -> Entry:
+def _compiled_here(why: str) -> Entry:
     from numba import njit
     from numba.core import config
 
     from dairllm.kernels import interpreter
 
-    folder = cache.folder()
+    folder = numba_folder()
     if folder is not None:
         numba: Any = config  # it sets its attributes dynamically
         numba.CACHE_DIR = str(folder)

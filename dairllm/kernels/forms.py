@@ -14,7 +14,7 @@ ends the process.
 from dairllm.errors import ConfigError
 from dairllm.kernels import processor
 
-__all__ = ["FORMS", "available", "current", "select"]
+__all__ = ["FORMS", "available", "current", "needs", "select"]
 
 FORMS = ("avx512vnni", "avxvnni", "avx2", "portable")
 """Best first."""
@@ -27,6 +27,11 @@ _NEEDS = {
 }
 
 _selected: str | None = None
+
+
+def needs(form: str) -> frozenset[str]:
+    """What a processor must have to run a form, by LLVM's names."""
+    return frozenset(_NEEDS[form])
 
 
 def available() -> tuple[str, ...]:

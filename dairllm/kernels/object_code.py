@@ -15,10 +15,13 @@ from dataclasses import dataclass
 
 from dairllm.errors import EngineError
 
-__all__ = ["CALLABLE", "MAX_BYTES", "ObjectCode", "ObjectCodeError"]
+__all__ = ["CALLABLE", "MACHINES", "MAX_BYTES", "ObjectCode", "ObjectCodeError"]
 
 CALLABLE = frozenset({"fma", "fmaf", "memcpy", "memmove", "memset", "sched_yield", "syscall", "write"})
 """What objects may call. All that is there has one right result; a cosine of libm, say, would not be the same bits everywhere."""
+
+MACHINES = ("x86_64", "AMD64")
+"""What Python calls the machines whose objects these are."""
 
 MAX_BYTES = 64 << 20
 """Of an object, and of what it takes in memory."""
@@ -66,7 +69,7 @@ class ObjectCode:
 
     def __init__(self, raw: bytes, where: str) -> None:
         self._raw, self._where = raw, where
-        if platform.machine() not in ("x86_64", "AMD64"):
+        if platform.machine() not in MACHINES:
             raise self._refused(f"machine code of x86-64, and this is {platform.machine()}")
         if len(raw) > MAX_BYTES:
             raise self._refused(f"an object of {len(raw)} bytes; the limit is {MAX_BYTES}")

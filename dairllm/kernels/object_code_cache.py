@@ -1,7 +1,8 @@
 """Where the kernels' object code is kept between two starts, and the check that it is what this process would compile.
 
-A folder is named by a digest of all that makes the machine code: the kernels' sources, versions, the kind of processor and what is hidden
-of it, the form. The file in it begins with a digest of its own bytes, so that a torn or damaged one is compiled anew, not run.
+A folder is named by a digest of all that makes the machine code: the kernels' sources, versions, the target (targets.py). The file in it
+begins with a digest of its own bytes, so that a torn or damaged one is compiled anew, not run. What was shipped with the program, which
+`dairllm kernels --compile --to` has made, is looked for first; then what earlier starts have left.
 
     dairllm kernels 1 SHA256-OF-ALL-THAT-FOLLOWS \\n
     {"name of a function": ["its symbol", bytes of its object], ...} \\n
@@ -15,14 +16,15 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 
 from dairllm.kernels import forms, processor
 from dairllm.kernels.object_code import MAX_BYTES, ObjectCodeError
+from dairllm.kernels.targets import Target
 
-__all__ = ["ObjectCodeCache", "Objects", "decode", "encode"]
+__all__ = ["ObjectCodeCache", "Objects", "decode", "encode", "numba_folder", "shipped_folder"]
 
 Objects = Mapping[str, tuple[str, bytes]]
 """By a function's name: its symbol, and the object that defines it."""
@@ -58,20 +60,33 @@ def decode(raw: bytes, where: str) -> Objects:
 
 
 class ObjectCodeCache:
-    """The place of this process's object code. Making one reads the kernels' sources, and fixes the form of the process."""
+    """The places of a target's object code. Making one reads the kernels' sources.
 
-    def __init__(self) -> None:
-        key = _key()
-        self._folders = [] if key is None else [root / "kernels" / key for root in _roots()]
+    Args:
+        target: what the object code is for.
+        to: the only place, for all to read, as installed software has; by default what was shipped is read, and this user's caches
+            are read and written.
+    """
 
-    def read(self) -> Objects | None:
-        """What an earlier start has left; None where there is nothing, or it is damaged, or others could have written it."""
-        for folder in self._folders:
+    def __init__(self, target: Target, to: Path | None = None) -> None:
+        key = _key(target.form, target.level, target.features)
+        self._to = to
+        self._folders = [root / key for root in ([*_caches()] if to is None else [to])]
+        self._shipped = [shipped_folder() / key] if to is None else []
+
+    def find(self) -> tuple[Path, Objects] | None:
+        """The file and its objects; None where there is none, or it is damaged, or others could have written it."""
+        for folder in self._shipped + self._folders:
             with contextlib.suppress(OSError, ObjectCodeError):
                 file = folder / _FILE
                 if _is_trusted(folder) and _is_ours(file) and file.stat().st_size <= MAX_BYTES:
-                    return decode(file.read_bytes(), str(file))
+                    return file, decode(file.read_bytes(), str(file))
         return None
+
+    def read(self) -> Objects | None:
+        """The objects that `find` finds."""
+        found = self.find()
+        return None if found is None else found[1]
 
     def write(self, objects: Objects) -> None:
         """Leave them for the next start. Where nothing can be written nothing is kept, which costs a compilation at each start."""
@@ -83,19 +98,15 @@ class ObjectCodeCache:
             try:
                 with open(handle, "wb") as file:
                     file.write(encode(objects))
+                    os.fchmod(handle, 0o600 if self._to is None else 0o644)
                 os.replace(name, folder / _FILE)  # whoever reads meanwhile sees the old file or the new one, whole
             except OSError:
                 os.unlink(name)
                 raise
 
     def folder(self) -> Path | None:
-        """The folder, made if need be; None where none can be written to, or nobody knows what processor this is."""
-        for folder in self._folders:
-            with contextlib.suppress(OSError):
-                folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-                if _is_trusted(folder) and os.access(folder, os.W_OK):
-                    return folder
-        return None
+        """The folder to write to, made if need be; None where there is none."""
+        return _writable(self._folders, 0o700 if self._to is None else 0o755)
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
@@ -109,6 +120,30 @@ class ObjectCodeCache:
             yield
 
 
+def shipped_folder() -> Path:
+    """Where an installation, such as an image, may have object code for whoever runs it. A start only reads it."""
+    return Path(sys.prefix) / "share" / "dairllm" / "kernels"
+
+
+def numba_folder() -> Path | None:
+    """A folder for numba's own cache, where it compiles in this process and for this processor; None where nothing can be written to, or
+    nobody knows what processor this is."""
+    kind = processor.identity()
+    if kind is None:
+        return None
+    key = _key(forms.current(), kind)
+    return _writable([root / key for root in _caches()], 0o700)
+
+
+def _writable(folders: Iterable[Path], mode: int) -> Path | None:
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True, mode=mode)
+            if _is_trusted(folder) and os.access(folder, os.W_OK):
+                return folder
+    return None
+
+
 def _is_ours(path: Path) -> bool:
     """Of this user or the administrator, and nobody else may write it."""
     status = path.stat()
@@ -120,15 +155,12 @@ def _is_trusted(folder: Path) -> bool:
     return _is_ours(folder) and all(parent.stat().st_uid in (0, os.getuid()) for parent in (folder.parent, folder.parent.parent))
 
 
-def _key() -> str | None:
-    """The folder's name; None where the system does not say what processor it has."""
-    kind = processor.identity()
-    if kind is None:
-        return None
+def _key(*target: str) -> str:
+    """A folder's name."""
     digest = hashlib.sha256()
     for source in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(source.read_bytes())
-    for part in (_version("numba"), _version("llvmlite"), sys.implementation.cache_tag, kind, forms.current()):
+    for part in (_version("numba"), _version("llvmlite"), sys.implementation.cache_tag, *target):
         digest.update(f"\0{part}".encode())
     return digest.hexdigest()[:24]
 
@@ -140,9 +172,9 @@ def _version(package: str) -> str:
         return "unknown"
 
 
-def _roots() -> Iterator[Path]:
+def _caches() -> Iterator[Path]:
     """Where caches may lie, best first. A container may have no home, and nothing that can be written to at all."""
     with contextlib.suppress(RuntimeError):  # no home
-        yield Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dairllm"
+        yield Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dairllm" / "kernels"
     with contextlib.suppress(FileNotFoundError):  # no folder for temporary files
-        yield Path(tempfile.gettempdir()) / f"dairllm-{os.getuid()}"
+        yield Path(tempfile.gettempdir()) / f"dairllm-{os.getuid()}" / "kernels"

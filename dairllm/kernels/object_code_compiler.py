@@ -1,6 +1,7 @@
 """Compiling the kernels in a process of its own, which ends when it has: numba and LLVM would take 100 MB of this one for good.
 
-The other process is this module's `main`. It says nothing but a file of objects (object_code_cache.py), to its standard output.
+The other process is this module's `main`. It says nothing but a file of objects (object_code_cache.py), to its standard output. It runs
+none of what it compiles, so this processor need not be able to.
 """
 
 import contextlib
@@ -12,10 +13,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from dairllm import machine
 from dairllm.errors import EngineError
 from dairllm.kernels import forms
 from dairllm.kernels.object_code import ObjectCodeError
 from dairllm.kernels.object_code_cache import Objects, decode, encode
+from dairllm.kernels.targets import Target
+from dairllm.units import format_size
 
 __all__ = ["SIGNATURES", "compile_objects", "main"]
 
@@ -23,25 +27,39 @@ SIGNATURES = {"run_threads": "void(int64, int64, int64, int64)", "ring": "void(i
 """The functions of dairllm.kernels.interpreter by which Python enters the kernels."""
 
 _PROGRAM = "import sys; sys.path[:] = sys.argv[3:]; from dairllm.kernels.object_code_compiler import main; main(*sys.argv[1:3])"
+_LEAST_MEMORY = 210 << 20
+"""Of the other process, whose peak is 235 MiB: with 205 it still takes as long as with 400; with 200 it reads its libraries again and again
+and does not end within minutes."""
 _END_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 
 
-def compile_objects() -> Objects:
-    """The objects of this process's form; some ten seconds, and 250 MB of the other process.
+def compile_objects(target: Target) -> Objects:
+    """A target's objects; some ten seconds, and 235 MiB of the other process.
 
     Raises:
         ObjectCodeError: the compiler cannot be run, fails, or says something else.
-        EngineError: it was killed.
+        EngineError: there is not enough memory for it, or it was killed.
     """
-    command = [sys.executable, "-c", _PROGRAM, forms.current(), str(os.getpid()), *sys.path]
+    free = machine.free_memory_bytes()
+    if free < _LEAST_MEMORY:
+        raise EngineError(
+            f"compiling the kernels takes {format_size(_LEAST_MEMORY)} of memory, and {format_size(free)} are free here: raise the limit "
+            "for the first start, or run `dairllm kernels --compile` outside of it, or use an image that has them (docs/operating.md)"
+        )
+    command = [sys.executable, "-c", _PROGRAM, target.form, str(os.getpid()), *sys.path]
+    # what else there is for numba in the environment would make other code
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("NUMBA_")}
+    environment |= {"NUMBA_CPU_NAME": target.level, "NUMBA_CPU_FEATURES": target.features}
     try:
         # a session of its own: an interrupt at the terminal is for this process, with which it ends
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, start_new_session=True, check=False)  # noqa: S603
+        done = subprocess.run(  # noqa: S603
+            command, stdin=subprocess.DEVNULL, capture_output=True, start_new_session=True, env=environment, check=False
+        )
     except (OSError, ValueError) as error:
         raise ObjectCodeError(f"compiling the kernels: {sys.executable!r} cannot be run: {error}") from error
     if done.returncode < 0:
         name = signal.Signals(-done.returncode).name
-        hint = ", as where memory is short: it takes 300 MB, once on a machine" if name == "SIGKILL" else ""
+        hint = ", as where memory is short: it takes 235 MiB" if name == "SIGKILL" else ""
         raise EngineError(f"compiling the kernels was ended by {name}{hint}")
     if done.returncode:
         said = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
@@ -50,7 +68,7 @@ def compile_objects() -> Objects:
 
 
 def main(form: str, parent: str) -> None:
-    """Compile the kernels of a form and write their objects to standard output."""
+    """Compile the kernels of a form, for the target that the environment has, and write their objects to standard output."""
     ctypes.CDLL(None).prctl(_END_WITH_PARENT, signal.SIGKILL)
     if os.getppid() != int(parent):
         return  # it ended before

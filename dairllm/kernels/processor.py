@@ -7,7 +7,7 @@ from pathlib import Path
 
 __all__ = ["features", "identity"]
 
-_LLVM_NAMES = {"avx512_vnni": "avx512vnni", "avx_vnni": "avxvnni"}
+_LLVM_NAMES = {"avx512_vnni": "avx512vnni", "avx_vnni": "avxvnni", "sse4_1": "sse4.1", "sse4_2": "sse4.2"}
 """Flags of Linux that LLVM, and so everything here, calls otherwise."""
 
 _KIND = ("vendor_id", "cpu family", "model", "model name", "stepping", "flags")

@@ -11,17 +11,27 @@ import sys
 import time
 from pathlib import Path
 
-from dairllm.kernels import entry
-from dairllm.kernels.object_code_cache import Objects, decode
+from dairllm.kernels import entry, targets
+from dairllm.kernels.object_code_cache import ObjectCodeCache, Objects, decode
+from dairllm.kernels.object_code_compiler import compile_objects
+from dairllm.kernels.targets import Target
+
+
+def own_objects() -> Objects:
+    """The objects that this process takes, compiled if need be."""
+    entry.load_entry()
+    target = targets.current()
+    assert target is not None
+    return ObjectCodeCache(target).read() or compile_objects(target)  # where nothing can be kept
 
 
 def main(folder: Path, seconds: float | None) -> None:
     real, calls = entry.compile_objects, []
 
-    def counted() -> Objects:
+    def counted(target: Target) -> Objects:
         calls.append(1)
         if seconds is None:
-            return real()
+            return real(target)
         with (folder / "log").open("a") as log:
             log.write("compiled\n")
         time.sleep(seconds)

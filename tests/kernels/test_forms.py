@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from dairllm.errors import ConfigError
-from dairllm.kernels import forms
+from dairllm.kernels import forms, processor, targets
+from dairllm.kernels.object_code import MACHINES
+from dairllm.kernels.targets import TARGETS
 from tests.kernels import exact
 from tests.kernels.form_digests import digests
 
@@ -41,9 +43,17 @@ def differing(found, defined):
     return [case for case in defined if found[case] != defined[case]]
 
 
-@pytest.mark.parametrize("form", forms.available())
-def test_each_form_has_the_defined_bits(form, defined):
-    assert differing(digests_of(form), defined) == []
+RUNNING = [target for target in targets.of_this_machine() if target.needs <= processor.features()]
+
+
+@pytest.mark.parametrize("target", RUNNING or [None], ids=str)
+def test_each_form_has_the_defined_bits(target, defined):
+    """In each build of it that runs here; where numba compiles in the process there is but the portable form."""
+    if target is None:
+        assert differing(digests_of("portable"), defined) == []
+    else:
+        hidden = {"NUMBA_CPU_NAME": target.level, "NUMBA_CPU_FEATURES": target.features}
+        assert differing(digests_of(target.form, **hidden), defined) == []
 
 
 @pytest.mark.parametrize("form", ["avxvnni", "avx512vnni"])
@@ -69,21 +79,42 @@ print(*matmul_steps.matmul.inspect_asm().values())
 """
 
 
-@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="instructions of x86")
-@pytest.mark.parametrize(
-    ("form", "processor", "features", "instruction"),
-    [
-        ("avx512vnni", "sapphirerapids", "+avx512vnni,+avx512vl,+avx512bw,+avx512f,+avx2,+fma,+f16c", r"vpdpbusd.*%zmm"),
-        ("avxvnni", "alderlake", "+avxvnni,+avx2,+fma,+f16c", r"vpdpbusd.*%ymm"),
-        ("avx2", "haswell", "+avx2,+fma,+f16c", r"vpmaddubsw.*%ymm"),
-    ],
-)
-def test_forms_compile_to_their_instruction(form, processor, features, instruction, tmp_path):
+SCALAR = r"(?:andn|bextr|bls|bzhi|crc32|mulx|pdep|rorx|sarx|shlx|shrx|lzcnt|tzcnt|popcnt|movbe|cmpxchg16|lahf|sahf|xsave)[a-z]?\s"
+SSE4 = r"(?:pshufb|pmov[sz]x|palignr|pmaddubs|pextr[bdq]|pinsr[bdq]|pblend|blendv|ptest|round[ps]|pmulld|p(?:min|max)(?:s[bd]|u[wd]))"
+AVX512 = r"\S+\s.*%(?:zmm|k[0-7]|[xy]mm(?:1[6-9]|[23]\d))"
+VBMI_OR_DQ = r"v(?:permb|perm[it]2b|pmultishift|psh[lr]d|pcompress|pmullq|(?:insert|extract)[fi](?:32x8|64x2))"
+INSTRUCTIONS = {
+    ("avx512vnni", "x86-64-v3"): (r"vpdpbusd.*%zmm", rf"{SCALAR}|{VBMI_OR_DQ}"),
+    ("avxvnni", "x86-64-v3"): (r"{vex}\tvpdpbusd.*%ymm", rf"{SCALAR}|{AVX512}"),
+    ("avx2", "x86-64-v3"): (r"vpmaddubsw.*%ymm", rf"{SCALAR}|{AVX512}|vpdp"),
+    ("portable", "x86-64-v2"): (r"pmovsx.*%xmm", rf"{SCALAR}|v"),
+    ("portable", "x86-64"): (r"pmaddwd.*%xmm", rf"{SCALAR}|v|{SSE4}"),
+}
+"""What each target is there for; and what LLVM would use for later processors, but not for those that have no more than it needs."""
+
+
+@pytest.mark.skipif(platform.machine() not in MACHINES, reason="instructions of x86")
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+def test_targets_compile_to_their_instructions_and_no_others(target, tmp_path):
     """For a processor that this one need not be: compiled, not run."""
-    environment = os.environ | {"NUMBA_CPU_NAME": processor, "NUMBA_CPU_FEATURES": features, "XDG_CACHE_HOME": str(tmp_path)}
-    result = subprocess.run([sys.executable, "-c", COMPILE, form], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    environment = os.environ | {"NUMBA_CPU_NAME": target.level, "NUMBA_CPU_FEATURES": target.features, "XDG_CACHE_HOME": str(tmp_path)}
+    command = [sys.executable, "-c", COMPILE, target.form]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-2000:]
-    assert len(re.findall(instruction, result.stdout)) > 50
+    present, absent = INSTRUCTIONS[target.form, target.level]
+    assert len(re.findall(rf"^\t{present}", result.stdout, re.MULTILINE)) > 50
+    assert re.findall(rf"^\t(?:{absent}).*", result.stdout, re.MULTILINE) == []
+
+
+def test_a_process_takes_the_best_target_of_its_form(monkeypatch):
+    assert targets.current() in TARGETS or platform.machine() not in MACHINES
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    for target in TARGETS:
+        monkeypatch.setenv("NUMBA_CPU_FEATURES", target.features)
+        monkeypatch.setattr(forms, "_selected", None)
+        assert targets.current() == target
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    assert targets.current() is None
 
 
 def test_the_portable_form_runs_anywhere():

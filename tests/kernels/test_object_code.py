@@ -11,12 +11,11 @@ from pathlib import Path
 import pytest
 
 from dairllm.engine.memory import aligned
-from dairllm.kernels.entry import load_entry
-from dairllm.kernels.object_code import ObjectCode, ObjectCodeError
-from dairllm.kernels.object_code_cache import ObjectCodeCache, Objects
-from dairllm.kernels.object_code_compiler import compile_objects
+from dairllm.kernels.object_code import MACHINES, ObjectCode, ObjectCodeError
+from dairllm.kernels.object_code_cache import Objects
+from tests.kernels.start_kernels import own_objects
 
-pytestmark = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="objects of x86-64")
+pytestmark = pytest.mark.skipif(platform.machine() not in MACHINES, reason="objects of x86-64")
 
 SECTIONS_AT, N_SECTIONS, SECTION, RELOCATION = 40, 60, 64, 24
 TYPE, FLAGS, OFFSET, SIZE, LINK, ALIGN = 4, 8, 24, 32, 40, 48
@@ -26,8 +25,7 @@ RELA, SYMBOLS = 4, 2
 
 @pytest.fixture(scope="module")
 def objects() -> Objects:
-    load_entry()
-    return ObjectCodeCache().read() or compile_objects()  # where nothing can be kept
+    return own_objects()
 
 
 @pytest.fixture(scope="module")

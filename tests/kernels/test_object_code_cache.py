@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -11,22 +12,29 @@ from typing import Any
 
 import pytest
 
+from dairllm import machine
 from dairllm.errors import EngineError
-from dairllm.kernels.entry import load_entry
-from dairllm.kernels.object_code import ObjectCodeError
-from dairllm.kernels.object_code_cache import ObjectCodeCache, Objects, decode, encode
+from dairllm.kernels import targets
+from dairllm.kernels.object_code import MACHINES, ObjectCodeError
+from dairllm.kernels.object_code_cache import ObjectCodeCache, Objects, decode, encode, numba_folder, shipped_folder
 from dairllm.kernels.object_code_compiler import compile_objects
+from dairllm.kernels.targets import TARGETS
+from tests.kernels.start_kernels import own_objects
+
+of_x86 = pytest.mark.skipif(platform.machine() not in MACHINES, reason="objects of x86-64")
 
 ROOT = Path(__file__).parents[2]
 OBJECTS: Objects = {"run_threads": ("symbol of one", bytes(range(256))), "ring": ("symbol of the other", b"\n\n\0")}
 PATIENCE = 60
+TARGET = TARGETS[0]
 
 
 @pytest.fixture
 def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ObjectCodeCache:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path / "temporary"))
-    return ObjectCodeCache()
+    monkeypatch.setattr("sys.prefix", str(tmp_path / "installed"))
+    return ObjectCodeCache(TARGET)
 
 
 def kept_file(cache: ObjectCodeCache) -> Path:
@@ -38,7 +46,8 @@ def kept_file(cache: ObjectCodeCache) -> Path:
 def test_what_was_written_is_read(cache: ObjectCodeCache) -> None:
     assert cache.read() is None
     cache.write(OBJECTS)
-    assert cache.read() == ObjectCodeCache().read() == OBJECTS
+    assert cache.read() == ObjectCodeCache(TARGET).read() == OBJECTS
+    assert cache.find() == (kept_file(cache), OBJECTS)
     assert [path.name for path in kept_file(cache).parent.iterdir()] == ["kernels.o"]
     assert kept_file(cache).stat().st_mode & 0o777 == 0o600
 
@@ -81,35 +90,66 @@ def test_a_folder_that_can_only_be_read_is_read(cache: ObjectCodeCache, monkeypa
     assert cache.folder() != first, "what is new goes to the folder for temporary files"
 
 
+def test_what_was_shipped_comes_first_and_is_for_all_to_read(cache: ObjectCodeCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache.write({**OBJECTS, "ring": ("an older one", b"")})
+    shipped = ObjectCodeCache(TARGET, shipped_folder())
+    assert shipped.read() is None, "it looks nowhere else"
+    shipped.write(OBJECTS)
+    file = kept_file(shipped)
+    assert file.is_relative_to(sys.prefix)
+    assert (file.stat().st_mode & 0o777, file.parent.stat().st_mode & 0o777) == (0o644, 0o755)
+    assert cache.find() == (file, OBJECTS)
+    file.chmod(0o664)
+    assert cache.find() != (file, OBJECTS), "others could have written it"
+    file.chmod(0o644)
+    monkeypatch.setattr("os.getuid", lambda: 12345)
+    assert (cache.read() is not None) == (file.stat().st_uid == 0)
+
+
+def test_a_start_writes_nothing_to_what_was_shipped(cache: ObjectCodeCache) -> None:
+    ObjectCodeCache(TARGET, shipped_folder()).write(OBJECTS)
+    cache.write(OBJECTS)
+    assert not kept_file(cache).is_relative_to(sys.prefix)
+
+
 def test_where_nothing_can_be_written_nothing_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A container whose file systems are all read-only: kernels are compiled at each start."""
+    """A container whose file systems are all read-only: kernels that were not shipped are compiled at each start."""
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
     monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
-    assert ObjectCodeCache().folder() == next((tmp_path / f"dairllm-{os.getuid()}" / "kernels").iterdir())
+    monkeypatch.setattr("sys.prefix", str(tmp_path))
+    assert ObjectCodeCache(TARGET).folder() == next((tmp_path / f"dairllm-{os.getuid()}" / "kernels").iterdir())
 
     def none_usable() -> str:
         raise FileNotFoundError("No usable temporary directory found")
 
     monkeypatch.setattr("tempfile.gettempdir", none_usable)
-    nowhere = ObjectCodeCache()
+    nowhere = ObjectCodeCache(TARGET)
     assert nowhere.folder() is None
+    assert numba_folder() is None
     nowhere.write(OBJECTS)
     with nowhere.alone():
         assert nowhere.read() is None
 
 
 def test_the_folder_is_named_by_what_makes_the_code(cache: ObjectCodeCache, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = [cache.folder(), ObjectCodeCache().folder()]
-    assert found[0] == found[1]
+    assert len({ObjectCodeCache(target).folder() for target in TARGETS}) == len(TARGETS)
     monkeypatch.setattr("dairllm.kernels.processor.identity", lambda: "another")
-    found.append(ObjectCodeCache().folder())
+    assert ObjectCodeCache(TARGET).folder() == cache.folder(), "it runs on every processor that has what the target needs"
     monkeypatch.setattr("importlib.metadata.version", lambda name: f"{name} 99")
-    found.append(ObjectCodeCache().folder())
+    assert ObjectCodeCache(TARGET).folder() != cache.folder()
+
+
+def test_what_numba_compiles_in_the_process_is_for_this_processor(cache: ObjectCodeCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [cache.folder(), numba_folder()]
+    monkeypatch.setattr("dairllm.kernels.processor.identity", lambda: "another")
+    found.append(numba_folder())
     monkeypatch.setattr("dairllm.kernels.forms.current", lambda: "another form")
-    found.append(ObjectCodeCache().folder())
-    assert len(set(found)) == 4
+    found.append(numba_folder())
+    monkeypatch.setattr("importlib.metadata.version", lambda name: f"{name} 99")
+    found.append(numba_folder())
+    assert len(set(found)) == 5
     monkeypatch.setattr("dairllm.kernels.processor.identity", lambda: None)
-    assert ObjectCodeCache().folder() is None, "code for a processor that nobody knows must not be found by another"
+    assert numba_folder() is None, "code for a processor that nobody knows must not be found by another"
 
 
 # ------------------------------------------------------------------------------------------------------------------- processes
@@ -129,8 +169,7 @@ def said(process: "subprocess.Popen[str]") -> dict[str, Any]:
 @pytest.fixture
 def compiled(tmp_path: Path) -> Path:
     """A folder with real objects, for a compiler that takes no time."""
-    load_entry()
-    (tmp_path / "objects").write_bytes(encode(ObjectCodeCache().read() or compile_objects()))
+    (tmp_path / "objects").write_bytes(encode(own_objects()))
     return tmp_path
 
 
@@ -163,7 +202,7 @@ def test_a_damaged_file_is_compiled_anew(compiled: Path) -> None:
 
 def test_code_that_cannot_be_loaded_leaves_it_to_numba(compiled: Path) -> None:
     """Whole, but of another kind, as a later numba might make it: said, and no worse for it."""
-    objects = {name: (symbol, raw.replace(b"\0syscall\0", b"\0sysca11\0")) for name, (symbol, raw) in ObjectCodeCache().read().items()}  # type: ignore[union-attr]
+    objects = {name: (symbol, raw.replace(b"\0syscall\0", b"\0sysca11\0")) for name, (symbol, raw) in own_objects().items()}
     (compiled / "objects").write_bytes(encode(objects))
     found = said(start(compiled, 0))
     assert found == {
@@ -203,7 +242,7 @@ def running(pid: int) -> bool:
 @pytest.mark.parametrize(
     ("script", "error", "message"),
     [
-        ("kill -9 $$", EngineError, "was ended by SIGKILL, as where memory is short: it takes 300 MB"),
+        ("kill -9 $$", EngineError, "was ended by SIGKILL, as where memory is short: it takes 235 MiB"),
         ("kill -11 $$", EngineError, "was ended by SIGSEGV$"),
         ("echo one >&2; echo two >&2; exit 3", ObjectCodeError, "failed: two$"),
         ("exit 3", ObjectCodeError, "failed: exit code 3$"),
@@ -220,4 +259,29 @@ def test_a_compiler_that_fails_says_why(
         program.chmod(0o755)
     monkeypatch.setattr("sys.executable", str(program))
     with pytest.raises(error, match=message):
-        compile_objects()
+        compile_objects(TARGET)
+
+
+def test_a_compiler_that_would_not_end_is_not_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.executable", str(tmp_path / "no interpreter"))
+    monkeypatch.setattr(machine, "free_memory_bytes", lambda: 180 << 20)
+    with pytest.raises(EngineError, match=r"^compiling the kernels takes 210MiB of memory, and 180MiB are free here: raise the limit for "):
+        compile_objects(TARGET)
+    monkeypatch.setattr(machine, "free_memory_bytes", lambda: 210 << 20)
+    with pytest.raises(ObjectCodeError, match="cannot be run"):
+        compile_objects(TARGET)
+
+
+@of_x86
+def test_an_object_depends_on_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled again, elsewhere, where the environment would have numba do it otherwise: the same bytes. Nor does this processor matter,
+    as far as it can be shown on one: it is hidden."""
+    target = targets.current()
+    assert target is not None
+    before = own_objects()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("NUMBA_OPT", "0")
+    monkeypatch.setenv("NUMBA_CPU_NAME", "generic")
+    monkeypatch.setenv("NUMBA_CPU_FEATURES", "+sse2")
+    assert compile_objects(target) == before

@@ -6,7 +6,7 @@ from pathlib import Path
 import llvmlite.binding as llvm
 import pytest
 
-from dairllm.kernels import forms, processor
+from dairllm.kernels import processor, targets
 
 ONE = """\
 processor	: 0
@@ -46,6 +46,8 @@ def test_features_are_those_of_all_processors_by_llvms_names(cpuinfo: Path) -> N
     assert processor.features(cpuinfo) == {"fpu", "sse2", "fma", "avx2", "avxvnni"}
     cpuinfo.write_text(ONE.replace("avx_vnni", "avx512_vnni"))
     assert "avx512vnni" in processor.features(cpuinfo)
+    cpuinfo.write_text(ONE.replace("sse2", "sse4_1 sse4_2"))
+    assert {"sse4.1", "sse4.2"} < processor.features(cpuinfo)
     cpuinfo.write_text(ARM)
     assert processor.features(cpuinfo) == {"fp", "asimd", "asimddp"}
     assert processor.features(cpuinfo.parent / "none") == frozenset()
@@ -54,7 +56,7 @@ def test_features_are_those_of_all_processors_by_llvms_names(cpuinfo: Path) -> N
 def test_the_compiler_knows_what_a_form_needs_by_the_same_names() -> None:
     """A form is chosen by the system's word, and compiled by LLVM's."""
     present = {name for name, has in llvm.get_host_cpu_features().items() if has}
-    needed = set().union(*forms._NEEDS.values())
+    needed = set().union(*(target.needs for target in targets.TARGETS))
     if needed & set(llvm.get_host_cpu_features()):  # an x86
         assert needed & processor.features() == needed & present
 
