@@ -99,10 +99,9 @@ async def _measure(task: NodeTask) -> dict[str, Any]:
             if plan.room_blocks is not None:
                 paging = PagingSettings(plan.room_blocks, task.policy, task.way, task.readers, plan.needs.block_bytes)
             network, node = _graph(model, model.spec.seq_len, rows)
-            paged = None if paging is None else (model, paging)
-            if paged:
+            if paging is not None:
                 forget(model.path)
-            own = await open_program(network, node, FileWeights(model), compute, n_threads=task.threads, paged=paged)
+            own = await open_program(network, node, FileWeights(model), compute, n_threads=task.threads, model=model, paging=paging)
             try:
                 return await _rounds(task, model, plan, own) | {"kernels": executor.form, "plan_limit": plan.limit}
             finally:

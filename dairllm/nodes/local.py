@@ -74,9 +74,9 @@ class LocalNode:
             GraphError: something of the model cannot be computed.
         """
         network, (node,) = self._graph
-        paged = None if self._paging is None else (self._model, self._paging)
+        weights, kv_cache = FileWeights(self._model), self._kv_cache
         self._own = own = await open_program(
-            network, node, FileWeights(self._model), self._compute, n_threads=self.n_threads, kv_cache=self._kv_cache, paged=paged
+            network, node, weights, self._compute, n_threads=self.n_threads, kv_cache=kv_cache, model=self._model, paging=self._paging
         )
         self._tokens, self._logits = (own.program.values(pipe) for pipe in (TOKEN_PIPE, LOGITS_PIPE))
 

@@ -11,6 +11,7 @@ from dairllm.formats.model_file import ModelFile
 from dairllm.graph.types import FloatType, NetworkConfig, NodeConfig
 from dairllm.net.compute import Compute
 from dairllm.net.runner import in_thread
+from dairllm.nodes.in_place import InPlaceCompute
 from dairllm.nodes.prefetch import PagedCompute, open_paged
 
 __all__ = ["NodeProgram", "open_program"]
@@ -26,7 +27,7 @@ class NodeProgram:
     """
 
     program: Program
-    compute: Compute[Program] | PagedCompute
+    compute: InPlaceCompute | PagedCompute
 
     @property
     def paging(self) -> PagingMeters | None:
@@ -47,6 +48,8 @@ class NodeProgram:
         """Nothing is being computed."""
         if isinstance(self.compute, PagedCompute):
             await self.compute.close()
+        else:
+            self.compute.close()
 
 
 async def open_program(
@@ -57,7 +60,8 @@ async def open_program(
     *,
     n_threads: int,
     kv_cache: FloatType = FloatType.F32,
-    paged: tuple[ModelFile, PagingSettings] | None = None,
+    model: ModelFile | None = None,
+    paging: PagingSettings | None = None,
 ) -> NodeProgram:
     """Compile, off the loop.
 
@@ -65,16 +69,17 @@ async def open_program(
         weights: where they are: in memory, or in the model's file.
         compute: open; stays the caller's.
         kv_cache: F32, F16 or Q80.
-        paged: the file that `weights` lie in, and the room for part of them; None where all of them are in place.
+        model: the file that `weights` lie in; None where they are in memory.
+        paging: the room for part of them; None where all of them are in place.
 
     Raises:
         GraphError: something of the graph cannot be computed.
         EngineError: the file is another one by now, or cannot be read.
         LimitError: there is less room than the least that works.
     """
-    if paged is None:
+    if model is None or paging is None:
         program = await in_thread("compile", lambda: compile_program(network, node, weights, n_threads=n_threads, kv_cache=kv_cache))
-        return NodeProgram(program, compute)
-    model, settings = paged
-    pager = await open_paged(network, node, weights, model, settings, compute, n_threads=n_threads, kv_cache=kv_cache)
+        files = [file for file in dict.fromkeys((model, weights.matmul_file)) if file is not None]
+        return NodeProgram(program, InPlaceCompute(compute, program.n_segments, files))
+    pager = await open_paged(network, node, weights, model, paging, compute, n_threads=n_threads, kv_cache=kv_cache)
     return NodeProgram(pager.program, pager)

@@ -161,9 +161,9 @@ class Cluster:
         """
         self._identity = await in_thread("digests", lambda: self._identify(progress))
         weights = await in_thread("weights", self._locate)
-        paged = None if self._paging is None else (self._model, self._paging)
+        n_threads, kv_cache, model = self._n_threads, self._kv_cache, self._model
         self._own = own = await open_program(
-            self._network, self._node, weights, self._compute, n_threads=self._n_threads, kv_cache=self._kv_cache, paged=paged
+            self._network, self._node, weights, self._compute, n_threads=n_threads, kv_cache=kv_cache, model=model, paging=self._paging
         )
         try:
             await self._dial()

@@ -142,10 +142,10 @@ class TensorSession:
         return weights, paging
 
     async def _open(self, received: NodeReceived, weights: WireWeights | LocatedWeights, paging: PagingSettings | None) -> NodeProgram:
-        paged = None if paging is None or self._own is None else (self._own.file, paging)
-        n_threads = self._settings.worker.n_threads
+        model = None if self._own is None or isinstance(weights, WireWeights) else self._own.file
+        n_threads, kv_cache = self._settings.worker.n_threads, self._kv_cache
         return await open_program(
-            received.network, received.node, weights, self._compute, n_threads=n_threads, kv_cache=self._kv_cache, paged=paged
+            received.network, received.node, weights, self._compute, n_threads=n_threads, kv_cache=kv_cache, model=model, paging=paging
         )
 
     @property

@@ -3,6 +3,8 @@
 import json
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -190,3 +192,38 @@ def test_a_port_that_is_taken_is_one_line_and_code_1(model: Path, start: Start) 
         server = start("--model", model, "--port", port)
         assert server.process.wait(60) == 1
     assert server.text() == f"dairllm: error: cannot listen on 127.0.0.1 port {port}: Address already in use\n"
+
+
+@pytest.mark.parametrize("limit", ["80%", "paged"])
+@pytest.mark.parametrize("damage", ["cut", "written to"])
+def test_a_model_that_is_damaged_while_it_is_served_fails_requests_and_not_the_server(
+    limit: str, damage: str, tmp_path: Path, start: Start
+) -> None:
+    path = write_model(tmp_path)
+    write_random_model(path, small_spec(dim=512, n_heads=8, n_kv_heads=8, hidden_dim=8192, n_layers=6, vocab_size=320))
+    if limit == "paged":
+        planned = subprocess.run([sys.executable, "-m", "dairllm", "plan", path, "--json"], capture_output=True, check=True)
+        (node,) = json.loads(planned.stdout)["nodes"]
+        limit = f"{node['smallest_limit_bytes'] + (6 << 20)}B"
+    server = start("--model", path, "--memory-limit", limit, "--max-seq-len", 256)
+    server.wait_for("ready")
+    plan = server.wait_for("memory plan")
+    assert (plan["in_memory"] == plan["weights"]) == (limit == "80%")
+    client = server.client()
+    before = client.completions.create(model="small", prompt="one", max_tokens=3).choices[0].text
+    assert before
+    size = path.stat().st_size
+    with path.open("r+b") as file:
+        if damage == "cut":
+            file.truncate(size - 5_000_000)
+        else:
+            file.seek(size // 2)
+            file.write(b"changed")
+    told = f"has {size - 5_000_000} now" if damage == "cut" else "has been written to since it was opened"
+    with pytest.raises(openai.InternalServerError, match=told):
+        client.completions.create(model="small", prompt="two", max_tokens=3)
+    unready = httpx.get(f"{server.url}/readyz")
+    assert unready.status_code == 503
+    assert told in unready.json()["reason"]
+    assert httpx.get(f"{server.url}/healthz").status_code == 200
+    assert server.stop()[0] == 0
