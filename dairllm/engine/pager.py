@@ -56,17 +56,12 @@ class Pager:
 
     def experts_fit(self, step: int, experts: Iterable[int]) -> bool:
         """Whether experts of a step can be in memory together."""
-        return self._fit(self.needed(step, experts))
-
-    def _fit(self, blocks: Iterable[Block]) -> bool:
-        return sum(block not in self.blocks.kept for block in blocks) <= self._ring
+        return sum(block not in self.blocks.kept for block in self.needed(step, experts)) <= self._ring
 
     def demand(self, step: int, experts: Iterable[int]) -> None:
-        """Ask for experts of a step, and, where there is room, of those that follow it in the same segment, ahead of all else."""
-        wanted = [block for expert in sorted(experts) for block in self._expert_blocks(step, expert)]
-        if not self._fit(wanted):
-            wanted = list(self.needed(step, experts))
-        missing = [block for block in dict.fromkeys(wanted) if not self.blocks.asked(block)]
+        """Ask for experts of a step, ahead of all else."""
+        wanted = self.needed(step, experts)
+        missing = [block for block in wanted if not self.blocks.asked(block)]
         if missing:
             self.blocks.ask(missing, set(wanted), urgent=True)
 
@@ -76,12 +71,6 @@ class Pager:
         if not found.experts:
             return found.blocks
         return tuple(dict.fromkeys(block for expert in sorted(experts) for block in found.experts[expert]))
-
-    def experts_end(self, step: int) -> int:
-        """The end of the steps of experts that begin with `step`."""
-        while step < len(self.steps) and self.steps[step].experts:
-            step += 1
-        return step
 
     def extent(self, step: int, stop: int) -> int:
         """The end of those steps from `step` on that can be computed with it in one call: what they need is in memory already, and they do
@@ -124,6 +113,3 @@ class Pager:
             if len(passing) > length:
                 return
             yield block
-
-    def _expert_blocks(self, step: int, expert: int) -> list[Block]:
-        return sorted({block for number in range(step, self.experts_end(step)) for block in self.steps[number].experts[expert]})

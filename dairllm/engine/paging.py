@@ -131,10 +131,11 @@ def weights_needs(network: NetworkConfig, node: NodeConfig, weights: Weights, *,
             members = [pieces[place] for place in group]
             steps += 1
             total.update(blocks_of(_spans(members), size))
-            if not members[0].experts:
+            if members[0].experts:
+                experts = zip(*(piece.spans for piece in members), strict=True)  # of each, all its matrices
+                expert_room = max([expert_room, *(_active(node) * len(blocks_of(spans, size)) for spans in experts)])
+            else:
                 widest = max(widest, len(blocks_of(_spans(members), size)))
-        experts = zip(*(piece.spans for piece in pieces if piece.experts), strict=True)  # of each, all its matrices
-        expert_room = max([expert_room, *(_active(node) * len(blocks_of(spans, size)) for spans in experts)])
     least = max(widest, expert_room) + 1
     best = max(RING_BYTES // size, 2 * widest, least)
     count = len(total)

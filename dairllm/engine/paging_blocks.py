@@ -20,12 +20,14 @@ class Blocks:
     """At most `ring` blocks pass through; those of `kept` come once and stay.
 
     A block that is to make room is only named: whichever reader needs room first gives it up, before it reads. Until then it can be called
-    back. So there are never more blocks in memory than there is room for.
+    back. So there are never more blocks in memory than there is room for. Neighbours that were used together, as those of an expert, go
+    together: a part of them would be of no use, and they leave room that lies together.
     """
 
     def __init__(self, window: Window, kept: frozenset[Block], ring: int, readers: int) -> None:
         self.kept, self.meters = kept, PagingMeters()
         self._window, self._ring = window, ring
+        self._longest = max(1, _READ_BYTES // window.block_bytes)
         self._lock = threading.Condition()
         self._kept_asked: set[Block] = set()
         self._passing: dict[Block, None] = {}
@@ -34,6 +36,8 @@ class Blocks:
         """Still in memory."""
         self._leaving: set[Block] = set()
         """Being given up at this moment."""
+        self._beyond = 0
+        """How many of those are more than whoever gives them up needs room for: they still are in `_occupied`."""
         self._occupied = 0
         """Places of the ring that hold something or are being filled."""
         self._ready: set[Block] = set()
@@ -63,19 +67,20 @@ class Blocks:
         with self._lock:
             for block in [block for block in self._failed if block not in protected]:
                 self._forget(block)
-            may_go = iter([block for block in self._passing if block not in protected and block in self._ready])
+            victims = iter(self._victims(sum(block not in self.kept for block in missing), protected))
             for block in missing:
                 if block in self.kept:
                     self._kept_asked.add(block)
                     reading.append(block)
                     continue
                 if len(self._passing) >= self._ring:
-                    victim = next(may_go, None)
+                    victim = next(victims, None)
                     if victim is None:
                         break
-                    del self._passing[victim]
-                    self._ready.discard(victim)
-                    self._to_go[victim] = None
+                    for leaving in victim:
+                        del self._passing[leaving]
+                        self._ready.discard(leaving)
+                        self._to_go[leaving] = None
                 self._passing[block] = None
                 if block in self._to_go:  # called back
                     del self._to_go[block]
@@ -88,8 +93,7 @@ class Blocks:
         if notify is not None:
             notify()
         if reading:
-            longest = max(1, _READ_BYTES // self._window.block_bytes)
-            self._readers.submit([partial(self._read, first, count) for first, count in runs(reading, longest)], urgent=urgent)
+            self._readers.submit([partial(self._read, first, count) for first, count in runs(reading, self._longest)], urgent=urgent)
 
     def missing(self, blocks: Iterable[Block], notify: Callable[[], None]) -> int:
         """How many of the blocks have still to come.
@@ -140,6 +144,22 @@ class Blocks:
         """End the reader threads."""
         self._readers.close()
 
+    def _victims(self, places: int, protected: frozenset[Block] | set[Block]) -> list[range]:
+        """What is to make room for so many blocks more, as runs of neighbours; what cannot be had is missing."""
+        lacking = len(self._passing) + places - self._ring
+        found: list[range] = []
+        for block in self._passing if lacking > 0 else ():
+            if block in protected or block not in self._ready:
+                continue
+            if found and block == found[-1].stop and len(found[-1]) < self._longest:
+                found[-1] = range(found[-1].start, block + 1)
+            elif lacking <= 0:
+                break
+            else:
+                found.append(range(block, block + 1))
+            lacking -= 1
+        return found
+
     def _forget(self, block: Block) -> None:
         """A block that failed may be asked for again."""
         self._passing.pop(block, None)
@@ -150,18 +170,24 @@ class Blocks:
     def _read(self, first: Block, count: int) -> None:
         blocks = range(first, first + count)
         places = sum(block not in self.kept for block in blocks)
-        leaving: list[Block] = []
         with self._lock:
-            while self._occupied + places > self._ring and self._to_go:
-                victim = next(iter(self._to_go))
-                del self._to_go[victim]
-                self._leaving.add(victim)
-                leaving.append(victim)
-                self._occupied -= 1
+            leaving: list[Block] = []
             self._occupied += places
+            while True:
+                while self._occupied > self._ring and self._to_go and len(leaving) < places:
+                    leaving.append(self._leave(next(iter(self._to_go))))
+                    self._occupied -= 1
+                if self._occupied <= self._ring or len(leaving) == places or not self._beyond:
+                    break
+                self._lock.wait()  # for what another reader is giving up
+            needed = len(leaving)
+            while leaving and self._longest > 1 and leaving[-1] + 1 == next(iter(self._to_go), None):
+                leaving.append(self._leave(leaving[-1] + 1))
+            beyond = len(leaving) - needed
+            self._beyond += beyond
         nbytes, error = 0, None
         try:
-            self._release(leaving)
+            self._release(leaving, beyond)
             with self._lock:
                 while not self._leaving.isdisjoint(blocks):  # another reader is giving it up: not after it has come again
                     self._lock.wait()
@@ -172,7 +198,12 @@ class Blocks:
             error = EngineError(f"{self._window.path}: reading failed: {caught!r}")
         self._came(blocks, places, nbytes, error)
 
-    def _release(self, leaving: Sequence[Block]) -> None:
+    def _leave(self, block: Block) -> Block:
+        del self._to_go[block]
+        self._leaving.add(block)
+        return block
+
+    def _release(self, leaving: Sequence[Block], beyond: int) -> None:
         try:
             for start, length in runs(leaving, len(leaving)):
                 self._window.release(start, length)
@@ -180,6 +211,8 @@ class Blocks:
             if leaving:
                 with self._lock:
                     self._leaving.difference_update(leaving)
+                    self._occupied -= beyond
+                    self._beyond -= beyond
                     self._lock.notify_all()
 
     def _came(self, blocks: range, places: int, nbytes: int, error: EngineError | None) -> None:

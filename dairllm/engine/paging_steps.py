@@ -24,8 +24,8 @@ class Step:
 
     Attributes:
         blocks: what they read, in order of first use.
-        experts: for each expert, the blocks that it takes; empty where there are no experts.
-        expert_record: the record that knows who is routed to which.
+        experts: for each expert, the blocks that all its matrices take, in order of the file; empty where there are no experts.
+        expert_record: a record that knows who is routed to which.
     """
 
     first: int
@@ -45,20 +45,21 @@ def blocks_of(spans: Iterable[Span], block_bytes: int) -> tuple[Block, ...]:
 
 
 def group_pieces(pieces: Sequence[Piece], block_bytes: int) -> list[list[int]]:
-    """Which pieces of a segment, by their places, make one step: neighbours, while they read few blocks; experts by themselves."""
+    """Which pieces of a segment, by their places, make one step: neighbours, while they read few blocks; experts, all their matrices.
+
+    An expert's matrices lie together in the file: they are one read.
+    """
     limit = STEP_BYTES // block_bytes + 1
     groups: list[list[int]] = []
     held: set[Block] = set()
-    alone = True
     for place, piece in enumerate(pieces):
         blocks = set() if piece.experts else set(blocks_of(piece.spans, block_bytes))
-        if groups and not alone and not piece.experts and len(held | blocks) <= limit:
+        if groups and piece.experts == pieces[place - 1].experts and len(held | blocks) <= limit:
             groups[-1].append(place)
             held |= blocks
         else:
             groups.append([place])
             held = blocks
-        alone = piece.experts
     return groups
 
 
@@ -77,8 +78,9 @@ def program_steps(program: Program, block_bytes: int) -> tuple[tuple[Step, ...],
         for group, begin, end in zip(groups or [[]], cuts, cuts[1:], strict=False):
             members = [pieces[place] for place in group]
             if members and members[0].experts:
-                (chosen,) = members
-                steps.append(Step(begin, end, (), tuple(blocks_of([span], block_bytes) for span in chosen.spans), own[group[0]][0]))
+                spans = zip(*(piece.spans for piece in members), strict=True)
+                experts = tuple(tuple(sorted(blocks_of(matrices, block_bytes))) for matrices in spans)
+                steps.append(Step(begin, end, (), experts, own[group[0]][0]))
             else:
                 steps.append(Step(begin, end, blocks_of((span for piece in members for span in piece.spans), block_bytes)))
         starts.append(len(steps))

@@ -31,6 +31,7 @@ from dairllm.errors import EngineError
 from dairllm.formats.model_file import ModelFile
 from dairllm.graph.build import TOKEN_PIPE
 from dairllm.graph.types import FloatType, NetworkConfig, NodeConfig
+from dairllm.kernels.panels import TILE_COLUMNS
 from dairllm.net.compute import Compute
 from dairllm.net.runner import in_thread
 
@@ -145,9 +146,8 @@ class PagedCompute:
             if step in self._embedding_steps:
                 await self._embed(first_row, rows)
             if self._pager.steps[step].experts:
-                following = self._pager.experts_end(step)
-                await self._run_experts(step, min(following, end), position, rows, first_row)
-                step = following
+                await self._run_experts(step, position, rows, first_row)
+                step += 1
                 continue
             needed = self._pager.needed(step)
             await self._there(needed, partial(self._pager.look_ahead, step))
@@ -191,24 +191,20 @@ class PagedCompute:
             if self._trial.over:
                 log.info("paging: what is fastest", threads=self.effort.threads, readers=self.effort.readers)
 
-    async def _run_experts(self, first: int, stop: int, position: int, rows: int, first_row: int) -> None:
-        """Steps of experts: all rows together where there is room for all experts that they go through, else row by row."""
-        record = self._pager.steps[first].expert_record
-        chosen = self.program.experts(record, rows, first_row)
-        if all(self._pager.experts_fit(step, chosen) for step in range(first, stop)):
-            await self._run_chosen(first, stop, chosen, position, rows, first_row)
+    async def _run_experts(self, step: int, position: int, rows: int, first_row: int) -> None:
+        """A step of experts: all rows together where there is room for all experts that they go through, else in parts."""
+        chosen = self.program.experts(self._pager.steps[step].expert_record, rows, first_row)
+        if not self._pager.experts_fit(step, chosen):
+            part = TILE_COLUMNS * (-(-(rows - first_row) // (2 * TILE_COLUMNS))) if rows - first_row > TILE_COLUMNS else 1
+            for begin in range(first_row, rows, part):
+                await self._run_experts(step, position, min(begin + part, rows), begin)
             return
-        for row in range(first_row, rows):
-            await self._run_chosen(first, stop, self.program.experts(record, row + 1, row), position, row + 1, row)
-
-    async def _run_chosen(self, first: int, stop: int, chosen: set[int], position: int, rows: int, first_row: int) -> None:
-        for step in range(first, stop):
-            ask = partial(self._pager.demand, step, chosen)
-            ask()
-            needed = self._pager.needed(step, chosen)
-            await self._there(needed, ask)
-            await self._compute.run(self._stepwise, step, step + 1, position, rows, first_row)
-            self._pager.blocks.used(needed)
+        ask = partial(self._pager.demand, step, chosen)
+        ask()
+        needed = self._pager.needed(step, chosen)
+        await self._there(needed, ask)
+        await self._compute.run(self._stepwise, step, step + 1, position, rows, first_row)
+        self._pager.blocks.used(needed)
 
     async def _there(self, needed: Sequence[Block], ask: Callable[[], None]) -> None:
         """Wait until blocks are in memory. `ask` is called again as room becomes free."""
