@@ -4,6 +4,8 @@ Exit codes: 0 done; 1 it failed, and one line on stderr says why; 2 wrong usage 
 SIGTERM; 141 whoever read stdout has gone away (no message: they know).
 """
 
+import contextlib
+import faulthandler
 import os
 import signal
 import sys
@@ -80,6 +82,8 @@ def _options(
 def main() -> None:
     """Run the command line and end the process with the code that says how it went."""
     signal.signal(signal.SIGTERM, _terminated)
+    with contextlib.suppress(AttributeError, OSError, ValueError):  # no stderr, or none of the system's
+        faulthandler.enable()  # a mapped file that cannot be read any more ends the process (SIGBUS): not without a word
     app(prog_name="dairllm")
 
 

@@ -14,6 +14,7 @@ does not: it fails. What is left is the moment between asking and computing, a f
 """
 
 import contextlib
+import errno
 import os
 from pathlib import Path
 from typing import ClassVar
@@ -131,7 +132,12 @@ class MappedWindow(Window):
     def _load(self, offset: int, nbytes: int) -> None:
         if not self._huge:  # else page after page would be read by itself
             os.posix_fadvise(self._fd, offset, nbytes, os.POSIX_FADV_WILLNEED)
-        system.advise(self.address + offset, nbytes, "populate_read")
+        try:
+            system.advise(self.address + offset, nbytes, "populate_read")
+        except OSError as error:
+            if error.errno != errno.EFAULT:
+                raise
+            raise OSError(errno.EIO, os.strerror(errno.EIO)) from error  # "bad address" is what a fault says of a disk that fails
 
     def _release(self, offset: int, nbytes: int) -> None:
         super()._release(offset, nbytes)
