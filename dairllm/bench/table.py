@@ -11,7 +11,8 @@ __all__ = ["heading", "lines", "svg"]
 
 _WIDTH, _ROW, _LABEL, _BAR = 900, 26, 300, 420
 _OURS, _LIMIT, _TEXT = "#2a6fb0", "#c8c8c8", "#303030"
-_PEERS = ("#d08a2e", "#7a7a7a", "#5a9a5a", "#9a5a9a")
+_PEERS = {"distributed-llama": "#d08a2e", "llama.cpp": "#7a7a7a"}
+_OTHER = "#5a9a5a"
 
 
 def heading(conditions: dict[str, Any]) -> str:
@@ -35,8 +36,8 @@ def lines(found: Iterable[Measured]) -> list[str]:
 
 
 def svg(found: Sequence[Measured], conditions: dict[str, Any]) -> str:
-    """Bars of speed for everything that has a peer or a limit, each group to its own scale; longer is faster."""
-    groups = [each for each in found if each.peers or each.bound]
+    """Bars of speed for whatever was measured against others, or else against a limit; each group to its own scale, longer is faster."""
+    groups = [each for each in found if each.peers] or [each for each in found if each.bound]
     parts: list[str] = []
     y = 44
     for each in groups:
@@ -51,7 +52,7 @@ def svg(found: Sequence[Measured], conditions: dict[str, Any]) -> str:
             parts.append(_text(_LABEL - 90 + length + 8, y + 13, label))
             y += _ROW - 4
         y += 12
-    head = _text(12, 20, heading(conditions))
+    head = _text(12, 20, f"{heading(conditions)}; longer is faster")
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{y + 8}" viewBox="0 0 {_WIDTH} {y + 8}" '
         f'font-family="sans-serif" font-size="13">\n<rect width="100%" height="100%" fill="#ffffff"/>\n'
@@ -67,13 +68,13 @@ def _bars(each: Measured) -> list[tuple[str, float, str, str]]:
         return value if each.more_is_better else 1.0 / value
 
     bars = [("dairllm", rate(each.median), _OURS, f"{_short(each.median)} {each.unit}")]
-    for colour, (name, ratio) in zip(_PEERS, each.ratios().items(), strict=False):
+    for name, ratio in each.ratios().items():
         value = statistics.median(each.peers[name])
         bars.append(
             (
                 name,
                 rate(value),
-                colour,
+                _PEERS.get(name, _OTHER),
                 f"{_short(value)} {each.unit}; dairllm is {ratio.median:.2f} x ({ratio.least:.2f} .. {ratio.most:.2f})",
             )
         )
