@@ -88,6 +88,9 @@ class TensorSession:
             await self._refuse(str(error) or "out of memory")
             raise
         try:
+            if (way := own.way) is not None:
+                rate = format_size(way.bytes_per_second) if way.rates else "as asked"
+                log.info("paging", way=way.way, readers=way.readers, read_a_second=rate, threads=self._settings.worker.n_threads)
             self._acknowledge()
             await self._load(received, weights)
             await self._meet(received)

@@ -11,6 +11,8 @@ from typing import Any, ClassVar
 
 import openai
 
+from dairllm import machine
+
 __all__ = ["NodeProcess", "ServeProcess", "WorkerProcess"]
 
 START_SECONDS = 180  # kernels may have to be compiled first
@@ -55,6 +57,10 @@ class NodeProcess:
 
     def resident_bytes(self) -> int:
         return int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]) * PAGE_BYTES
+
+    def peak_bytes(self) -> int:
+        """The most that it has held."""
+        return machine.peak_rss_bytes(self.process.pid)
 
     def stop(self, signum: signal.Signals = signal.SIGTERM) -> tuple[int, float]:
         """Exit code, and seconds that it took."""
