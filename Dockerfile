@@ -1,8 +1,8 @@
 # dairllm in a container: a worker, or a root that serves. One image for both; what it does is the command's word.
 #
 #   docker build -t dairllm .
-#   docker run --read-only --tmpfs /tmp -v dairllm-cache:/var/cache/dairllm -p 9990:9990 dairllm worker
-#   docker run --read-only --tmpfs /tmp -v dairllm-cache:/var/cache/dairllm -v /srv/models:/models:ro -p 127.0.0.1:8000:8000 \
+#   docker run --read-only --tmpfs /tmp -p 9990:9990 dairllm worker
+#   docker run --read-only --tmpfs /tmp -v /srv/models:/models:ro -p 127.0.0.1:8000:8000 \
 #       -e DAIRLLM_SERVER__HOST=0.0.0.0 dairllm serve --model /models/some-model.m
 #
 # docker-compose.yml starts a root and two workers.
@@ -20,7 +20,9 @@ COPY pyproject.toml README.md ./
 COPY dairllm/__init__.py dairllm/__init__.py
 RUN pip --python /opt/dairllm/bin/python install .
 COPY dairllm dairllm
-RUN pip --python /opt/dairllm/bin/python install --no-deps --force-reinstall .
+# The kernels of every kind of x86 processor, a minute: a start compiles nothing, which would take 235 MiB of its memory. None for ARM.
+RUN pip --python /opt/dairllm/bin/python install --no-deps --force-reinstall . \
+ && /opt/dairllm/bin/dairllm kernels --compile --form all --to /opt/dairllm/share/dairllm/kernels
 
 FROM python:${PYTHON}
 LABEL org.opencontainers.image.title="dairllm" \
@@ -30,13 +32,13 @@ RUN groupadd --gid 10001 dairllm \
  && useradd --uid 10001 --gid dairllm --no-create-home --home-dir /nonexistent --shell /usr/sbin/nologin dairllm \
  && install --directory --owner=dairllm --group=dairllm --mode=0700 /var/cache/dairllm
 COPY --from=build /opt/dairllm /opt/dairllm
-# Compiled kernels are kept in /var/cache/dairllm. With a volume there they are compiled once; with a read-only root file system and no
-# volume, at each start.
+# On ARM kernels are compiled at the start and kept in /var/cache/dairllm. With a volume there they are compiled once; with a read-only root
+# file system and no volume, at each start.
 ENV PATH=/opt/dairllm/bin:$PATH XDG_CACHE_HOME=/var/cache
 USER 10001:10001
 # Roots and other workers; health and metrics of a worker; requests, health and metrics of a root.
 EXPOSE 9990 10990 8000
-# Asks the worker's health port, and the server's where there is no worker. Kernels may have to be compiled first.
+# Asks the worker's health port, and the server's where there is no worker. A root waits for its workers, and kernels on ARM are compiled.
 HEALTHCHECK --interval=30s --timeout=5s --start-period=3m --retries=3 CMD ["dairllm", "health"]
 STOPSIGNAL SIGTERM
 ENTRYPOINT ["dairllm"]

@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from dairllm.config import RootSettings, WorkerAddress, WorkerSettings, load_set
 from dairllm.graph.model import Architecture, ModelSpec
 from dairllm.graph.slicing import deal_shares, parse_shares
 from dairllm.graph.types import FloatType
+from dairllm.kernels.object_code_cache import shipped_folder
 from dairllm.units import parse_duration
 
 ROOT = Path(__file__).parent.parent
@@ -195,7 +197,15 @@ def test_the_image_runs_without_a_shell_and_without_root() -> None:
     assert not any(word in (ROOT / "Dockerfile").read_text() for word in ("apt-get", "curl ", "ADD "))
 
 
-def test_compiled_kernels_have_a_place_of_their_own() -> None:
+def test_the_image_has_kernels_where_a_start_looks_for_them() -> None:
+    (made,) = [line for name, rest in instructions() if name == "RUN" for line in rest.split(" && ") if "kernels" in line]
+    program, *words = shlex.split(made)
+    installed = Path(program).parent.parent
+    assert words == ["kernels", "--compile", "--form", "all", "--to", str(installed / shipped_folder().relative_to(sys.prefix))]
+    assert f"--from=build {installed} {installed}" in [rest for name, rest in instructions() if name == "COPY"]
+
+
+def test_kernels_compiled_at_a_start_have_a_place_of_their_own() -> None:
     environment = dict(word.split("=", 1) for word in instruction("ENV").split())
     cache = f"{environment['XDG_CACHE_HOME']}/dairllm"
     assert any("install" in rest and rest.endswith(cache) for name, rest in instructions() if name == "RUN")

@@ -32,6 +32,13 @@ def test_a_bar_without_a_terminal_is_such_a_line(capsys: pytest.CaptureFixture[s
     assert capsys.readouterr() == ("", "converting ...\n")
 
 
+def test_a_few_things_are_a_line_each(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress.count_bar("working", 2) as report:
+        report("on this", 0)
+        report("on that", 1)
+    assert capsys.readouterr() == ("", "working: on this (1 of 2) ...\nworking: on that (2 of 2) ...\n")
+
+
 def test_at_a_terminal_it_moves_and_goes_away(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "is_watched", lambda: True)
     with progress.waiting("working"):
@@ -39,6 +46,9 @@ def test_at_a_terminal_it_moves_and_goes_away(capsys: pytest.CaptureFixture[str]
     with progress.byte_bar("converting") as report:
         assert report is not None
         report("layer 0", 5, 10)
+    for total in (1, 2):
+        with progress.count_bar("working", total) as count:
+            count("on this", 0)
     assert capsys.readouterr().out == ""
 
 
