@@ -99,8 +99,9 @@ def plan_of(
     references = weight_references(model.spec, shares[node], graph)
     prepared = find_share(model, references)
 
-    def weigh(graph: NodeConfig) -> Weights:
-        return LocatedWeights(model, graph, references, prepared)
+    def weigh(graph: NodeConfig) -> tuple[Weights, Weights]:
+        strided, packed = (LocatedWeights(model, graph, references, prepared, packed=packed) for packed in (False, True))
+        return strided, packed
 
     sending = len(settings.cluster.workers) * SENDING_BYTES if node == 0 else 0
     return plan_memory(

@@ -52,6 +52,11 @@ class LocatedWeight:
         return len(self.slices) == 1 and self.slices[0].n_rows == self.n_rows
 
     @property
+    def is_strided(self) -> bool:
+        """In place, with bytes of others between its rows."""
+        return self.in_place and self.slices[0].stride != self.slices[0].slice_row_bytes
+
+    @property
     def expert_stride(self) -> int:
         """Bytes of the file from one expert to the next; 0 where there is one."""
         return self.tensors[1].offset - self.tensors[0].offset if len(self.tensors) > 1 else 0
@@ -71,13 +76,23 @@ class LocatedWeights:
         node: the configuration.
         references: one for each of its ops that has a weight.
         share: a file of this share of the model, its weights located.
+        packed: columns of a matrix are copied together as well: half a row, then half a row that others read, takes twice the time to read
+            of the same bytes in one piece. Where weights are paged that is what a file of the share is for.
 
     Raises:
         GraphError: a reference that no op needs, or an op without one; no such tensor or part of it; another type or size than the op's, or
             than that of the share.
     """
 
-    def __init__(self, model: ModelFile, node: NodeConfig, references: Iterable[WeightReference], share: ShareFile | None = None) -> None:
+    def __init__(
+        self,
+        model: ModelFile,
+        node: NodeConfig,
+        references: Iterable[WeightReference],
+        share: ShareFile | None = None,
+        *,
+        packed: bool = False,
+    ) -> None:
         self._model, self._share = model, share
         self._base = model.raw.ctypes.data
         ops: dict[tuple[str, int], Op] = {}
@@ -103,7 +118,8 @@ class LocatedWeights:
         self.nbytes = 0
         """Of what is copied."""
         for key, found in self._found.items():
-            if not found.in_place and (share is None or share.place(*key) is None):
+            copied = not found.in_place or (packed and found.is_strided)
+            if copied and (share is None or share.place(*key) is None):
                 self._copies[key] = self.nbytes
                 self.nbytes += -(-found.nbytes // 64) * 64
         self._memory = np.zeros(0, np.uint8)
@@ -132,11 +148,11 @@ class LocatedWeights:
         place = None if self._share is None else self._share.place(op.name, op.index)
         if self._share is not None and place is not None:
             return WeightView(self._share.address + place.offset, place.row_bytes, place.expert_stride, place.offset)
-        if found.in_place:
+        copied = self._copies.get((op.name, op.index))
+        if copied is None:
             piece = found.slices[0]
             return WeightView(self._base + piece.offset, piece.stride, found.expert_stride, piece.offset)
-        address = self._memory.ctypes.data + self._copies[op.name, op.index]
-        return WeightView(address, found.row_bytes, found.row_bytes * found.n_rows)
+        return WeightView(self._memory.ctypes.data + copied, found.row_bytes, found.row_bytes * found.n_rows)
 
     def located(self, name: str, index: int) -> LocatedWeight | None:
         """Where an op's weight is; None where no op has that weight."""

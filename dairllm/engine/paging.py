@@ -132,7 +132,7 @@ def weights_needs(network: NetworkConfig, node: NodeConfig, weights: Weights, *,
             steps += 1
             total.update(blocks_of(_spans(members), size))
             if members[0].experts:
-                experts = zip(*(piece.spans for piece in members), strict=True)  # of each, all its matrices
+                experts = zip(*(piece.spans for piece in members if piece.spans), strict=True)  # of each, its matrices in the file
                 expert_room = max([expert_room, *(_active(node) * len(blocks_of(spans, size)) for spans in experts)])
             else:
                 widest = max(widest, len(blocks_of(_spans(members), size)))

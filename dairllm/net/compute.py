@@ -1,6 +1,7 @@
 """The event loop's side of the compute threads: hand them a range of segments, go on moving bytes, be woken when they are done.
 
-Two awakenings, of a compute thread and of the loop, cost 50 to 100 microseconds: as much as a segment of a small model. So what took
+Two awakenings, of a compute thread and of the loop, cost 50 to 100 microseconds, on virtual machines three times that: as much as a segment
+of a small model, and a fifth of a large one's. So what took
 less than BRIEF_SECONDS the last time is computed on the loop's own thread; within so little time nothing needs the loop. Whatever takes
 longer is handed over, and the threads say through an eventfd, which the loop watches, that they are done. (A call through
 `run_in_executor` costs four times as much for each segment.)
@@ -16,7 +17,7 @@ from typing import Generic, Protocol, TypeVar
 
 __all__ = ["BRIEF_SECONDS", "Compute", "Computer"]
 
-BRIEF_SECONDS = 0.001
+BRIEF_SECONDS = 0.005
 """The longest that a computation may keep the loop from health probes and signals."""
 
 _MOST_REMEMBERED = 8192

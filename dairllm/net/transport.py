@@ -11,6 +11,10 @@ full, reading pauses and TCP holds the sender back.
 and keeps *references* to the rest (asyncio's own loop copies it). Hence an invariant that all callers keep: memory that was sent is not
 written again, by a computation or by received bytes, until :meth:`Connection.flushed` has returned.
 
+**Lingering.** Nodes that share a pass answer each other within a fraction of a millisecond, in which falling asleep and being woken take
+longer than the message. So whoever awaits an event looks for it a moment before it leaves the matter to the loop, giving the processor to
+whoever else wants it. A connection that has been slow of late is not lingered for.
+
 **Deadlines** count from the last byte that came (or, while flushing, that went). A connection has one timer, re-armed only when it
 fires: a wait that ends in time costs none.
 """
@@ -19,8 +23,10 @@ import asyncio
 import contextlib
 import ipaddress
 import math
+import os
 import select
 import socket
+import time
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar, cast
 
@@ -30,6 +36,9 @@ from dairllm.net.runner import in_thread
 from dairllm.units import format_duration
 
 __all__ = ["Address", "Connection", "Incoming", "address_of", "dial", "listening_socket", "resolve"]
+
+LINGER_SECONDS = 0.0002
+"""The longest that an event is looked for before the loop waits for it: some awakenings."""
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 EventT = TypeVar("EventT", covariant=True)
@@ -69,6 +78,7 @@ class Connection(asyncio.BufferedProtocol):
         self._writer: asyncio.Future[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._silence, self._since, self._unsent = math.inf, 0.0, 0
+        self._readable, self._fileno, self._patience = select.poll(), -1, 0.0
         self._closed = self._loop.create_future()
         self.on_early: Callable[[Connection], None] | None = None
         """Called when a connection that nobody is attached to says something, or ends."""
@@ -123,12 +133,19 @@ class Connection(asyncio.BufferedProtocol):
         if self._paused and incoming.wants_data and self._transport is not None:
             self._paused = False
             self._transport.resume_reading()
+        begun = time.perf_counter()
+        event = self._look_for(incoming, begun + self._patience)
+        if event is not None:
+            self._patience = LINGER_SECONDS
+            return event
         self._reader = self._loop.create_future()
         self._watch(silence)
         try:
             return cast(EventT, await self._reader)
         finally:
             self._reader = None
+            soon = time.perf_counter() - begun < LINGER_SECONDS
+            self._patience = LINGER_SECONDS if soon else self._patience / 2
 
     def send(self, pieces: Sequence[bytes | memoryview]) -> None:
         """Begin to send; what the kernel does not take at once is still *referred to* until `flushed`.
@@ -188,7 +205,10 @@ class Connection(asyncio.BufferedProtocol):
         transport = self._transport = cast(asyncio.Transport, transport)  # uvloop's own class, which derives from none of asyncio's
         transport.set_write_buffer_limits(high=0)  # so `pause_writing` says that something is unsent, `resume_writing` that nothing is
         with contextlib.suppress(OSError):  # it may be gone already; the first use will tell
-            _configure(transport.get_extra_info("socket"), self._keepalive)
+            sock = transport.get_extra_info("socket")
+            self._fileno = sock.fileno()
+            self._readable.register(self._fileno, select.POLLIN)
+            _configure(sock, self._keepalive)
         peer, own = transport.get_extra_info("peername"), transport.get_extra_info("sockname")
         if peer and own:
             self.peer_address, self.own_address = address_of(peer[0]), address_of(own[0])
@@ -216,9 +236,7 @@ class Connection(asyncio.BufferedProtocol):
             else:
                 if event is not None:
                     self._reader.set_result(event)
-        if not self._incoming.wants_data and self._transport is not None:
-            self._paused = True
-            self._transport.pause_reading()
+        self._pause_if_full()
 
     def eof_received(self) -> bool:
         self._eof = True
@@ -242,6 +260,38 @@ class Connection(asyncio.BufferedProtocol):
         self._notice_early()
 
     # Within.
+
+    def _look_for(self, incoming: Incoming[EventT], until: float) -> EventT | None:
+        """Read what is there, and what comes until then, past the loop. The end of the stream is left to the loop."""
+        if self._transport is None or self._transport.is_closing() or not incoming.wants_data:
+            return None
+        try:
+            while True:
+                if self._readable.poll(0):
+                    nbytes = os.readv(self._fileno, [incoming.get_buffer()])
+                    if not nbytes:
+                        return None
+                    self.bytes_received += nbytes
+                    incoming.buffer_updated(nbytes)
+                    self._pause_if_full()
+                    event = incoming.next_event()
+                    if event is not None or not incoming.wants_data:
+                        return event
+                elif time.perf_counter() >= until:
+                    return None
+                else:
+                    os.sched_yield()
+        except BlockingIOError:  # something was there, and was not for us
+            return None
+        except OSError as error:
+            self._fail(NetworkError(f"{self.peer}: the connection was lost ({error})"))
+            self.abort()
+            raise self._end_of(incoming) from None
+
+    def _pause_if_full(self) -> None:
+        if self._incoming is not None and not self._incoming.wants_data and self._transport is not None:
+            self._paused = True
+            self._transport.pause_reading()
 
     def _notice_early(self) -> None:
         if self._incoming is None and self.on_early is not None:

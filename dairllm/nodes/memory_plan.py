@@ -204,7 +204,7 @@ def plan_memory(
     limit: MemoryAmount,
     *,
     n_threads: int | None = None,
-    weigh: Callable[[NodeConfig], Weights] | None = None,
+    weigh: Callable[[NodeConfig], tuple[Weights, Weights | None]] | None = None,
     max_seq_len: int | None = None,
     rows: Sequence[int] = BATCH_ROWS,
     kv_cache: FloatType = FloatType.F32,
@@ -216,7 +216,7 @@ def plan_memory(
     Args:
         model: open; its spec's seq_len is the longest context.
         n_threads: compute threads; one a processor if None.
-        weigh: where the weights of a graph are; all of the model, in its file, if None.
+        weigh: where the weights of a graph are, and `packed` as in `plan_node`; all of the model, in its file, if None.
         max_seq_len: a context that somebody chose.
         rows: batches to choose from, the largest first.
         kv_cache: F32, F16 or Q80.
@@ -233,8 +233,10 @@ def plan_memory(
         least = max_seq_len is not None or seq_len <= _LEAST_CONTEXT
         for count in rows:
             network, node = build(seq_len, min(count, seq_len))
-            weights = whole if weigh is None else weigh(node)
-            plan = plan_node(network, node, weights, limit, n_threads=n_threads, kv_cache=kv_cache, runtime=runtime, start=start)
+            weights, packed = (whole, None) if weigh is None else weigh(node)
+            plan = plan_node(
+                network, node, weights, limit, packed=packed, n_threads=n_threads, kv_cache=kv_cache, runtime=runtime, start=start
+            )
             if plan.fits and (least or plan.kv_cache <= plan.limit // 4) and (count == rows[-1] or plan.is_roomy):
                 return plan
     plan.check()
@@ -258,6 +260,7 @@ def plan_node(
     weights: Weights,
     limit: MemoryAmount,
     *,
+    packed: Weights | None = None,
     n_threads: int | None = None,
     kv_cache: FloatType = FloatType.F32,
     runtime: int | None = None,
@@ -268,6 +271,7 @@ def plan_node(
 
     Args:
         weights: in the model's file, or in memory.
+        packed: the same as they are used where all of them fit, if that is otherwise.
         n_threads: compute threads; one a processor if None.
         kv_cache: F32, F16 or Q80.
         runtime: what the process holds beside model and caches; by default what it holds now, and what is to come.
@@ -280,9 +284,16 @@ def plan_node(
     nbytes = limit.resolve()
     runtime = program_bytes() if runtime is None else runtime
     held = memory_needs(network, node, n_threads=n_threads or machine.processors(), kv_cache=kv_cache)
-    needs = weights_needs(network, node, weights)
-    buffers = held.working + needs.copied_bytes + needs.remembered_bytes + beside
-    room = max(0, (nbytes - runtime - held.caches - buffers) // needs.block_bytes)
-    room_blocks = None if room >= needs.blocks_total else room
     seq_len = cache_positions(node) or network.n_batches
-    return MemoryPlan(nbytes, str(limit), seq_len, network.n_batches, runtime, held.caches, buffers, needs, room_blocks, runtime + start)
+
+    def planned(weights: Weights) -> MemoryPlan:
+        needs = weights_needs(network, node, weights)
+        buffers = held.working + needs.copied_bytes + needs.remembered_bytes + beside
+        room = max(0, (nbytes - runtime - held.caches - buffers) // needs.block_bytes)
+        room_blocks = None if room >= needs.blocks_total else room
+        return MemoryPlan(
+            nbytes, str(limit), seq_len, network.n_batches, runtime, held.caches, buffers, needs, room_blocks, runtime + start
+        )
+
+    plan = None if packed is None else planned(packed)
+    return planned(weights) if plan is None or plan.room_blocks is not None else plan

@@ -53,8 +53,9 @@ class OwnModel:
         log.warning("the model is not used", reason=f"{change}; start this worker again to use it as it is now")
         return NO_MODEL
 
-    def weights(self, received: NodeReceived, marker: bytes, told: bytes) -> LocatedWeights | None:
-        """Where the weights of a root's graph are in the file; None where they must come over the wire. Says why in the log.
+    def weights(self, received: NodeReceived, marker: bytes, told: bytes) -> tuple[LocatedWeights, LocatedWeights] | None:
+        """Where the weights of a root's graph are in the file, and the same packed; None where they must come over the wire. Says why in
+        the log.
 
         Args:
             received: the root's configuration of this node.
@@ -83,9 +84,10 @@ class OwnModel:
             log.info("weights come over the wire", reason=f"the root's graph is not that of {self.file.path}: {error}")
             return None
 
-    def _locate(self, received: NodeReceived, references: tuple[WeightReference, ...]) -> LocatedWeights:
+    def _locate(self, received: NodeReceived, references: tuple[WeightReference, ...]) -> tuple[LocatedWeights, LocatedWeights]:
         share = find_share(self.file, references, lambda: self._identity)
-        return LocatedWeights(self.file, received.node, references, share)
+        strided, packed = (LocatedWeights(self.file, received.node, references, share, packed=packed) for packed in (False, True))
+        return strided, packed
 
     def close(self) -> None:
         self.file.close()

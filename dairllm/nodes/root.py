@@ -237,7 +237,8 @@ class Cluster:
     def _locate(self) -> LocatedWeights:
         """The root's own share."""
         references = weight_references(self._model.spec, self._share, self._node)
-        weights = LocatedWeights(self._model, self._node, references, find_share(self._model, references, lambda: self._identity))
+        prepared = find_share(self._model, references, lambda: self._identity)
+        weights = LocatedWeights(self._model, self._node, references, prepared, packed=self._paging is None)
         weights.allocate()
         return weights
 

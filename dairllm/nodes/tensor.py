@@ -130,17 +130,19 @@ class TensorSession:
         """
         network, node = received.network, received.node
         located = None if self._own is None else self._own.weights(received, marker, model)
-        weights = WireWeights(node) if located is None else located
+        weights, packed = (WireWeights(node), None) if located is None else located
         if self._own is not None:
             self._own.file.forget()  # pages of it that are in memory could go at any time, and are counted as held
         settings = self._settings
         comparing = CHECK_BYTES if located is not None and not received.references else 0
         limit, n_threads = possible_limit(settings.limits.memory), settings.worker.n_threads
-        plan = plan_node(network, node, weights, limit, n_threads=n_threads, kv_cache=self._kv_cache, beside=comparing)
+        plan = plan_node(network, node, weights, limit, packed=packed, n_threads=n_threads, kv_cache=self._kv_cache, beside=comparing)
         here = "" if located is not None else ", or the model on a disk of this worker (worker.model),"
         plan.check(f"A shorter context (--max-seq-len of the root, now {{seq_len}}) or a smaller share (--shares){here} needs less")
         paging = None if plan.room_blocks is None else PagingSettings.chosen(settings.paging, plan.room_blocks, plan.needs.block_bytes)
         log.info("memory plan", node=node.node, nodes=network.n_nodes, **plan.summary())
+        if paging is None and packed is not None:
+            weights = packed
         weights.allocate()
         return weights, paging
 

@@ -8,6 +8,7 @@ their order, so whoever is at the other end, of whatever kind, cannot tell. A ro
 have left, and what is to come for them must have come.
 """
 
+import asyncio
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import Protocol
 from dairllm.engine.program import Program
 from dairllm.graph.plan import Exchange, Run
 from dairllm.kernels.panels import TILE_COLUMNS
+from dairllm.net.compute import BRIEF_SECONDS
 from dairllm.net.transport import Connection, Incoming
 
 __all__ = ["Computes", "Meter", "RowsFrom", "TensorPass"]
@@ -100,7 +102,7 @@ class TensorPass:
             EngineError: the batch does not fit, or the computation failed.
         """
         clock, seconds = time.perf_counter, self._meter.seconds
-        before = clock()
+        before = yielded = clock()
         parts = self._parts(rows)
         for stage in self._stages:
             for part, (first, stop) in enumerate(parts):
@@ -115,6 +117,9 @@ class TensorPass:
                     seconds["compute"] += before - after
                 for exchange in stage.exchanges:
                     await self._exchange(exchange, part, first, stop)
+            if before - yielded > BRIEF_SECONDS:  # where all is there when it is wanted, nothing above gives way to the loop
+                await asyncio.sleep(0)
+                yielded = clock()
         for part in range(len(parts)):
             await self._settle(part)
         seconds["exchange"] += clock() - before

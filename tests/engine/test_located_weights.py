@@ -100,6 +100,12 @@ def test_a_kernel_sees_what_a_root_would_send(models: dict[str, ModelFile], name
             assert (view.offset is not None) == located.in_place
             if view.offset is not None:
                 assert view.address - view.offset == model.raw.ctypes.data
+        packed = LocatedWeights(model, graph, weight_references(model.spec, share, graph), packed=True)
+        packed.allocate()
+        for op in (op for op in ops_of(graph) if op.name != "embedding"):
+            assert seen(packed, op) == sent[op.name, op.index]
+            view, width = packed.view(op), row_bytes(op.weight_size.float_type, op.weight_size.y)
+            assert view.row == width or op.code != OpCode.MATMUL, "nothing lies between two rows"
         if node:
             file = ShareFile.open(ShareWriter(model, model_digests(model).identity, node, len(nodes), share).prepare().path)
             file.locate(model)
