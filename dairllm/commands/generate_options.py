@@ -29,7 +29,7 @@ class GenerateOptions:
         kernels: form of the kernels, or "auto".
         max_seq_len: context length; None for the model's.
         sync: what crosses the wire between nodes; None for f32 with F32 weights, else q80.
-        overlap: compute a prompt in parts, one on the wire while the next is computed.
+        overlap: compute a prompt in parts, one on the wire while the next is computed, where that is faster.
         workers: the other nodes; none to compute all of it here.
         sizes: share of each node, this one's first; None for nearly equal ones.
         deadlines: how long workers may be silent.

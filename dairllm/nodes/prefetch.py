@@ -19,7 +19,7 @@ from dairllm.engine.pager import Pager
 from dairllm.engine.paging import PagingMeters, PagingSettings, weights_needs
 from dairllm.engine.paging_blocks import Blocks
 from dairllm.engine.paging_choice import WayChoice, choose_way
-from dairllm.engine.paging_effort import Effort, EffortTrial, possible_efforts
+from dairllm.engine.paging_effort import Effort, possible_efforts
 from dairllm.engine.paging_room import divide
 from dairllm.engine.paging_steps import Block, program_steps
 from dairllm.engine.paging_weights import EmbeddingRows, PagedWeights
@@ -34,6 +34,7 @@ from dairllm.graph.types import FloatType, NetworkConfig, NodeConfig
 from dairllm.kernels.panels import TILE_COLUMNS
 from dairllm.net.compute import Compute
 from dairllm.net.runner import in_thread
+from dairllm.nodes.trial import Trial
 
 __all__ = ["PagedCompute", "open_paged"]
 
@@ -84,7 +85,7 @@ async def open_paged(
                 weights.close()
             window.close()
             raise
-        return PagedCompute(compute, program, pager, starts, window, weights, choice, EffortTrial(efforts))
+        return PagedCompute(compute, program, pager, starts, window, weights, choice, Trial(efforts, passes=3, settling=1))
 
     return await in_thread("prepare", prepare)
 
@@ -106,7 +107,7 @@ class PagedCompute:
         window: Window,
         weights: PagedWeights,
         choice: WayChoice,
-        trial: EffortTrial,
+        trial: Trial[Effort],
     ) -> None:
         self.program, self.choice = program, choice
         self._trial, self._n_threads = trial, program.n_threads
@@ -167,7 +168,7 @@ class PagedCompute:
     @property
     def effort(self) -> Effort:
         """How many threads compute and read for a token, by now."""
-        return self._trial.effort
+        return self._trial.way
 
     @property
     def settled(self) -> bool:

@@ -20,6 +20,7 @@ from dairllm.graph.plan import Exchange, Run
 from dairllm.kernels.panels import TILE_COLUMNS
 from dairllm.net.compute import BRIEF_SECONDS
 from dairllm.net.transport import Connection, Incoming
+from dairllm.nodes.trial import Trial
 
 __all__ = ["Computes", "Meter", "RowsFrom", "TensorPass"]
 
@@ -59,7 +60,8 @@ class TensorPass:
         compute: open.
         connections: by node number.
         links: what each connection is attached to; rows are due when the pass begins.
-        overlap: compute large batches in two parts.
+        overlap: compute large batches in two parts, if that is found faster than whole: with a network that costs next to nothing the
+            weights are read twice for it.
         silence: seconds without a byte after which a node is given up.
         meter: counts seconds of compute and exchange.
     """
@@ -78,7 +80,7 @@ class TensorPass:
     ) -> None:
         self.program, self._compute, self._meter, self._silence = program, compute, meter, silence
         self._connections, self._links = connections, links
-        self._parts = _halves if overlap else _whole
+        self._overlap = Trial([_halves, _whole] if overlap else [_whole])
         self._stages = _stages(plan)
         self._final = self._stages[-1] if self._stages else None  # a session without anything in it is one, too
         self._region = cache(program.region)
@@ -102,8 +104,8 @@ class TensorPass:
             EngineError: the batch does not fit, or the computation failed.
         """
         clock, seconds = time.perf_counter, self._meter.seconds
-        before = yielded = clock()
-        parts = self._parts(rows)
+        begun = before = yielded = clock()
+        parts = self._overlap.way(rows)
         for stage in self._stages:
             for part, (first, stop) in enumerate(parts):
                 if stage.run is not None:
@@ -123,6 +125,8 @@ class TensorPass:
         for part in range(len(parts)):
             await self._settle(part)
         seconds["exchange"] += clock() - before
+        if rows == self.program.n_batches > TILE_COLUMNS:
+            self._overlap.passed(clock() - begun)
 
     async def _exchange(self, exchange: Exchange, part: int, first: int, stop: int) -> None:
         """Rows of ours set out, those of others may come. Waits only for the rows before them on the same link."""

@@ -2,14 +2,15 @@
 
 import pytest
 
-from dairllm.engine.paging_effort import Effort, EffortTrial, possible_efforts
+from dairllm.engine.paging_effort import Effort, possible_efforts
+from dairllm.nodes.trial import Trial
 
 
-def run(efforts: list[Effort], seconds: dict[Effort, float]) -> tuple[EffortTrial, list[Effort]]:
-    trial, tried = EffortTrial(efforts), []
+def run(efforts: list[Effort], seconds: dict[Effort, float]) -> tuple[Trial[Effort], list[Effort]]:
+    trial, tried = Trial(efforts, passes=3, settling=1), []
     while not trial.over:
-        tried.append(trial.effort)
-        trial.passed(seconds[trial.effort])
+        tried.append(trial.way)
+        trial.passed(seconds[trial.way])
         assert len(tried) < 1000
     return trial, tried
 
@@ -20,34 +21,34 @@ def test_the_fastest_is_taken_after_each_was_tried_as_often() -> None:
     assert {effort.threads for effort in efforts} == {8, 7, 4}
     assert {effort.readers for effort in efforts} == {1, 2}
     trial, tried = run(efforts, dict.fromkeys(efforts, 1.0) | {Effort(7, 1): 0.8})
-    assert trial.effort == (7, 1)
+    assert trial.way == (7, 1)
     assert {tried.count(effort) for effort in efforts} == {len(tried) // len(efforts)}
     trial.passed(100.0)
-    assert trial.effort == (7, 1)  # it stays
+    assert trial.way == (7, 1)  # it stays
 
 
 def test_what_is_hardly_faster_is_not_taken() -> None:
     efforts = possible_efforts(None, None, most_threads=2, first_readers=1)
     trial, _ = run(efforts, dict.fromkeys(efforts, 1.0) | {Effort(1, 2): 0.98})
-    assert trial.effort == (2, 1)
+    assert trial.way == (2, 1)
 
 
 def test_one_slow_pass_decides_nothing() -> None:
     efforts = [Effort(2, 2), Effort(1, 2)]
-    trial, seen = EffortTrial(efforts), 0
+    trial, seen = Trial(efforts, passes=3, settling=1), 0
     while not trial.over:
-        seen += trial.effort == (1, 2)
-        trial.passed(0.7 if trial.effort == (1, 2) and seen != 2 else 1.0)
-    assert trial.effort == (1, 2)
+        seen += trial.way == (1, 2)
+        trial.passed(0.7 if trial.way == (1, 2) and seen != 2 else 1.0)
+    assert trial.way == (1, 2)
 
 
 @pytest.mark.parametrize(("threads", "readers"), [(1, 3), (16, 1)])
 def test_what_is_set_is_not_tried(threads: int, readers: int) -> None:
     (effort,) = possible_efforts(threads, readers, most_threads=4, first_readers=2)
     assert effort == (min(threads, 4), readers)
-    trial = EffortTrial([effort])
+    trial = Trial([effort])
     assert trial.over
-    assert trial.effort == effort
+    assert trial.way == effort
 
 
 def test_one_thread_is_not_made_fewer() -> None:
