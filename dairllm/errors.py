@@ -12,6 +12,7 @@
     +-- NetworkError            a peer cannot be reached, went away, or did not speak in time
     +-- EngineError             the computation itself failed
     +-- ChatTemplateError       a model's chat template fails (dairllm.text.chat)
+    +-- ProgramError            a program that is measured failed (dairllm.bench.processes)
 
 Any other exception that reaches a user is a bug.
 """
