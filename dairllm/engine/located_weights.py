@@ -134,8 +134,7 @@ class LocatedWeights:
                     rows = min(step, weight.n_rows - first)
                     at = start + weight.offset + first * weight.row_bytes
                     weight.read(first, rows, self._memory.data[at : at + rows * weight.row_bytes])
-        if self._copies:
-            self._model.forget()
+                    self._model.forget()  # columns lie among those of others, which would count as held
 
     @property
     def matmul_file(self) -> WeightsFile:
