@@ -110,10 +110,11 @@ class ObjectCodeCache:
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
-        """Wait until no other process compiles kernels into this cache. Where no lock can be had there is no waiting."""
+        """Wait until no other process compiles kernels into this cache. Where no lock can be had there is no waiting; nor for a folder that
+        is to be shipped, which is to hold nothing else."""
         with contextlib.ExitStack() as stack:
             folder = self.folder()
-            if folder is not None:
+            if folder is not None and self._to is None:
                 with contextlib.suppress(OSError):
                     lock = stack.enter_context(open(folder.parent / "compiling.lock", "wb"))
                     fcntl.flock(lock, fcntl.LOCK_EX)  # let go when the file is closed, or the process ends

@@ -2,7 +2,7 @@
 
 A target is a level of x86-64, which LLVM knows as a processor and tunes for, with what the form needs added and what else the level has
 taken away. So an object depends on the kernels' sources, the compiler's version and the target, not on who compiles it. The portable form,
-which names no instruction, has two: with SSE4.2, which all but the first few years' processors have, a batch takes a quarter less.
+which names no instruction, has two: with SSE4.2, which all but the first few years' processors have, a batch takes a third less.
 """
 
 import platform

@@ -64,6 +64,7 @@ def test_what_was_compiled_is_found_and_not_compiled_again(
     assert file.is_relative_to(to)
     assert file.stat().st_size == row["bytes"] > 50_000
     assert file.stat().st_mode & 0o777 == 0o644
+    assert [path for path in to.rglob("*") if path.is_file()] == [file]
     monkeypatch.setattr("sys.executable", "/nowhere/python")  # nothing can be compiled
     assert told(capsys, compile_=True, form=form, to=to) == found
     kernels.run(compile_=True, form=form, to=to)
