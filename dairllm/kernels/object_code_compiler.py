@@ -29,7 +29,7 @@ SIGNATURES = {"run_threads": "void(int64, int64, int64, int64)", "ring": "void(i
 _PROGRAM = "import sys; sys.path[:] = sys.argv[3:]; from dairllm.kernels.object_code_compiler import main; main(*sys.argv[1:3])"
 _LEAST_MEMORY = 210 << 20
 """Of the other process, whose peak is 235 MiB: with 205 it still takes as long as with 400; with 200 it reads its libraries again and again
-and does not end within minutes."""
+and has not ended after five times as long."""
 _END_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 
 
