@@ -5,13 +5,14 @@ the steps from it on read. At each step the pager asks for what of the outlook i
 go on a whole outlook ahead while steps are computed, while nodes exchange, and between two tokens.
 
 Kept blocks are spread evenly over the pass: then the reads are, too, and disk and arithmetic are busy at the same time. Experts that rows
-are routed to are known only when the gate has been computed: their blocks are asked for then, ahead of all others, and those that were
-used last stay.
+are routed to are known only when the gate has been computed: their blocks are asked for then, ahead of all others, and those that are
+used often stay.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
 
 from dairllm.engine.paging_blocks import Blocks
+from dairllm.engine.paging_experts import ExpertUse
 from dairllm.engine.paging_room import Division
 from dairllm.engine.paging_steps import Block, Step
 from dairllm.engine.paging_window import Window
@@ -37,7 +38,8 @@ class Pager:
 
     def __init__(self, window: Window, steps: Sequence[Step], division: Division, readers: int) -> None:
         self.steps = steps
-        self.blocks = Blocks(window, division.kept, division.ring, readers)
+        self._use = ExpertUse(steps) if division.by_use else None
+        self.blocks = Blocks(window, division.kept, division.ring, readers, None if self._use is None else self._use.worth)
         self._ring, self._length, self._call_blocks = division.ring, division.outlook, division.ring // _CALLS
         self._uses = [block for step in steps for block in step.blocks]
         self._first_use: list[int] = []
@@ -59,11 +61,20 @@ class Pager:
         return sum(block not in self.blocks.kept for block in self.needed(step, experts)) <= self._ring
 
     def demand(self, step: int, experts: Iterable[int]) -> None:
-        """Ask for experts of a step, ahead of all else."""
+        """Ask for experts of a step, ahead of all else; other experts go for them, rather than what has been read ahead."""
         wanted = self.needed(step, experts)
         missing = [block for block in wanted if not self.blocks.asked(block)]
         if missing:
-            self.blocks.ask(missing, set(wanted), urgent=True)
+            needed, (_, ahead) = frozenset(wanted), self._outlook(step)
+            both = needed | ahead
+            fits = sum(block not in self.blocks.kept for block in both) <= self._ring
+            self.blocks.ask(missing, both if fits else needed, urgent=True)
+
+    def computed(self, step: int, experts: Iterable[int] = ()) -> None:
+        """A step has been computed, with these experts."""
+        if self._use is not None and self.steps[step].experts:
+            self._use.used(step, experts)
+        self.blocks.used(self.needed(step, experts))
 
     def needed(self, step: int, experts: Iterable[int] = ()) -> tuple[Block, ...]:
         """What a step reads, given the experts that its rows are routed to."""

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dairllm.engine.paging import PagingNeeds, PagingSettings
+from dairllm.engine.paging import BLOCK_BYTES, PagingNeeds, PagingSettings
 from dairllm.engine.paging_steps import Block, Step
 from dairllm.errors import LimitError
 
@@ -16,11 +16,13 @@ class Division:
     kept: blocks that stay once they are in memory.
     ring: how many others may be there at once.
     outlook: how many of those are asked for ahead, if the next step alone does not need more.
+    by_use: whether of these others the experts that are used least go first; else what was used longest ago.
     """
 
     kept: frozenset[Block]
     ring: int
     outlook: int
+    by_use: bool = False
 
 
 def divide(steps: Sequence[Step], needs: PagingNeeds, settings: PagingSettings) -> Division:
@@ -34,24 +36,32 @@ def divide(steps: Sequence[Step], needs: PagingNeeds, settings: PagingSettings) 
         least = needs.ring_blocks_min
         raise LimitError(f"room for {room} blocks of {needs.block_bytes} bytes; paging this model needs {least} at least")
     order = list(dict.fromkeys(block for step in steps for block in step.blocks))
-    experts = any(step.experts for step in steps)
+    experts, together = any(step.experts for step in steps), max(1, BLOCK_BYTES // needs.block_bytes)
     if settings.policy == "lru":
         ring = min(room, total)
-        return Division(frozenset(), ring, min(ring, needs.ring_blocks_best))
+        return Division(frozenset(), ring, min(needs.ring_blocks_best, ring - needs.ring_blocks_min if experts else ring))
     if experts:
         # each pass reads all of the others and few of the experts: the others stay first, and experts have what is left
         ring = max(2 * needs.ring_blocks_min, room - len(order))
         ring = min(ring, room)
-        return Division(spread(order, room - ring), ring, min(needs.ring_blocks_best, ring - needs.ring_blocks_min))
+        return Division(spread(order, room - ring, together), ring, min(needs.ring_blocks_best, ring - needs.ring_blocks_min), by_use=True)
     if room >= total:
         return Division(frozenset(order), 0, 0)
     # a ring larger than what is missing would only take from what is kept
     ring = min(room, needs.ring_blocks_best, max(needs.ring_blocks_min + 2, total - room))
-    return Division(spread(order, room - ring), ring, ring)
+    return Division(spread(order, room - ring, together), ring, ring)
 
 
-def spread(order: Sequence[Block], count: int) -> frozenset[Block]:
-    """`count` blocks evenly out of all, in order of their first use."""
-    total = len(order)
-    count = min(count, total)
-    return frozenset(block for place, block in enumerate(order) if (place + 1) * count // total > place * count // total)
+def spread(order: Sequence[Block], count: int, together: int = 1) -> frozenset[Block]:
+    """`count` blocks evenly out of all, in order of their first use.
+
+    Args:
+        together: so many neighbours stay or pass as one, so that what passes is not read in pieces that are too small for a disk.
+    """
+    groups = [order[first : first + together] for first in range(0, len(order), together)]
+    total = len(groups)
+    whole = min(count // together, total)
+    kept = [place for place in range(total) if (place + 1) * whole // total > place * whole // total]
+    left = [block for place in sorted(set(range(total)) - set(kept)) for block in groups[place]]
+    blocks = [block for place in kept for block in groups[place]]
+    return frozenset(blocks + left[: max(0, count - len(blocks))])

@@ -157,7 +157,7 @@ class PagedCompute:
                 self.meters.hits += len(self._pager.needed(other))
             await self._compute.run(self._stepwise, step, following, position, rows, first_row)
             for other in range(step, following):
-                self._pager.blocks.used(self._pager.needed(other))
+                self._pager.computed(other)
             step = following
         self._pager.look_ahead(end % len(self._pager.steps))
         self._window.check()  # what was written into the file meanwhile may have been computed with
@@ -205,7 +205,7 @@ class PagedCompute:
         needed = self._pager.needed(step, chosen)
         await self._there(needed, ask)
         await self._compute.run(self._stepwise, step, step + 1, position, rows, first_row)
-        self._pager.blocks.used(needed)
+        self._pager.computed(step, chosen)
 
     async def _there(self, needed: Sequence[Block], ask: Callable[[], None]) -> None:
         """Wait until blocks are in memory. `ask` is called again as room becomes free."""
