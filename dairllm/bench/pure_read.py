@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from dairllm.engine.paging import BLOCK_BYTES
+from dairllm.engine.paging_blocks import runs
 from dairllm.engine.paging_choice import WayChoice
 from dairllm.engine.paging_window import open_window
 from dairllm.formats.model_file import ModelFile
@@ -43,24 +45,24 @@ def read_memory(model: ModelFile, n_threads: int) -> float:
 
 
 def read_file(model: ModelFile, blocks: Sequence[int], way: WayChoice, block_bytes: int, ring: int) -> float:
-    """Bytes a second of blocks that are not in memory, given up as soon as `ring` others have come."""
+    """Bytes a second of blocks that are not in memory, neighbours at once as when paging, given up as soon as `ring` others have come."""
     window = open_window(way.way, model.path, model.stamp, block_bytes)
-    waiting = iter(blocks)
+    waiting = iter(runs(blocks, max(1, BLOCK_BYTES // block_bytes)))
     lock = threading.Lock()
 
     def read(_: int) -> None:
-        held: list[int] = []
+        held: list[tuple[int, int]] = []
         while True:
             with lock:
-                block = next(waiting, None)
-            if block is None:
+                run = next(waiting, None)
+            if run is None:
                 break
-            window.load(block)
-            held.append(block)
-            if len(held) > ring // way.readers:
-                window.release(held.pop(0))
-        for block in held:
-            window.release(block)
+            window.load(*run)
+            held.append(run)
+            while sum(count for _, count in held) > ring // way.readers:
+                window.release(*held.pop(0))
+        for run in held:
+            window.release(*run)
 
     took = _seconds(read, way.readers)
     window.close()
