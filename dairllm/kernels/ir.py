@@ -38,7 +38,6 @@ __all__ = [
     "for_range",
     "halves",
     "i64",
-    "interleave_sum",
     "ir_function",
     "k64",
     "lane_sum",
@@ -168,17 +167,6 @@ def tree_sum_of(b: Builder, values: Sequence[Value]) -> Value:
         half = len(values) // 2
         values = [b.fadd(values[i], values[i + half]) for i in range(half)]
     return values[0]
-
-
-def interleave_sum(b: Builder, x: Value, y: Value, add: Callable[[Value, Value], Value]) -> Value:
-    """Sums of neighbouring lanes, as vphaddd lays them out: within each 128 bits first those of x, then those of y."""
-    even, odd = [], []
-    n = x.type.count
-    for base in range(0, n, 4):
-        for source in (0, n):
-            even += [source + base, source + base + 2]
-            odd += [source + base + 1, source + base + 3]
-    return add(shuffle(b, x, y, even), shuffle(b, x, y, odd))
 
 
 def tree_max(b: Builder, v: Value) -> Value:

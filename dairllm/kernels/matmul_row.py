@@ -1,27 +1,24 @@
-"""One output of a matmul: a quantized weight row times a row panel.
+"""Quantized weight rows times the row panels of a few rows of the batch, which are their columns.
 
 The order of sums (docs/arithmetic.md): acc[block mod 8] = fma(float(exact integer sum), d_weight * d_activation,
 acc[block mod 8]) in block order, then the tree over the eight. The accumulators are the lanes of one vector; one row is
-one sequential stream of bytes, prefetched well ahead.
+one sequential stream of bytes, prefetched well ahead, whose blocks are rearranged once for all columns.
 """
 
-from collections.abc import Callable
 from typing import Any
 
-from llvmlite import ir
+from numba import njit
 
-from dairllm.kernels.byte_dot import group_q40, group_q80, pair_q40, pair_q80
+from dairllm.kernels.byte_dot import ROWS_TOGETHER, dot_words, word_sums
 from dairllm.kernels.half import emit_from_half
 from dairllm.kernels.ir import (
-    I16,
+    I8,
     I32,
     V8,
     Builder,
     Value,
     at,
-    broadcast,
-    const,
-    f32,
+    concat,
     float_zero,
     fma,
     for_range,
@@ -30,72 +27,103 @@ from dairllm.kernels.ir import (
     k64,
     load,
     prefetch,
-    splat,
+    store,
     tree_sum,
     var,
     vec,
+    void,
 )
 from dairllm.kernels.panels import GROUP_BYTES
+from dairllm.kernels.weight_words import Q40, Q80, WeightWords, Words
 
-__all__ = ["PREFETCH_BYTES", "row_dot_q40", "row_dot_q80"]
+__all__ = ["PREFETCH_BYTES", "matmul_rows_q40", "matmul_rows_q80"]
 
-PREFETCH_BYTES = 4096
-"""How far ahead weights are asked for: anything from 1.5 to 12 KiB is as good, none at all costs 8 to 20 %."""
-
-Address = Callable[[int], Value]
-Group = Callable[[Builder, Address, Value], Value]
-
-
-def _scales(b: Builder, address: Address, count: int, rest: Value | None = None) -> Value:
-    """Half-precision bits of the scales of blocks 0..count-1, and zeros: <8 x i16>. Of `rest` blocks, where it is given."""
-    d = splat(I16, 8, 0)
-    for i in range(count):
-        d = b.insert_element(d, load(b, address(i), I16), const(I32, i))
-    if rest is None:
-        return d
-    inside = b.icmp_unsigned("<", ir.Constant(vec(I16, 8), list(range(8))), broadcast(b, b.trunc(rest, I16)))
-    return b.select(inside, d, splat(I16, 8, 0))
+PREFETCH_BYTES = 2048
+"""How far ahead weights are asked for: anything from 1 to 8 KiB is as good, none at all costs up to 20 %, most of all where a row has many
+columns and a page is small."""
 
 
-def _row_dot(block_bytes: int, group: Group, pair: Group) -> Any:
-    group_bytes = 8 * block_bytes
+def _accumulate(b: Builder, rows: list[Words], panels: list[Value], accs: list[list[Value]], signed: bool) -> None:
+    """A group of blocks of each weight row times the groups at `panels`, into the accumulators [row][column]."""
+    scales = [emit_from_half(b, halves) for _, halves in rows]
+    lanes = rows[0][0][0].type.count // 4
+    sums = [word_sums(b, load(b, at(b, panel, 256), vec(I32, lanes), 4), signed) for panel in panels]
 
-    def accumulate(b: Builder, dots: Value, half: Value, panel: Value, acc: Value) -> None:
-        scale = b.fmul(emit_from_half(b, half), load(b, at(b, panel, 288), V8))
-        b.store(fma(b, b.sitofp(dots, V8), scale, b.load(acc)), acc)
+    def x(k: int) -> list[Value]:
+        return [load(b, at(b, panel, 32 * k), vec(I8, 4 * lanes)) for panel in panels]
 
-    def row_dot(b: Builder, w: Value, panel: Value, n_blocks: Value) -> Value:
-        acc = var(b, V8, float_zero())
+    dots = dot_words(b, len(rows), 8, lambda row, k: rows[row][0][k], x, sums, signed)
+    for c, panel in enumerate(panels):
+        d = load(b, at(b, panel, 288), V8, 4)
+        for r, scale in enumerate(scales):
+            dot = dots[r][c] if lanes == 8 else concat(b, dots[r][c], dots[r][c])
+            b.store(fma(b, b.sitofp(dot, V8), b.fmul(scale, d), b.load(accs[r][c])), accs[r][c])
+
+
+def _rows_times(kind: WeightWords, n_rows: int, n_columns: int) -> Any:
+    group_bytes = 8 * kind.block_bytes
+
+    @ir_function(void, i64, i64, i64, i64, i64, i64, i64)
+    def rows_times(
+        b: Builder, weights: Value, weights_row: Value, panels: Value, panels_row: Value, n_blocks: Value, out: Value, out_row: Value
+    ) -> None:
+        """out[column][row] = weight row times row panel. Reads exactly the rows' bytes."""
+        rows = [b.add(weights, b.mul(weights_row, k64(r))) for r in range(n_rows)]
+        columns = [b.add(panels, b.mul(panels_row, k64(c))) for c in range(n_columns)]
+        accs = [[var(b, V8, float_zero()) for _ in columns] for _ in rows]
         groups = b.lshr(n_blocks, k64(3))
         with for_range(b, groups) as loop:
-            p = b.add(w, b.mul(loop.index, k64(group_bytes)))
-            x = b.add(panel, b.mul(loop.index, k64(GROUP_BYTES)))
-            for line in range(0, group_bytes, 64 if block_bytes == 34 else 72):
-                prefetch(b, at(b, p, PREFETCH_BYTES + line))
-
-            def whole(i: int, p: Value = p) -> Value:
-                return at(b, p, block_bytes * i)
-
-            accumulate(b, group(b, whole, x), _scales(b, whole, 8), x, acc)
+            o, x = b.mul(loop.index, k64(group_bytes)), b.mul(loop.index, k64(GROUP_BYTES))
+            # rows that lie together are one stream of bytes
+            ahead = b.add(rows[-1], b.mul(loop.index, k64(n_rows * group_bytes)))
+            for line in range(0, n_rows * group_bytes, 64):
+                prefetch(b, at(b, ahead, PREFETCH_BYTES + line))
+            _accumulate(b, [kind.group(b, b.add(row, o)) for row in rows], [b.add(column, x) for column in columns], accs, kind.signed)
         rest = b.and_(n_blocks, k64(7))
         with b.if_then(b.icmp_unsigned("!=", rest, k64(0))):
-            # the row's last blocks: lanes beyond them read the last block again, which surely is there, with a scale of zero
-            p, x = b.add(w, b.mul(groups, k64(group_bytes))), b.add(panel, b.mul(groups, k64(GROUP_BYTES)))
-            last = b.sub(rest, k64(1))
+            o, x = b.mul(groups, k64(group_bytes)), b.mul(groups, k64(GROUP_BYTES))
+            ends, tails = [b.add(row, o) for row in rows], [b.add(column, x) for column in columns]
+            # two blocks by themselves, as of rows of 576 values
+            with b.if_else(b.icmp_unsigned("<=", rest, k64(2))) as branches:
+                for branch, count in zip(branches, (2, 8), strict=True):
+                    with branch:
+                        _accumulate(b, [kind.some(b, end, count, rest) for end in ends], tails, accs, kind.signed)
+        for r in range(n_rows):
+            for c in range(n_columns):
+                store(b, tree_sum(b, b.load(accs[r][c])), at(b, b.add(out, b.mul(out_row, k64(c))), 4 * r), 4)
 
-            def clamped(i: int) -> Value:
-                return b.add(p, b.mul(b.select(b.icmp_unsigned("<", k64(i), last), k64(i), last), k64(block_bytes)))
-
-            with b.if_else(b.icmp_unsigned("<=", rest, k64(2))) as (few, many):
-                with few:
-                    accumulate(b, pair(b, clamped, x), _scales(b, clamped, 2, rest), x, acc)
-                with many:
-                    accumulate(b, group(b, clamped, x), _scales(b, clamped, 8, rest), x, acc)
-        return tree_sum(b, b.load(acc))
-
-    return ir_function(f32, i64, i64, i64)(row_dot)
+    return rows_times
 
 
-row_dot_q40 = _row_dot(18, group_q40, pair_q40)
-"""(weight row, row panel, blocks) -> F32. Reads exactly the row's bytes."""
-row_dot_q80 = _row_dot(34, group_q80, pair_q80)
+def _matmul_rows(kind: WeightWords) -> Any:
+    one, four, eight = (_rows_times(kind, *shape) for shape in ((1, 1), (ROWS_TOGETHER, 4), (ROWS_TOGETHER, 8)))
+
+    @njit(nogil=True)
+    def matmul_rows(out, out_row, panels, panels_row, n_rows, weights, weights_row, n_blocks, count):
+        """out[row][0..count] = weight rows times n_rows rows of the batch.
+
+        Where those are more than one, rows up to the next multiple of 4 are written too.
+        """
+        r = 0
+        while r < count:
+            w, y, x, left = weights + r * weights_row, out + 4 * r, panels, n_rows
+            together = ROWS_TOGETHER if left > 1 and count - r >= ROWS_TOGETHER else 1
+            while left > 1 and together == ROWS_TOGETHER:
+                if left > 4:
+                    eight(w, weights_row, x, panels_row, n_blocks, y, out_row)
+                    x, y, left = x + 8 * panels_row, y + 8 * out_row, left - 8
+                else:
+                    four(w, weights_row, x, panels_row, n_blocks, y, out_row)
+                    left = 0
+            # what is left: one column, or a last row that has no neighbour
+            for _ in range(left):
+                for i in range(together):
+                    one(w + i * weights_row, weights_row, x, panels_row, n_blocks, y + 4 * i, out_row)
+                x, y = x + panels_row, y + out_row
+            r += together
+
+    return matmul_rows
+
+
+matmul_rows_q40 = _matmul_rows(Q40)
+matmul_rows_q80 = _matmul_rows(Q80)

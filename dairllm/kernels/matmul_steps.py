@@ -2,37 +2,40 @@
 
 from numba import njit
 
-from dairllm.kernels.ir import load_i, store_f
+from dairllm.kernels.ir import load_i
 from dairllm.kernels.matmul_f32 import matmul_f32
-from dairllm.kernels.matmul_row import row_dot_q40, row_dot_q80
-from dairllm.kernels.matmul_tile import TILE_ROWS, tile_rows_q40, tile_rows_q80
-from dairllm.kernels.panels import TILE_COLUMNS
+from dairllm.kernels.matmul_row import matmul_rows_q40, matmul_rows_q80
+from dairllm.kernels.matmul_tile import TILE_ROWS, tile_strip_q40, tile_strip_q80
+from dairllm.kernels.panels import TILE_COLUMNS, in_tiles
 from dairllm.kernels.quantize import blocks_to_row_panel, blocks_to_tile_panel, values_to_row_panel, values_to_tile_panel
-from dairllm.kernels.records import ALWAYS_ROWS, SMALL_BATCH, Kind
+from dairllm.kernels.records import ALWAYS_ROWS, Kind
 from dairllm.kernels.steps import columns, fields
 
 __all__ = ["experts", "experts_f32", "matmul", "matmul_float", "pack"]
 
 PACK, MATMUL_Q40, EXPERTS_Q40 = int(Kind.PACK), int(Kind.MATMUL_Q40), int(Kind.EXPERTS_Q40)
+PASS_BYTES = 360_000
+"""Bytes of tile panels that one pass over the weight rows uses: part of a second-level cache."""
+_in_tiles = njit(nogil=True)(in_tiles)
 
 
 @njit(nogil=True)
 def pack(kind, record, first_row, end_row, thread, n_threads):
-    """Rows into row panels where they are few, else into tile panels."""
+    """Rows that fill tiles into tile panels, the others into row panels."""
     x, x_row, x_plane, n, panels, panels_row, panels_plane, tiles, tile_stride, flags, planes = fields(record)[:11]
     a, z = columns(n, thread, n_threads)
     a, z = a // 32, z // 32
-    small = end_row - first_row <= SMALL_BATCH
+    tiled = first_row + (_in_tiles(end_row - first_row) if tiles != 0 else 0)
     for plane in range(planes):
         for m in range(first_row, end_row):
             source = x + plane * x_plane + m * x_row
-            if small or flags & ALWAYS_ROWS:
+            if m >= tiled or flags & ALWAYS_ROWS:
                 panel = panels + plane * panels_plane + m * panels_row
                 if kind == PACK:
                     values_to_row_panel(source, a, z, panel)
                 else:
                     blocks_to_row_panel(source, a, z, panel)
-            if not small and tiles != 0:
+            if m < tiled:
                 column = tiles + m // TILE_COLUMNS * tile_stride + 4 * (m % TILE_COLUMNS)
                 if kind == PACK:
                     values_to_tile_panel(source, a, z, column)
@@ -42,27 +45,40 @@ def pack(kind, record, first_row, end_row, thread, n_threads):
 
 @njit(nogil=True)
 def matmul(kind, record, first_row, end_row, thread, n_threads, scratch):
+    """Weight rows in strips: each is taken times the tiles of a pass, then, in the last pass, times the rows that are in no tile."""
     panels, panels_row, tiles, tile_stride, weights, weights_row, n_blocks, d, y, y_row = fields(record)[:10]
     a, z = columns(d, thread, n_threads)
-    if end_row - first_row > SMALL_BATCH:
-        # many rows start with a whole tile (dairllm.engine.program)
-        tile = first_row // TILE_COLUMNS
-        n_tiles = (end_row + TILE_COLUMNS - 1) // TILE_COLUMNS - tile
-        first_tile, out = tiles + tile * tile_stride, y + first_row * y_row
-        last = a + (z - a) // TILE_ROWS * TILE_ROWS
-        if kind == MATMUL_Q40:
-            tile_rows_q40(out, y_row, first_tile, tile_stride, n_tiles, weights, weights_row, n_blocks, a, last, scratch)
-        else:
-            tile_rows_q80(out, y_row, first_tile, tile_stride, n_tiles, weights, weights_row, n_blocks, a, last, scratch)
-        a = last
-    if kind == MATMUL_Q40:
-        for r in range(a, z):
-            for m in range(first_row, end_row):
-                store_f(y + m * y_row + 4 * r, row_dot_q40(weights + r * weights_row, panels + m * panels_row, n_blocks))
-    else:
-        for r in range(a, z):
-            for m in range(first_row, end_row):
-                store_f(y + m * y_row + 4 * r, row_dot_q80(weights + r * weights_row, panels + m * panels_row, n_blocks))
+    n_rows = end_row - first_row
+    tiled = _in_tiles(n_rows)
+    n_tiles = (tiled + TILE_COLUMNS - 1) // TILE_COLUMNS
+    # many rows start with a whole tile (dairllm.engine.program)
+    tiles += first_row // TILE_COLUMNS * tile_stride
+    panels += first_row * panels_row
+    y += first_row * y_row
+    strip = TILE_ROWS if n_tiles else max(z - a, 1)
+    t = 0
+    while True:
+        end = min(t + max(1, PASS_BYTES // tile_stride), n_tiles)
+        for r in range(a, z, strip):
+            w, out = weights + r * weights_row, y + 4 * r
+            count, done = min(strip, z - r), 0
+            if t < end and count == TILE_ROWS:
+                done = tiled
+                tile_out, first_tile = out + t * TILE_COLUMNS * y_row, tiles + t * tile_stride
+                if kind == MATMUL_Q40:
+                    tile_strip_q40(tile_out, y_row, first_tile, tile_stride, end - t, w, weights_row, n_blocks, scratch)
+                else:
+                    tile_strip_q80(tile_out, y_row, first_tile, tile_stride, end - t, w, weights_row, n_blocks, scratch)
+            if end == n_tiles and done < n_rows:
+                out += done * y_row
+                x = panels + done * panels_row
+                if kind == MATMUL_Q40:
+                    matmul_rows_q40(out, y_row, x, panels_row, n_rows - done, w, weights_row, n_blocks, count)
+                else:
+                    matmul_rows_q80(out, y_row, x, panels_row, n_rows - done, w, weights_row, n_blocks, count)
+        t = end
+        if t == n_tiles:
+            return
 
 
 @njit(nogil=True)
@@ -82,14 +98,12 @@ def experts(kind, record, first_row, end_row, thread, n_threads):
     for m in range(first_row, end_row):
         for e in range(k):
             expert = min(max(load_i(indexes + 8 * (m * k + e)), 0), n_experts - 1)
-            w = weights + expert * weights_expert
-            panel, out = panels + m * panels_row + e * panels_plane, y + m * y_row + e * y_plane
+            w = weights + expert * weights_expert + a * weights_row
+            panel, out = panels + m * panels_row + e * panels_plane, y + m * y_row + e * y_plane + 4 * a
             if kind == EXPERTS_Q40:
-                for r in range(a, z):
-                    store_f(out + 4 * r, row_dot_q40(w + r * weights_row, panel, n_blocks))
+                matmul_rows_q40(out, y_row, panel, panels_row, 1, w, weights_row, n_blocks, z - a)
             else:
-                for r in range(a, z):
-                    store_f(out + 4 * r, row_dot_q80(w + r * weights_row, panel, n_blocks))
+                matmul_rows_q80(out, y_row, panel, panels_row, 1, w, weights_row, n_blocks, z - a)
 
 
 @njit(nogil=True)

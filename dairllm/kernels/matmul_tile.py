@@ -12,12 +12,13 @@ from llvmlite import ir
 from numba import njit
 from numba.core import cgutils
 
-from dairllm.kernels.byte_dot import Q80_SCRATCH_XOR, TILE_LANES, TILE_ROWS, nibbles, tile_q40, tile_q80
+from dairllm.kernels.byte_dot import TILE_LANES, TILE_ROWS, biased, dot_words, nibbles, word_sums
 from dairllm.kernels.half import emit_from_half
 from dairllm.kernels.ir import (
     F32,
     I8,
     I16,
+    I32,
     I64,
     Builder,
     Value,
@@ -30,8 +31,8 @@ from dairllm.kernels.ir import (
     ir_function,
     k64,
     load,
+    prefetch,
     shuffle,
-    splat,
     store,
     tree_sum_of,
     vec,
@@ -39,10 +40,7 @@ from dairllm.kernels.ir import (
 )
 from dairllm.kernels.panels import TILE_BLOCK_BYTES, TILE_COLUMNS
 
-__all__ = ["TILE_ROWS", "tile_rows_q40", "tile_rows_q80"]
-
-PASS_BYTES = 360_000
-"""Panel bytes that one pass over the weight rows uses: part of a second-level cache."""
+__all__ = ["TILE_ROWS", "tile_strip_q40", "tile_strip_q80"]
 
 _GROUPS = TILE_COLUMNS // TILE_LANES
 _VECTOR = vec(F32, TILE_LANES)
@@ -53,8 +51,11 @@ _SUMS_BYTES = _VECTOR_BYTES * _GROUPS * TILE_ROWS
 def _unpacker(block_bytes: int, emit_bytes: Callable[[Builder, Value, Value], None]) -> Any:
     @ir_function(void, i64, i64, i64, i64, i64)
     def unpack(b: Builder, w: Value, row_stride: Value, n_blocks: Value, values: Value, scales: Value) -> None:
-        """values [block][row][32], scales [block][row]."""
+        """values [block][row][32], scales [block][row]. Meanwhile the next strip is asked for, as far as its rows lie together."""
+        next_strip = b.add(w, b.mul(row_stride, k64(TILE_ROWS)))
         with for_range(b, n_blocks) as loop:
+            for line in range(0, TILE_ROWS * block_bytes, 64):
+                prefetch(b, at(b, b.add(next_strip, b.mul(loop.index, k64(TILE_ROWS * block_bytes))), line))
             for r in range(TILE_ROWS):
                 p = b.add(b.add(w, b.mul(row_stride, k64(r))), b.mul(loop.index, k64(block_bytes)))
                 emit_bytes(b, p, b.add(values, b.add(b.mul(loop.index, k64(32 * TILE_ROWS)), k64(32 * r))))
@@ -70,11 +71,10 @@ def _unpack_q40(b: Builder, block: Value, destination: Value) -> None:
 
 
 def _unpack_q80(b: Builder, block: Value, destination: Value) -> None:
-    q = load(b, at(b, block, 2), vec(I8, 32))
-    store(b, b.xor(q, splat(I8, 32, -128)) if Q80_SCRATCH_XOR else q, destination, 32)
+    store(b, biased(b, load(b, at(b, block, 2), vec(I8, 32))), destination, 32)
 
 
-def _store_columns(b: Builder, rows: list[list[Value]], out: Value, out_stride: Value) -> None:
+def _store_columns(b: Builder, rows: list[list[Value]], out: Value, out_row: Value) -> None:
     """rows[4][column group] -> out[column][4 rows], transposed in registers."""
     for g in range(_GROUPS):
         v = [row[g] for row in rows]
@@ -84,12 +84,25 @@ def _store_columns(b: Builder, rows: list[list[Value]], out: Value, out_stride: 
                 pair.append(shuffle(b, x, y, [base + i // 2 + (TILE_LANES if i % 2 else 0) for i in range(8)]))
             for c in range(4):
                 column = shuffle(b, pair[0], pair[1], [2 * c, 2 * c + 1, 8 + 2 * c, 8 + 2 * c + 1])
-                store(b, column, b.add(out, b.mul(out_stride, k64(g * TILE_LANES + base + c))), 4)
+                store(b, column, b.add(out, b.mul(out_row, k64(g * TILE_LANES + base + c))), 4)
 
 
-def _tile(block: Callable[[Builder, Value, Value], list[list[Value]]]) -> Any:
+def _dots(b: Builder, values: Value, panel: Value, signed: bool) -> list[list[Value]]:
+    """One block of TILE_ROWS unpacked rows [row][32] -> sums [row][column group] of <TILE_LANES x i32>."""
+
+    def weight(row: int, k: int) -> Value:
+        return b.bitcast(broadcast(b, load(b, at(b, values, 32 * row + 4 * k), I32, 4), TILE_LANES), vec(I8, _VECTOR_BYTES))
+
+    def x(k: int) -> list[Value]:
+        return [load(b, at(b, panel, 64 * k + _VECTOR_BYTES * g), vec(I8, _VECTOR_BYTES), _VECTOR_BYTES) for g in range(_GROUPS)]
+
+    seeds = [load(b, at(b, panel, 512 + _VECTOR_BYTES * g), vec(I32, TILE_LANES), _VECTOR_BYTES) for g in range(_GROUPS)]
+    return dot_words(b, TILE_ROWS, 8, weight, x, [word_sums(b, s, signed) for s in seeds], signed)
+
+
+def _tile(signed: bool) -> Any:
     @ir_function(void, i64, i64, i64, i64, i64, i64)
-    def tile(b: Builder, values: Value, scales: Value, panel: Value, n_blocks: Value, out: Value, out_stride: Value) -> None:
+    def tile(b: Builder, values: Value, scales: Value, panel: Value, n_blocks: Value, out: Value, out_row: Value) -> None:
         kept = cgutils.alloca_once(b, ir.ArrayType(_VECTOR, 8 * _GROUPS * TILE_ROWS))
         kept.align = 64
         kept = b.ptrtoint(kept, I64)
@@ -98,7 +111,7 @@ def _tile(block: Callable[[Builder, Value, Value], list[list[Value]]]) -> Any:
         with for_range(b, n_blocks) as loop:
             j = loop.index
             x = b.add(panel, b.mul(j, k64(TILE_BLOCK_BYTES)))
-            dots = block(b, b.add(values, b.mul(j, k64(32 * TILE_ROWS))), x)
+            dots = _dots(b, b.add(values, b.mul(j, k64(32 * TILE_ROWS))), x, signed)
             acc = b.add(kept, b.mul(b.and_(j, k64(7)), k64(_SUMS_BYTES)))
             for r in range(TILE_ROWS):
                 d = broadcast(b, load(b, b.add(b.add(scales, b.mul(j, k64(4 * TILE_ROWS))), k64(4 * r)), F32, 4), TILE_LANES)
@@ -114,29 +127,22 @@ def _tile(block: Callable[[Builder, Value, Value], list[list[Value]]]) -> Any:
 
         sums = [[kept_sum(r, g) for g in range(_GROUPS)] for r in range(TILE_ROWS)]
         for r in range(0, TILE_ROWS, 4):
-            _store_columns(b, sums[r : r + 4], at(b, out, 4 * r), out_stride)
+            _store_columns(b, sums[r : r + 4], at(b, out, 4 * r), out_row)
 
     return tile
 
 
-def _tile_rows(unpack: Any, tile: Any) -> Any:
+def _tile_strip(unpack: Any, tile: Any) -> Any:
     @njit(nogil=True)
-    def tile_rows(out, out_stride, panels, tile_stride, n_tiles, weights, row_stride, n_blocks, first, last, scratch):
-        """out[column][first..last] = weight rows times all columns; last - first is a multiple of TILE_ROWS.
-
-        Writes 16 * n_tiles columns.
-        """
-        per_pass = max(1, PASS_BYTES // tile_stride)
+    def tile_strip(out, out_row, tiles, tile_stride, n_tiles, weights, weights_row, n_blocks, scratch):
+        """out[column][0..TILE_ROWS] = TILE_ROWS weight rows times the columns of n_tiles tiles."""
         scales = scratch + n_blocks * 32 * TILE_ROWS
-        for t0 in range(0, n_tiles, per_pass):
-            t1 = min(n_tiles, t0 + per_pass)
-            for r in range(first, last, TILE_ROWS):
-                unpack(weights + r * row_stride, row_stride, n_blocks, scratch, scales)
-                for t in range(t0, t1):
-                    tile(scratch, scales, panels + t * tile_stride, n_blocks, out + t * TILE_COLUMNS * out_stride + 4 * r, out_stride)
+        unpack(weights, weights_row, n_blocks, scratch, scales)
+        for t in range(n_tiles):
+            tile(scratch, scales, tiles + t * tile_stride, n_blocks, out + t * TILE_COLUMNS * out_row, out_row)
 
-    return tile_rows
+    return tile_strip
 
 
-tile_rows_q40 = _tile_rows(_unpacker(18, _unpack_q40), _tile(tile_q40))
-tile_rows_q80 = _tile_rows(_unpacker(34, _unpack_q80), _tile(tile_q80))
+tile_strip_q40 = _tile_strip(_unpacker(18, _unpack_q40), _tile(signed=False))
+tile_strip_q80 = _tile_strip(_unpacker(34, _unpack_q80), _tile(signed=True))

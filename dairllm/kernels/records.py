@@ -8,13 +8,11 @@ blocks.
 
 from enum import IntEnum
 
-__all__ = ["ALWAYS_ROWS", "FIELDS", "RECORD_WORDS", "SMALL_BATCH", "UNIT", "Kind", "State"]
+__all__ = ["ALWAYS_ROWS", "FIELDS", "RECORD_WORDS", "UNIT", "Kind", "State"]
 
 RECORD_WORDS = 16
 UNIT = 32
 """Columns dealt to threads together: a block of a quantized row, and two cache lines of floats, so that no line has two writers."""
-SMALL_BATCH = 4
-"""Up to so many rows, quantized matmuls take row panels one by one; beyond, tiles of 16."""
 ALWAYS_ROWS = 1
 """Flag of PACK: row panels are wanted for large batches as well."""
 
