@@ -65,7 +65,7 @@ def scratch_bytes(node: NodeConfig) -> int:
             most = max(most, tile_scratch_bytes(size.y // BLOCK_VALUES))
         elif isinstance(c, AttentionConfig) and min(c.n_heads, c.n_kv_heads, c.n_heads_0, c.head_dim) > 0:
             group = min(max(c.n_heads // c.n_kv_heads, 1), c.n_heads_0)
-            chunks = -(-node.buffers[c.key_cache_buffer].size.y // CHUNK)
+            chunks = max(-(-node.buffers[c.key_cache_buffer].size.y // CHUNK), 1)  # a cache without room is refused where it is compiled
             most = max(most, attention_scratch_bytes(group, c.head_dim, chunks))
     return -(-most // 64) * 64 + 64
 
