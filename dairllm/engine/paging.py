@@ -104,6 +104,8 @@ class PagingNeeds(NamedTuple):
         block_bytes: of one block.
         copied_bytes: memory beside the blocks: norms, rows of the embedding, weights that lie in memory.
         remembered_bytes: what is kept in mind of steps and blocks.
+        expert_blocks: of blocks_total, those of experts.
+        active_blocks: of those, what one row goes through, at most.
     """
 
     blocks_total: int
@@ -112,6 +114,18 @@ class PagingNeeds(NamedTuple):
     block_bytes: int
     copied_bytes: int
     remembered_bytes: int = 0
+    expert_blocks: int = 0
+    active_blocks: int = 0
+
+    def staying(self, room: int) -> int:
+        """Blocks that stay, of a room in blocks; of experts, about which nothing is known before, none."""
+        if self.expert_blocks:
+            return min(self.blocks_total - self.expert_blocks, max(0, room - 2 * self.ring_blocks_min))
+        return max(0, room - self.ring_blocks_best)
+
+    def missing(self, room: int) -> int:
+        """Blocks that a pass of one row reads, at most: experts that were used before may be there."""
+        return self.blocks_total - self.expert_blocks + self.active_blocks - self.staying(room)
 
 
 def weights_needs(network: NetworkConfig, node: NodeConfig, weights: Weights, *, block_bytes: int | None = None) -> PagingNeeds:
@@ -125,7 +139,8 @@ def weights_needs(network: NetworkConfig, node: NodeConfig, weights: Weights, *,
     """
     size = block_bytes or block_size(node, weights)
     total: set[Block] = set()
-    widest, expert_room, steps = 1, 0, 0
+    expert_blocks: set[Block] = set()
+    widest, expert_room, active, steps = 1, 0, 0, 0
     for pieces in segment_pieces(node, weights, PIECE_BYTES):
         for group in group_pieces(pieces, size):
             members = [pieces[place] for place in group]
@@ -133,14 +148,17 @@ def weights_needs(network: NetworkConfig, node: NodeConfig, weights: Weights, *,
             total.update(blocks_of(_spans(members), size))
             if members[0].experts:
                 experts = zip(*(piece.spans for piece in members if piece.spans), strict=True)  # of each, its matrices in the file
-                expert_room = max([expert_room, *(_active(node) * len(blocks_of(spans, size)) for spans in experts)])
+                chosen = _active(node) * max((len(blocks_of(spans, size)) for spans in experts), default=0)
+                expert_room, active = max(expert_room, chosen), active + chosen
+                expert_blocks.update(blocks_of(_spans(members), size))
             else:
                 widest = max(widest, len(blocks_of(_spans(members), size)))
     least = max(widest, expert_room) + 1
     best = max(RING_BYTES // size, 2 * widest, least)
     count = len(total)
     remembered = steps * _STEP_BYTES + count * _BLOCK_BYTES if count else 0
-    return PagingNeeds(count, min(least, count), min(best, count), size, copied_bytes(network, node, weights), remembered)
+    copied, active = copied_bytes(network, node, weights), min(active, len(expert_blocks))
+    return PagingNeeds(count, min(least, count), min(best, count), size, copied, remembered, len(expert_blocks), active)
 
 
 def _spans(pieces: Iterable[Piece]) -> Iterable[tuple[int, int]]:

@@ -86,10 +86,10 @@ class MemoryPlan:
 
     @property
     def missing(self) -> int:
-        """Weights that a token reads from the disk: what neither fits nor is part of the ring's coming and going."""
+        """Weights that a token reads from the disk, at most: what neither fits nor is part of the ring's coming and going."""
         if self.room_blocks is None:
             return 0
-        return self.weights - max(0, self.room_blocks - self.needs.ring_blocks_best) * self.needs.block_bytes
+        return self.needs.missing(self.room_blocks) * self.needs.block_bytes
 
     @property
     def total(self) -> int:
@@ -164,11 +164,16 @@ class MemoryPlan:
         if self.room_blocks is None:
             weights = [("weights, all in memory", self.weights, "in place, in the model's file")]
         else:
-            ring = min(self.needs.ring_blocks_best, self.room_blocks)
-            kept = (self.room_blocks - ring) * self.needs.block_bytes
+            staying, size = self.needs.staying(self.room_blocks), self.needs.block_bytes
+            ring, experts = self.room_blocks - staying, self.needs.expert_blocks
+            read = f"{'at most ' if experts else ''}{format_size(self.missing)}"
             weights = [
-                ("weights that stay", kept, f"of {format_size(self.weights)}; a token reads {format_size(self.missing)} from the disk"),
-                ("ring of the others", ring * self.needs.block_bytes, f"{ring} blocks of {format_size(self.needs.block_bytes)}"),
+                ("weights that stay", staying * size, f"of {format_size(self.weights)}; a token reads {read} from the disk"),
+                (
+                    "experts used most" if experts else "ring of the others",
+                    ring * size,
+                    f"{ring} blocks of {format_size(size)}" + (", a ring of the others too" if experts else ""),
+                ),
             ]
         return [
             ("program", self.runtime, "interpreter, libraries, kernels, tokenizer"),

@@ -266,6 +266,11 @@ def test_needs_are_the_blocks_of_all_matrices(arch: Architecture, tmp_path: Path
         spans = [(tensor.offset, tensor.nbytes) for tensor in model.tensors if "matmul" in tensor.name or "gate" in tensor.name]
         assert found.blocks_total == len(blocks_of(spans, BLOCK))
         assert 1 < found.ring_blocks_min <= found.ring_blocks_best <= found.blocks_total
+        layers = model.spec.n_layers if arch is Architecture.QWEN3_MOE else 0
+        assert found.active_blocks == layers * (found.ring_blocks_min - 1), "a row's experts of a layer are what the least room is for"
+        others = found.blocks_total - found.expert_blocks
+        assert found.missing(0) == others + found.active_blocks
+        assert found.missing(found.blocks_total) == (found.active_blocks if layers else min(others, found.ring_blocks_best))
         norms = sum(-(-tensor.nbytes // 64) * 64 for tensor in model.tensors if "norm" in tensor.name)
         assert found.copied_bytes == norms + 32 * 8192, "and for each row of a batch a row of the embedding, on two pages"
         views = FileWeights(model)
