@@ -1,6 +1,7 @@
 """The memory and processors of a container are its limits, wherever in the tree of control groups they stand."""
 
 import ctypes
+import mmap
 import os
 import subprocess
 import sys
@@ -158,3 +159,14 @@ print(before, resident("own.so.6"), sum(mapped[at] for at in range(0, len(mapped
     assert int(before) > 500
     assert int(after) < int(before) // 2
     assert usable == "True"
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="this kernel has no huge pages")
+def test_a_file_is_asked_for_in_huge_pages(tmp_path: Path) -> None:
+    path = tmp_path / "weights"
+    path.write_bytes(bytes(4 * mmap.PAGESIZE))
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+        machine.ask_for_huge_pages(mapped)
+        _, _, ours = Path("/proc/self/smaps").read_text().partition(str(path))
+        assert "hg" in ours.partition("VmFlags:")[2].partition("\n")[0].split()
+        assert mapped[:] == path.read_bytes()

@@ -38,6 +38,9 @@ class WeightsFile(Protocol):
     path: Path
     stamp: FileStamp
 
+    def ask_for_huge_pages(self) -> None:
+        """Before weights are used where they lie."""
+
 
 class Weights(Protocol):
     """Both kinds. `nbytes` is what they hold in memory of their own."""

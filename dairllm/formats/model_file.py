@@ -22,6 +22,7 @@ from dairllm.formats.model_writer import ModelWriter
 from dairllm.formats.quants import dequantize
 from dairllm.graph.model import ModelSpec
 from dairllm.graph.types import FloatType
+from dairllm.machine import ask_for_huge_pages
 
 __all__ = ["ModelFile", "ModelWriter", "Slice", "Tensor", "node_slice", "tensor_layout"]
 
@@ -116,6 +117,11 @@ class ModelFile:
             start = offset - offset % mmap.PAGESIZE
             stop = self.nbytes if nbytes is None else offset + nbytes
             self._map.madvise(mmap.MADV_DONTNEED, start, stop - start)
+
+    def ask_for_huge_pages(self) -> None:
+        """For those who will use the map in whole (`dairllm.machine.ask_for_huge_pages`)."""
+        if self._map is not None:
+            ask_for_huge_pages(self._map)
 
     def tensor(self, name: str, layer: int = 0, expert: int = 0) -> Tensor:
         """The tensor of that name.

@@ -33,6 +33,7 @@ from dairllm.formats.model_file import ModelFile
 from dairllm.formats.share_layout import PlacedSlice, share_layout
 from dairllm.graph.references import IDENTITY_BYTES
 from dairllm.graph.slicing import Share, Span
+from dairllm.machine import ask_for_huge_pages
 
 __all__ = [
     "HEAD",
@@ -189,6 +190,10 @@ class ShareFile:
         del self._raw
         with suppress(BufferError):
             self._map.close()
+
+    def ask_for_huge_pages(self) -> None:
+        """For those who will use the map in whole (`dairllm.machine.ask_for_huge_pages`)."""
+        ask_for_huge_pages(self._map)
 
     @property
     def address(self) -> int:

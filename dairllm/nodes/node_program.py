@@ -78,8 +78,10 @@ async def open_program(
         LimitError: there is less room than the least that works.
     """
     if model is None or paging is None:
-        program = await in_thread("compile", lambda: compile_program(network, node, weights, n_threads=n_threads, kv_cache=kv_cache))
         files = [file for file in dict.fromkeys((model, weights.matmul_file)) if file is not None]
+        for file in files:
+            file.ask_for_huge_pages()
+        program = await in_thread("compile", lambda: compile_program(network, node, weights, n_threads=n_threads, kv_cache=kv_cache))
         return NodeProgram(program, InPlaceCompute(compute, program.n_segments, files))
     pager = await open_paged(network, node, weights, model, paging, compute, n_threads=n_threads, kv_cache=kv_cache)
     return NodeProgram(pager.program, pager)
