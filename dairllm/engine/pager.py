@@ -39,7 +39,7 @@ class Pager:
     def __init__(self, window: Window, steps: Sequence[Step], division: Division, readers: int) -> None:
         self.steps = steps
         self._use = ExpertUse(steps) if division.by_use else None
-        self.blocks = Blocks(window, division.kept, division.ring, readers, None if self._use is None else self._use.worth)
+        self.blocks = Blocks(window, division.kept, division.ring, readers, None if self._use is None else self._use.order)
         self._ring, self._length, self._call_blocks = division.ring, division.outlook, division.ring // _CALLS
         self._uses = [block for step in steps for block in step.blocks]
         self._first_use: list[int] = []

@@ -10,29 +10,28 @@ from dairllm.engine.paging_steps import Block
 from dairllm.engine.paging_window import Window
 from dairllm.errors import EngineError
 
-__all__ = ["Blocks", "Worth", "runs"]
+__all__ = ["Blocks", "Order", "runs"]
 
 _ORDERS = 8
 """Blocks are put in order again when so large a part of them has gone: it takes longer the more there are."""
+
+Order = Callable[[Iterable[Block]], Iterable[Block]]
+"""Blocks that are in memory or on their way, what is to go first at the begin."""
 
 _READ_BYTES = 2 << 20
 """The longest read of neighbouring blocks."""
 
 
-Worth = Callable[[Iterable[Block]], Sequence[float]]
-"""What blocks are worth, by their numbers, given those that are in memory or on their way."""
-
-
 class Blocks:
-    """At most `ring` blocks pass through; those of `kept` come once and stay. What was used longest ago goes first, or, where somebody says
-    of each block what it is worth, what is worth least.
+    """At most `ring` blocks pass through; those of `kept` come once and stay. What was used longest ago goes first, or what somebody
+    else puts first.
 
     A block that is to make room is only named: whichever reader needs room first gives it up, before it reads. Until then it can be called
     back. So there are never more blocks in memory than there is room for. Neighbours that were used together, as those of an expert, go
     together: a part of them would be of no use, and they leave room that lies together.
     """
 
-    def __init__(self, window: Window, kept: frozenset[Block], ring: int, readers: int, worth: Worth | None = None) -> None:
+    def __init__(self, window: Window, kept: frozenset[Block], ring: int, readers: int, order: Order | None = None) -> None:
         self.kept, self.meters = kept, PagingMeters()
         self._window, self._ring = window, ring
         self._longest = max(1, _READ_BYTES // window.block_bytes)
@@ -40,8 +39,8 @@ class Blocks:
         self._kept_asked: set[Block] = set()
         self._passing: dict[Block, None] = {}
         """In the ring or asked for, what is to go first at the begin; never more than `ring`."""
-        self._worth, self._gone = worth, 0
-        """What blocks are worth; how many have gone since they were put in that order."""
+        self._order, self._gone = order, 0
+        """How blocks are put in order; how many have gone since."""
         self._to_go: dict[Block, None] = {}
         """Still in memory."""
         self._leaving: set[Block] = set()
@@ -158,8 +157,8 @@ class Blocks:
     def _victims(self, places: int, protected: frozenset[Block] | set[Block]) -> list[range]:
         """What is to make room for so many blocks more, as runs of neighbours; what cannot be had is missing."""
         lacking = len(self._passing) + places - self._ring
-        if self._worth is not None and lacking > 0 and self._gone * _ORDERS >= len(self._passing):
-            self._passing, self._gone = dict.fromkeys(sorted(self._passing, key=self._worth(self._passing).__getitem__)), 0
+        if self._order is not None and lacking > 0 and self._gone * _ORDERS >= len(self._passing):
+            self._passing, self._gone = dict.fromkeys(self._order(self._passing)), 0
         found: list[range] = []
         for block in self._passing if lacking > 0 else ():
             if block in protected or block not in self._ready:

@@ -21,7 +21,7 @@ best for all of even, uneven and clinging routing."""
 
 
 class ExpertUse:
-    """Told of each use, it says what blocks are worth.
+    """Told of each use, it says which blocks are to go first.
 
     Args:
         steps: of one program.
@@ -30,14 +30,20 @@ class ExpertUse:
     def __init__(self, steps: Sequence[Step]) -> None:
         self._first: dict[int, int] = {}
         """By step: its first expert's number among all."""
-        count, owned = 0, []
+        count = 0
         for number, step in enumerate(steps):
             if step.experts:
-                self._first[number] = count
-                owned += [(block, count + expert) for expert, blocks in enumerate(step.experts) for block in blocks]
-                count += len(step.experts)
-        self._blocks, self._owners = np.array(owned, np.int64).reshape(-1, 2).T
-        self._end = 1 + max((block for step in steps for blocks in (step.blocks, *step.experts) for block in blocks), default=0)
+                self._first[number], count = count, count + len(step.experts)
+        end = 1 + max((block for step in steps for blocks in (step.blocks, *step.experts) for block in blocks), default=0)
+        self._owners = np.full((2, end), count)
+        """Of each block, the experts that have a part of it, two at most; `count` is nobody."""
+        for number, first in self._first.items():
+            for expert, blocks in enumerate(steps[number].experts):
+                for block in blocks:
+                    mine, other = self._owners[:, block]
+                    if other == count:
+                        self._owners[int(mine != count), block] = first + expert
+        self._sizes = np.bincount(self._owners.ravel(), minlength=count + 1)
         self._means: NDArray[np.float64] = np.zeros((2, count))
         keep = 0.5 ** (1 / np.array([_LONG, _LATELY]))
         self._keep, self._add = keep[:, None], (1 - keep) * (1, _WEIGHT)
@@ -50,12 +56,11 @@ class ExpertUse:
         self._last, first = step, self._first[step]
         self._means[:, [first + expert for expert in experts]] += self._add[:, None]
 
-    def worth(self, held: Iterable[Block]) -> list[float]:
-        """Of each block, by its number: about how likely the next pass needs it; 0 where it is no part of an expert that is held whole."""
-        there = np.zeros(self._end, np.bool_)
-        there[list(held)] = True
-        worth = self._means.sum(axis=0)
-        worth[self._owners[~there[self._blocks]]] = 0
-        found = np.zeros(self._end)
-        np.maximum.at(found, self._blocks, worth[self._owners])  # neighbours may share one
-        return found.tolist()
+    def order(self, held: Iterable[Block]) -> list[Block]:
+        """What is to go first comes first: what is no part of an expert that is held whole; experts that the next pass hardly needs."""
+        blocks = np.fromiter(held, np.int64)
+        owners = self._owners[:, blocks]
+        worth = np.append(self._means.sum(axis=0), 0.0)
+        worth[np.bincount(owners.ravel(), minlength=len(worth)) < self._sizes] = 0
+        order: list[Block] = blocks[np.argsort(worth[owners].max(axis=0), kind="stable")].tolist()
+        return order

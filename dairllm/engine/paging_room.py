@@ -44,7 +44,9 @@ def divide(steps: Sequence[Step], needs: PagingNeeds, settings: PagingSettings) 
         # each pass reads all of the others and few of the experts: the others stay first, and experts have what is left
         ring = max(2 * needs.ring_blocks_min, room - len(order))
         ring = min(ring, room)
-        return Division(spread(order, room - ring, together), ring, min(needs.ring_blocks_best, ring - needs.ring_blocks_min), by_use=True)
+        outlook = min(needs.ring_blocks_best, ring - needs.ring_blocks_min)
+        spare = ring - needs.ring_blocks_min - (outlook if len(order) > room - ring else 0)
+        return Division(spread(order, room - ring, together), ring, outlook, by_use=spare > needs.ring_blocks_min)
     if room >= total:
         return Division(frozenset(order), 0, 0)
     # a ring larger than what is missing would only take from what is kept

@@ -105,13 +105,12 @@ def test_an_expert_is_worth_what_it_is_used() -> None:
     for turn in range(40):
         for number in range(1, 2 * LAYERS, 2):
             use.used(number, {0, 3} if turn % 2 else {0, 5})
-    everything = [block for step in steps for blocks in (step.blocks, *step.experts) for block in blocks]
-    worth = use.worth(everything)
-    first = [steps[1].experts[expert] for expert in range(EXPERTS)]
-    assert worth[first[0][1]] > worth[first[3][1]] > worth[first[5][1]] > worth[first[6][1]] == 0  # 3 came last
-    assert worth[steps[0].blocks[0]] == 0
-    assert worth[first[3][0]] == worth[first[3][1]]  # shared with 2, which nobody wants
-    assert set(use.worth([*first[3][:2]])) == {0.0}, "a part of an expert is worth nothing"
+    experts = steps[1].experts
+    order = use.order(dict.fromkeys(block for blocks in (*experts, steps[0].blocks) for block in blocks))
+    assert set(order[-3:]) == set(experts[0])
+    assert set(order[-6:-3]) == set(experts[3])  # came last; one of its blocks is shared with 2, which nobody wants
+    assert set(order[-9:-6]) == set(experts[5])
+    assert use.order([*experts[3][:2], *experts[5]]) == [*experts[3][:2], *experts[5]], "a part of an expert is worth nothing"
 
 
 # ------------------------------------------------------------------------------------------------------------------------------- slots
