@@ -10,7 +10,7 @@ from starlette.applications import Starlette
 
 from dairllm.api.connection import BoundedConnection
 from dairllm.errors import NetworkError
-from dairllm.net.transport import listening_socket
+from dairllm.net.addresses import listening_socket
 
 __all__ = ["HttpServer"]
 

@@ -145,7 +145,7 @@ async def say(text: str) -> None:
 
 def _report(generation: Generation, text: str, node: "LocalNode | Cluster", executor: Executor, plan: MemoryPlan) -> dict[str, Any]:
     own, *others = [dataclasses.asdict(report) for report in node.nodes]
-    paging, way = node.paging, node.way
+    paging, way, effort = node.paging, node.way, node.effort
     return {
         "prompt_ids": list(generation.prompt_ids),
         "ids": generation.ids,
@@ -157,7 +157,9 @@ def _report(generation: Generation, text: str, node: "LocalNode | Cluster", exec
         "peak_rss_bytes": machine.peak_rss_bytes(),
         **{name: own[name] for name in ("bytes_sent", "bytes_received", "weight_bytes_sent")},
         "weight_bytes_read": 0 if paging is None else paging.bytes,
-        "paging": None if paging is None or way is None else dataclasses.asdict(paging) | reading(way, plan),
+        "paging": None
+        if paging is None or way is None or effort is None
+        else dataclasses.asdict(paging) | reading(way, plan) | effort._asdict(),
         "memory_plan": plan.figures(),
         "nodes": [own | {"kernels": executor.form, "threads": executor.n_threads}, *others],
     }

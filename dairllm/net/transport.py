@@ -21,7 +21,6 @@ fires: a wait that ends in time costs none.
 
 import asyncio
 import contextlib
-import ipaddress
 import math
 import os
 import select
@@ -32,15 +31,14 @@ from typing import Protocol, TypeVar, cast
 
 from dairllm.config import Keepalive
 from dairllm.errors import NetworkError, RemoteProtocolError
-from dairllm.net.runner import in_thread
+from dairllm.net.addresses import Address, address_of
 from dairllm.units import format_duration
 
-__all__ = ["Address", "Connection", "Incoming", "address_of", "dial", "listening_socket", "resolve"]
+__all__ = ["Connection", "Incoming", "dial"]
 
 LINGER_SECONDS = 0.0002
 """The longest that an event is looked for before the loop waits for it: some awakenings."""
 
-Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 EventT = TypeVar("EventT", covariant=True)
 
 
@@ -277,10 +275,10 @@ class Connection(asyncio.BufferedProtocol):
                     event = incoming.next_event()
                     if event is not None or not incoming.wants_data:
                         return event
-                elif time.perf_counter() >= until:
-                    return None
                 else:
                     os.sched_yield()
+                if time.perf_counter() >= until:  # also where a large event keeps coming: the loop has other things to do
+                    return None
         except BlockingIOError:  # something was there, and was not for us
             return None
         except OSError as error:
@@ -349,26 +347,6 @@ class Connection(asyncio.BufferedProtocol):
             self._timer = None
 
 
-def address_of(text: str) -> Address:
-    """An IP address; one of version 4 in the clothes of version 6 is taken for what it is."""
-    address = ipaddress.ip_address(text.partition("%")[0])
-    return (address.ipv4_mapped or address) if isinstance(address, ipaddress.IPv6Address) else address
-
-
-async def resolve(host: str) -> tuple[Address, ...]:
-    """All addresses of a name.
-
-    Raises:
-        NetworkError: it has none.
-    """
-    try:
-        # In a thread that can be abandoned: a name server that does not answer must not hold up the end of the process.
-        found = await in_thread("resolve", lambda: socket.getaddrinfo(host, None, type=socket.SOCK_STREAM))
-    except (OSError, UnicodeError) as error:
-        raise NetworkError(f"the name {host!r} has no address: {getattr(error, 'strerror', None) or error}") from None
-    return tuple(dict.fromkeys(address_of(str(item[4][0])) for item in found))
-
-
 async def dial(address: Address, port: int, keepalive: Keepalive, within: float, source: Address | None = None) -> Connection:
     """Connect, from the address `source` where one is given.
 
@@ -385,28 +363,6 @@ async def dial(address: Address, port: int, keepalive: Keepalive, within: float,
     except OSError as error:
         raise NetworkError(f"{address} port {port} cannot be reached: {error.strerror or error}") from None
     return connection
-
-
-def listening_socket(host: str, port: int) -> socket.socket:
-    """A socket bound to a host's address, of IPv4 where it has one, since distributed-llama speaks nothing else; `::` takes both.
-
-    Raises:
-        NetworkError: the address is not ours, or taken.
-    """
-    sock = None
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        family, kind, proto, _, address = min(found, key=lambda item: item[0] != socket.AF_INET)
-        sock = socket.socket(family, kind, proto)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        sock.bind(address)
-    except (OSError, UnicodeError) as error:
-        if sock is not None:
-            sock.close()
-        raise NetworkError(f"cannot listen on {host} port {port}: {getattr(error, 'strerror', None) or error}") from None
-    return sock
 
 
 def _configure(sock: socket.socket, keepalive: Keepalive) -> None:

@@ -23,6 +23,7 @@ from dairllm.config import Keepalive, RootDeadlines, WorkerAddress
 from dairllm.engine.located_weights import LocatedWeights
 from dairllm.engine.paging import PagingMeters, PagingSettings
 from dairllm.engine.paging_choice import WayChoice
+from dairllm.engine.paging_effort import Effort
 from dairllm.engine.program import Program
 from dairllm.errors import ConfigError, DairllmError, EngineError, NetworkError, RemoteProtocolError
 from dairllm.formats.digest import WORTH_KEEPING, model_digests
@@ -142,6 +143,11 @@ class Cluster:
     def way(self) -> WayChoice | None:
         """How blocks of the root's share are read; None where nothing is paged."""
         return None if self._own is None else self._own.way
+
+    @property
+    def effort(self) -> Effort | None:
+        """How many threads compute and read for the root's share of a token, by now; None where nothing is paged."""
+        return None if self._own is None else self._own.effort
 
     @property
     def trouble(self) -> str | None:

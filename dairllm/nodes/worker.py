@@ -15,9 +15,10 @@ from dairllm.config import WorkerSettings
 from dairllm.engine.executor import Executor
 from dairllm.engine.program import Program
 from dairllm.errors import DairllmError, NetworkError, RemoteProtocolError
+from dairllm.net.addresses import listening_socket
 from dairllm.net.compute import Compute
 from dairllm.net.mesh import Mesh
-from dairllm.net.transport import Connection, listening_socket
+from dairllm.net.transport import Connection
 from dairllm.nodes.own_model import OwnModel
 from dairllm.nodes.tensor import TensorSession
 from dairllm.protocol.dllama.codec import Greeting

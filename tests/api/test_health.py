@@ -10,7 +10,7 @@ import pytest
 
 from dairllm.api.health import HealthServer
 from dairllm.errors import NetworkError
-from dairllm.net.transport import listening_socket
+from dairllm.net.addresses import listening_socket
 from dairllm.telemetry import Meters, Readiness
 
 

@@ -73,7 +73,7 @@ def test_verify_names_what_is_torn(path: Path, capsys: Capture) -> None:
 )
 def test_what_cannot_be_shared(path: Path, options: dict[str, object], error: type[Exception], problem: str) -> None:
     with pytest.raises(error, match=problem):
-        prepare.run(path, **options)  # type: ignore[arg-type]
+        prepare.run(path, **options)  # type: ignore[arg-type] # options of any kind, by the table above
     assert list(path.parent.iterdir()) == [path]
 
 

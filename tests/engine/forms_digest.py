@@ -53,7 +53,7 @@ def refuse_object_code() -> None:
     def refused(*_: object) -> None:
         raise ObjectCodeError("this test has none")
 
-    entry.ObjectCode = refused  # type: ignore[assignment,misc]
+    entry.ObjectCode = refused  # type: ignore[assignment,misc] # as where it cannot be loaded
 
 
 def main(form: str, folder: str, *how: str) -> None:

@@ -150,7 +150,7 @@ def test_references_that_do_not_fit_are_refused(models: dict[str, ModelFile], ch
     node, references = true_references(models["f32"], 2, 1)
     LocatedWeights(models["f32"], node, references)
     with pytest.raises(GraphError, match=problem):
-        LocatedWeights(models["f32"], node, change(references))  # type: ignore[operator]
+        LocatedWeights(models["f32"], node, change(references))  # type: ignore[operator] # a parameter that is a function
 
 
 def with_part(references: list[WeightReference], name: str, part: Part) -> list[WeightReference]:

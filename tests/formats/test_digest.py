@@ -121,7 +121,7 @@ def test_a_spoilt_companion_counts_for_nothing(path: Path, spoil: object) -> Non
         assert keep_digests(model, compute_digests(model))
         kept = json.loads(digests_path(path).read_text())
         assert kept_digests(model) is not None
-        spoil(kept)  # type: ignore[operator]
+        spoil(kept)  # type: ignore[operator] # a parameter that is a function
         digests_path(path).write_text(json.dumps(kept))
         assert kept_digests(model) is None
 

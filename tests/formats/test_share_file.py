@@ -146,7 +146,7 @@ def test_torn_slices_are_named(path: Path) -> None:
 )
 def test_what_is_no_share_is_refused(path: Path, change: object, problem: str) -> None:
     share = prepared(path)
-    share.write_bytes(change(share.read_bytes()))  # type: ignore[operator]
+    share.write_bytes(change(share.read_bytes()))  # type: ignore[operator] # a parameter that is a function
     with pytest.raises(FormatError, match=problem):
         ShareFile.open(share)
     with ModelFile.open(path) as model:

@@ -69,7 +69,7 @@ def test_nothing_is_both_writable_and_executable(objects: Objects) -> None:
     loaded = [(ObjectCode(raw, name), symbol) for name, (symbol, raw) in objects.items()]
     rights = {}
     for line in Path("/proc/self/maps").read_text().splitlines():
-        first, end, right = re.match(r"(\w+)-(\w+) (....)", line).groups()  # type: ignore[union-attr]
+        first, end, right = re.match(r"(\w+)-(\w+) (....)", line).groups()  # type: ignore[union-attr] # every line is like that
         rights[range(int(first, 16), int(end, 16))] = right
     for code, symbol in loaded:
         assert [right for span, right in rights.items() if code.function(symbol) in span] == ["r-xp"]

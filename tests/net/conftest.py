@@ -8,7 +8,8 @@ import pytest
 
 from dairllm.config import Keepalive
 from dairllm.errors import RemoteProtocolError
-from dairllm.net.transport import Connection, listening_socket
+from dairllm.net.addresses import listening_socket
+from dairllm.net.transport import Connection
 from dairllm.protocol.stream import Intake
 
 

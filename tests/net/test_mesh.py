@@ -8,8 +8,9 @@ import pytest
 
 from dairllm.config import Keepalive
 from dairllm.errors import NetworkError
+from dairllm.net.addresses import Address
 from dairllm.net.mesh import SPARES, Mesh
-from dairllm.net.transport import Address, Connection, dial
+from dairllm.net.transport import Connection, dial
 from dairllm.protocol.dllama.codec import Greeting, Peer
 
 Accepted = tuple[int, "asyncio.Queue[Connection]"]

@@ -13,7 +13,8 @@ import pytest
 
 from dairllm.config import Keepalive
 from dairllm.errors import NetworkError, RemoteProtocolError
-from dairllm.net.transport import Connection, Incoming, address_of, dial, listening_socket, resolve
+from dairllm.net.addresses import address_of, listening_socket, resolve
+from dairllm.net.transport import Connection, Incoming, dial
 from dairllm.protocol.stream import READ_AHEAD
 
 
@@ -77,6 +78,33 @@ async def test_what_comes_between_two_requests_is_not_lost(pair: Pair, feed: Fee
         feed.want(piece)
         await connection.next_event(feed, 5)
     assert b"".join(pieces) == data
+
+
+async def test_what_comes_without_a_pause_does_not_hold_up_the_loop(pair: Pair, feed: Feeding, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The connection has just been quick, and is looked at past the loop."""
+    connection, _, writer = pair
+    connection.attach(feed)
+    data, (first, large) = places([8, 300_000])
+    feed.want(first)
+    writer.write(data[:8])
+    await connection.next_event(feed, 5)
+    whole = feed.get_buffer
+    monkeypatch.setattr(feed, "get_buffer", lambda: whole()[:8])  # so that it takes long
+    turns = 0
+
+    async def count() -> None:
+        nonlocal turns
+        while True:
+            await asyncio.sleep(0)
+            turns += 1
+
+    feed.want(large)
+    writer.write(data[8:])
+    counting = asyncio.create_task(count())
+    await connection.next_event(feed, 5)
+    counting.cancel()
+    assert turns > 5
+    assert bytes(large) == data[8:]
 
 
 async def test_silence_ends_the_wait_and_the_connection(pair: Pair, feed: Feeding) -> None:

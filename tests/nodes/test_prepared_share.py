@@ -1,5 +1,6 @@
 """Nodes that find their share in a file of its own: the same ids, and no other bytes are read."""
 
+import contextlib
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,6 @@ import pytest
 from dairllm import machine
 from dairllm.commands import prepare
 from dairllm.config import WorkerAddress
-from dairllm.engine.executor import Executor
 from dairllm.engine.located_weights import LocatedWeights
 from dairllm.engine.paging import PagingNeeds, PagingSettings, weights_needs
 from dairllm.engine.program import Program
@@ -53,12 +53,18 @@ def path(made: Path) -> Iterator[Path]:
         other.unlink()
 
 
-@pytest.fixture
-async def compute(executors: list[Executor]) -> AsyncIterator[Compute[Program]]:
-    made: Compute[Program] = Compute(executors[-1])
-    made.open()
-    yield made
-    made.close()
+@contextlib.asynccontextmanager
+async def paged_root(path: Path, port: int, compute: Compute[Program]) -> AsyncIterator[tuple[ModelFile, Cluster]]:
+    """With room for little of its share, and the model that it has open."""
+    with ModelFile.open(path) as model:
+        needs = needs_of(model, 0, "4/1024,4/1024")
+        paging = PagingSettings(needs.ring_blocks_min + 2, "pinned", "buffered", 1, needs.block_bytes)
+        cluster = Cluster(model, [WorkerAddress("127.0.0.1", port)], compute, n_threads=1, paging=paging)
+        await cluster.open()
+        try:
+            yield model, cluster
+        finally:
+            await cluster.close()
 
 
 def needs_of(model: ModelFile, node: int, shares: str) -> PagingNeeds:
@@ -132,17 +138,12 @@ async def test_a_share_of_a_model_that_was_replaced_is_passed_over(
 async def test_a_share_that_is_cut_while_it_is_paged(make_worker: Any, compute: Compute[Program], path: Path) -> None:
     prepare.run(path, nodes=2, only=0)
     worker = await make_worker(own=path)
-    with ModelFile.open(path) as model:
-        needs = needs_of(model, 0, "4/1024,4/1024")
-        paging = PagingSettings(needs.ring_blocks_min + 2, "pinned", "buffered", 1, needs.block_bytes)
-        cluster = Cluster(model, [WorkerAddress("127.0.0.1", worker.port)], compute, n_threads=1, paging=paging)
-        await cluster.open()
+    async with paged_root(path, worker.port, compute) as (_, cluster):
         await cluster.feed(IDS[:3], 0, logits=True)
         with share_path(path, 0, 2).open("r+b") as file:
             file.truncate(3 * MIB)
         with pytest.raises(EngineError, match=r"m\.m\.share-0-of-2 had \d+ bytes when it was opened and has 3145728 now"):
             await cluster.feed(IDS[3:4], 3, logits=True)
-        await cluster.close()
 
 
 async def test_a_model_that_is_written_to_while_its_share_is_paged(make_worker: Any, compute: Compute[Program], tmp_path: Path) -> None:
@@ -151,17 +152,12 @@ async def test_a_model_that_is_written_to_while_its_share_is_paged(make_worker: 
     write_random_model(path, SPEC, seed=7)
     prepare.run(path, nodes=2, only=0)
     worker = await make_worker(own=path)
-    with ModelFile.open(path) as model:
-        needs = needs_of(model, 0, "4/1024,4/1024")
-        paging = PagingSettings(needs.ring_blocks_min + 2, "pinned", "buffered", 1, needs.block_bytes)
-        cluster = Cluster(model, [WorkerAddress("127.0.0.1", worker.port)], compute, n_threads=1, paging=paging)
-        await cluster.open()
+    async with paged_root(path, worker.port, compute) as (model, cluster):
         with path.open("r+b") as file:
             file.seek(model.tensor("embedding").offset)
             file.write(b"other")
         with pytest.raises(EngineError, match=r"m\.m has been written to since it was opened"):
             await cluster.feed(IDS[:1], 0, logits=True)
-        await cluster.close()
 
 
 @pytest.mark.parametrize("n_nodes", [2, 4])
