@@ -5,7 +5,7 @@ A *word* is four neighbouring bytes of a block, values 4k..4k+3 for k = 0..7. Al
 end as a vector of i32. What a lane is, the callers say: a block of the row, or a column of a tile.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from llvmlite import ir
 
@@ -67,6 +67,14 @@ def _widen(b: Builder, x: Value) -> Value:
     return _pairs_words(b, x, splat(I16, x.type.count, 1))
 
 
+def _quads_signed(b: Builder, acc: Value, w: Value, x: Value) -> Value:
+    """The same, signed x signed: |w| times x with the sign of w, whose pair sums (2 * 128 * 127) fit 16 bits."""
+    n, t = w.type.count, w.type
+    size = call(b, f"llvm.abs.v{n}i8", t, [w, ir.Constant(ir.IntType(1), 0)])
+    name = {16: "llvm.x86.ssse3.psign.b.128", 32: "llvm.x86.avx2.psign.b"}[n]
+    return b.add(acc, _widen(b, _pairs_unsigned(b, size, call(b, name, t, [x, w]))))
+
+
 def _quads_vnni(b: Builder, acc: Value, u: Value, s: Value) -> Value:
     """acc <n x i32> + sums of four products, unsigned x signed."""
     t = acc.type
@@ -98,55 +106,72 @@ def _pin(b: Builder, values: Sequence[Value]) -> list[Value]:
 
 
 # ------------------------------------------------------------------------------------------------------------------------- the products
-Weight = Callable[[int, int], Value]
-Activations = Callable[[int], Sequence[Value]]
+At = Callable[[int, int], Value]
 
 
-def dot_words(b: Builder, rows: int, steps: int, weight: Weight, x: Activations, sums: Sequence[Value], signed: bool) -> list[list[Value]]:
-    """The sums over `steps` word vectors (8 at most) of `rows` rows of weights by some vectors of activations: [row][vector].
+def dot_words(
+    b: Builder, rows: int, columns: int, steps: int, weight: At, x: At, start: Callable[[int], Value], signed: bool
+) -> Iterator[tuple[int, list[Value]]]:
+    """The sums over `steps` word vectors (8 at most) of `rows` rows of weights by `columns` vectors of activations: (column, [row]), column
+    after column. What a caller appends as it gets them lies between the columns, where registers are few.
 
     Args:
         weight: (row, step) -> bytes, `biased` where they are signed.
-        x: step -> a vector for each of `sums`, of as many bytes.
-        sums: what they start from, see `word_sums`.
+        x: (column, step) -> as many bytes.
+        start: column -> what its sums start from, see `word_sums`.
     """
-    if FORM == "avx2":
-        return (_dot_words_signed if signed else _dot_words_unsigned)(b, rows, steps, weight, x, sums)
-    acc = [list(sums) for _ in range(rows)]
+    if _VNNI or rows > 1:
+        if FORM == "avx2" and not signed:
+            acc = _all_in_pairs(b, rows, columns, steps, weight, x, start)
+        else:
+            acc = _all(b, rows, columns, steps, weight, x, start, signed)
+        yield from ((c, [row[c] for row in acc]) for c in range(columns))
+        return
+    # one weight row, whose words stay in registers, and one column at a time
+    words = [weight(0, k) for k in range(steps)]
+    for c in range(columns):
+        if FORM == "avx2" and not signed:
+            vectors = [x(c, k) for k in range(steps)]
+            pairs = [_pairs_unsigned(b, w, v) for w, v in zip(words, vectors, strict=True)]
+            while len(pairs) > 1:  # neighbours first: few are alive at once
+                pairs = [b.add(pairs[i], pairs[i + 1]) for i in range(0, len(pairs), 2)]
+            total = b.add(_widen(b, pairs[0]), start(c))
+        else:
+            total = start(c)
+            for k, w in enumerate(words):
+                total = _quads(b, total, w, x(c, k), signed)
+        yield c, [total]
+
+
+def _quads(b: Builder, acc: Value, w: Value, x: Value, signed: bool) -> Value:
+    """acc <n x i32> + sums of four products."""
+    if _VNNI:
+        return _quads_vnni(b, acc, w, x)
+    return _quads_signed(b, acc, w, x) if FORM == "avx2" else _quads_plain(b, acc, w, x, signed)
+
+
+def _all(
+    b: Builder, rows: int, columns: int, steps: int, weight: At, x: At, start: Callable[[int], Value], signed: bool
+) -> list[list[Value]]:
+    """Step after step, all sums in registers: [row][column]."""
+    starts = [start(c) for c in range(columns)]
+    acc = [list(starts) for _ in range(rows)]
     for k in range(steps):
-        columns = x(k)
-        for r in range(rows):
-            w = weight(r, k)
-            acc[r] = [_quads_vnni(b, a, w, v) if _VNNI else _quads_plain(b, a, w, v, signed) for a, v in zip(acc[r], columns, strict=True)]
+        vectors = [x(c, k) for c in range(columns)]
+        for row, sums in enumerate(acc):
+            w = weight(row, k)
+            acc[row] = [_quads(b, s, w, v, signed) for s, v in zip(sums, vectors, strict=True)]
     return acc
 
 
-def _dot_words_unsigned(b: Builder, rows: int, steps: int, weight: Weight, x: Activations, sums: Sequence[Value]) -> list[list[Value]]:
-    # the eight pair sums of a lane fit 16 bits (8 * 15 * 127 * 2 = 30480): one widening a block
-    part: list[list[Value]] = [[] for _ in range(rows)]
+def _all_in_pairs(b: Builder, rows: int, columns: int, steps: int, weight: At, x: At, start: Callable[[int], Value]) -> list[list[Value]]:
+    """The same of unsigned weights in pair sums, eight of which fit 16 bits (8 * 15 * 127 * 2 = 30480): one widening a block."""
+    starts = [start(c) for c in range(columns)]
+    part: list[Value] = []
     for k in range(steps):
-        columns = x(k)
-        for r in range(rows):
-            w = weight(r, k)
-            products = [_pairs_unsigned(b, w, v) for v in columns]
-            part[r] = products if k == 0 else [b.add(p, m) for p, m in zip(part[r], products, strict=True)]
-        if rows > 1:
-            flat, n = _pin(b, [p for row in part for p in row]), len(sums)
-            part = [flat[n * r : n * r + n] for r in range(rows)]
-    return [[b.add(_widen(b, p), s) for p, s in zip(row, sums, strict=True)] for row in part]
-
-
-def _dot_words_signed(b: Builder, rows: int, steps: int, weight: Weight, x: Activations, sums: Sequence[Value]) -> list[list[Value]]:
-    acc = [list(sums) for _ in range(rows)]
-    for k in range(steps):
-        columns = x(k)
-        for r in range(rows):
-            w = weight(r, k)
-            n, t = w.type.count, w.type
-            size = call(b, f"llvm.abs.v{n}i8", t, [w, ir.Constant(ir.IntType(1), 0)])
-            negative = b.icmp_signed("<", w, splat(I8, n, 0))
-            for c, v in enumerate(columns):
-                # |w| x (x with the sign of w): pair sums <= 2 * 128 * 127 fit 16 bits
-                with_sign = b.select(negative, b.sub(splat(I8, n, 0), v), v)
-                acc[r][c] = b.add(acc[r][c], _widen(b, _pairs_unsigned(b, size, with_sign)))
-    return acc
+        vectors, products = [x(c, k) for c in range(columns)], []
+        for row in range(rows):
+            w = weight(row, k)
+            products += [_pairs_unsigned(b, w, v) for v in vectors]
+        part = _pin(b, [b.add(p, m) for p, m in zip(part, products, strict=True)] if part else products)
+    return [[b.add(_widen(b, part[columns * row + c]), s) for c, s in enumerate(starts)] for row in range(rows)]

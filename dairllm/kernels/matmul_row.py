@@ -47,16 +47,17 @@ def _accumulate(b: Builder, rows: list[Words], panels: list[Value], accs: list[l
     """A group of blocks of each weight row times the groups at `panels`, into the accumulators [row][column]."""
     scales = [emit_from_half(b, halves) for _, halves in rows]
     lanes = rows[0][0][0].type.count // 4
-    sums = [word_sums(b, load(b, at(b, panel, 256), vec(I32, lanes), 4), signed) for panel in panels]
 
-    def x(k: int) -> list[Value]:
-        return [load(b, at(b, panel, 32 * k), vec(I8, 4 * lanes)) for panel in panels]
+    def x(column: int, k: int) -> Value:
+        return load(b, at(b, panels[column], 32 * k), vec(I8, 4 * lanes))
 
-    dots = dot_words(b, len(rows), 8, lambda row, k: rows[row][0][k], x, sums, signed)
-    for c, panel in enumerate(panels):
-        d = load(b, at(b, panel, 288), V8, 4)
+    def start(column: int) -> Value:
+        return word_sums(b, load(b, at(b, panels[column], 256), vec(I32, lanes), 4), signed)
+
+    for c, dots in dot_words(b, len(rows), len(panels), 8, lambda row, k: rows[row][0][k], x, start, signed):
+        d = load(b, at(b, panels[c], 288), V8, 4)
         for r, scale in enumerate(scales):
-            dot = dots[r][c] if lanes == 8 else concat(b, dots[r][c], dots[r][c])
+            dot = dots[r] if lanes == 8 else concat(b, dots[r], dots[r])
             b.store(fma(b, b.sitofp(dot, V8), b.fmul(scale, d), b.load(accs[r][c])), accs[r][c])
 
 

@@ -93,11 +93,14 @@ def _dots(b: Builder, values: Value, panel: Value, signed: bool) -> list[list[Va
     def weight(row: int, k: int) -> Value:
         return b.bitcast(broadcast(b, load(b, at(b, values, 32 * row + 4 * k), I32, 4), TILE_LANES), vec(I8, _VECTOR_BYTES))
 
-    def x(k: int) -> list[Value]:
-        return [load(b, at(b, panel, 64 * k + _VECTOR_BYTES * g), vec(I8, _VECTOR_BYTES), _VECTOR_BYTES) for g in range(_GROUPS)]
+    def x(g: int, k: int) -> Value:
+        return load(b, at(b, panel, 64 * k + _VECTOR_BYTES * g), vec(I8, _VECTOR_BYTES), _VECTOR_BYTES)
 
-    seeds = [load(b, at(b, panel, 512 + _VECTOR_BYTES * g), vec(I32, TILE_LANES), _VECTOR_BYTES) for g in range(_GROUPS)]
-    return dot_words(b, TILE_ROWS, 8, weight, x, [word_sums(b, s, signed) for s in seeds], signed)
+    def start(g: int) -> Value:
+        return word_sums(b, load(b, at(b, panel, 512 + _VECTOR_BYTES * g), vec(I32, TILE_LANES), _VECTOR_BYTES), signed)
+
+    columns = [dots for _, dots in dot_words(b, TILE_ROWS, _GROUPS, 8, weight, x, start, signed)]
+    return [list(row) for row in zip(*columns, strict=True)]
 
 
 def _tile(signed: bool) -> Any:
