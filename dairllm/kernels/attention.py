@@ -33,6 +33,7 @@ from dairllm.kernels.ir import (
     k64,
     load,
     load_f,
+    prefetch,
     shuffle,
     splat,
     store,
@@ -50,34 +51,27 @@ __all__ = ["attend_chunk", "fold_head"]
 F16, Q80 = int(FloatType.F16), int(FloatType.Q80)
 
 
-def _score_tile(heads: int) -> Any:
-    @ir_function(void, i64, i64, i64, i64, i64, f32)
-    def score_tile(b: Builder, q: Value, k: Value, head_bytes: Value, out: Value, out_stride: Value, scale: Value) -> None:
-        """out[head][4 positions] = q[head] . k[position] * scale"""
-        acc = [[var(b, V8, float_zero()) for _ in range(4)] for _ in range(heads)]
-        with for_range(b, b.lshr(head_bytes, k64(5))) as loop:
-            o = b.mul(loop.index, k64(32))
-            ks = [load(b, b.add(b.add(k, b.mul(head_bytes, k64(p))), o), V8, 4) for p in range(4)]
-            for h in range(heads):
-                x = load(b, b.add(b.add(q, b.mul(head_bytes, k64(h))), o), V8, 4)
-                for p in range(4):
-                    b.store(fma(b, x, ks[p], b.load(acc[h][p])), acc[h][p])
+@ir_function(void, i64, i64, i64, i64, f32)
+def _score_eight(b: Builder, q: Value, k: Value, head_bytes: Value, out: Value, scale: Value) -> None:
+    """out[8 positions] = q . k[position] * scale, of one head. More heads at a time have no register for what they share."""
+    keys = [b.add(k, b.mul(head_bytes, k64(p))) for p in range(8)]
+    acc = [var(b, V8, float_zero()) for _ in keys]
+    with for_range(b, b.lshr(head_bytes, k64(5))) as loop:
+        o = b.mul(loop.index, k64(32))
+        x = load(b, b.add(q, o), V8, 4)
+        for key, total in zip(keys, acc, strict=True):
+            b.store(fma(b, x, load(b, b.add(key, o), V8, 4), b.load(total)), total)
 
-        def folded(x: Value, y: Value) -> Value:
-            """Halves of two positions: [x + 4, y + 4]."""
-            return b.fadd(shuffle(b, x, y, (0, 1, 2, 3, 8, 9, 10, 11)), shuffle(b, x, y, (4, 5, 6, 7, 12, 13, 14, 15)))
+    def folded(x: Value, y: Value, low: tuple[int, ...], high: tuple[int, ...]) -> Value:
+        return b.fadd(shuffle(b, x, y, low), shuffle(b, x, y, high))
 
-        for h in range(heads):
-            a = [b.load(v) for v in acc[h]]
-            x, y = folded(a[0], a[1]), folded(a[2], a[3])
-            s = b.fadd(shuffle(b, x, y, (0, 1, 4, 5, 8, 9, 12, 13)), shuffle(b, x, y, (2, 3, 6, 7, 10, 11, 14, 15)))
-            s = b.fadd(shuffle(b, s, s, (0, 2, 4, 6)), shuffle(b, s, s, (1, 3, 5, 7)))
-            store(b, b.fmul(s, broadcast(b, scale, 4)), b.add(out, b.mul(out_stride, k64(h))), 4)
-
-    return score_tile
-
-
-_score_1, _score_2, _score_3 = (_score_tile(h) for h in (1, 2, 3))
+    # the tree of each accumulator, i + 4, i + 2, i + 1, of two at a time; so paired, the positions end in order and no step but the first
+    # crosses the halves of a register
+    a = [b.load(total) for total in acc]
+    fours = [folded(a[p], a[p + 4], (0, 1, 2, 3, 8, 9, 10, 11), (4, 5, 6, 7, 12, 13, 14, 15)) for p in range(4)]
+    pairs = [folded(*fours[p : p + 2], (0, 1, 8, 9, 4, 5, 12, 13), (2, 3, 10, 11, 6, 7, 14, 15)) for p in (0, 2)]
+    scores = folded(*pairs, (0, 2, 8, 10, 4, 6, 12, 14), (1, 3, 9, 11, 5, 7, 13, 15))
+    store(b, b.fmul(scores, broadcast(b, scale)), out, 4)
 
 
 @ir_function(f32, i64, i64)
@@ -120,7 +114,7 @@ def _value_tile(heads: int, vectors: int) -> Any:
     return value_tile
 
 
-_value_1, _value_2, _value_3, _value_4 = _value_tile(1, 4), _value_tile(2, 4), _value_tile(3, 4), _value_tile(4, 2)
+_value_1, _value_2, _value_3, _value_4 = _value_tile(1, 8), _value_tile(2, 4), _value_tile(3, 2), _value_tile(4, 2)
 _value_narrow = _value_tile(1, 1)
 
 
@@ -139,6 +133,16 @@ def _fold_chunks(
         store(b, b.fmul(b.load(acc), broadcast(b, inverse)), b.add(out, o), 4)
 
 
+_AHEAD_BYTES = 4096
+"""How far ahead of their use keys are asked for."""
+
+
+@ir_function(void, i64, i64)
+def _ask_for(b: Builder, p: Value, n_bytes: Value) -> None:
+    with for_range(b, b.lshr(n_bytes, k64(6))) as loop:
+        prefetch(b, b.add(p, b.mul(loop.index, k64(64))))
+
+
 @ir_function(f32, f32, f32, f32)
 def _fma_one(b: Builder, x: Value, y: Value, z: Value) -> Value:
     return fma(b, x, y, z)
@@ -149,23 +153,12 @@ _NEG_INF = np.float32(-np.inf)
 
 @njit(nogil=True)
 def _score_chunk(q, keys, head_bytes, heads, count, scale, scores, stats):
-    """scores[head][position] = exp(score - maximum), stats[head] = (maximum, sum). Keys are read up to the next multiple of 4 positions."""
-    stride = CHUNK * 4
-    for p in range(0, count, 4):
-        h = 0
-        while h < heads:
-            left = heads - h
-            a, s = q + h * head_bytes, scores + h * stride + 4 * p
-            if left == 3:
-                _score_3(a, keys + p * head_bytes, head_bytes, s, stride, scale)
-                h += 3
-            elif left >= 2:
-                _score_2(a, keys + p * head_bytes, head_bytes, s, stride, scale)
-                h += 2
-            else:
-                _score_1(a, keys + p * head_bytes, head_bytes, s, stride, scale)
-                h += 1
-    vectors = (count + 7) // 8
+    """scores[head][position] = exp(score - maximum), stats[head] = (maximum, sum). Keys are read up to the next multiple of 8 positions."""
+    stride, vectors = CHUNK * 4, (count + 7) // 8
+    for p in range(0, 8 * vectors, 8):
+        _ask_for(keys + p * head_bytes + _AHEAD_BYTES, 8 * head_bytes)
+        for h in range(heads):
+            _score_eight(q + h * head_bytes, keys + p * head_bytes, head_bytes, scores + h * stride + 4 * p, scale)
     for h in range(heads):
         s = scores + h * stride
         for p in range(count, vectors * 8):
@@ -184,7 +177,7 @@ def _weigh_chunk(scores, values, head_bytes, heads, count, out):
         left = heads - h
         s, o = scores + h * stride, out + h * head_bytes
         taken = min(left, 4)
-        step = 64 if taken == 4 else 128
+        step = 256 if taken == 1 else 128 if taken == 2 else 64
         d = 0
         while d + step <= head_bytes:
             if taken == 4:
