@@ -6,6 +6,7 @@ SIGTERM; 141 whoever read stdout has gone away (no message: they know).
 
 import contextlib
 import faulthandler
+import gc
 import os
 import signal
 import sys
@@ -84,7 +85,10 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _terminated)
     with contextlib.suppress(AttributeError, OSError, ValueError):  # no stderr, or none of the system's
         faulthandler.enable()  # a mapped file that cannot be read any more ends the process (SIGBUS): not without a word
-    app(prog_name="dairllm")
+    try:
+        app(prog_name="dairllm")
+    finally:
+        gc.freeze()  # the interpreter's last search for garbage would take a tenth of a second, of a process that is ending
 
 
 def _terminated(_signal: int, _frame: FrameType | None) -> NoReturn:

@@ -29,7 +29,6 @@ from dairllm.net.runner import run as run_on_loop
 from dairllm.nodes.answer import Answer
 from dairllm.nodes.generation import Generation, check_prompt
 from dairllm.nodes.memory_plan import MemoryPlan
-from dairllm.text.chat import render_chat
 from dairllm.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -76,6 +75,8 @@ def _prompt_ids(options: GenerateOptions, tokenizer: Tokenizer | None) -> list[i
         return tokenizer.encode_prompt(options.prompt)
     if tokenizer.chat_template is None:
         raise ConfigError(f"{options.tokenizer} has no chat template: --chat cannot be used with this model")
+    from dairllm.text.chat import render_chat  # jinja2 takes 40 ms of a start
+
     messages = [{"role": "user", "content": options.prompt}]
     return tokenizer.encode(render_chat(tokenizer.chat_template, messages, bos=tokenizer.bos_text, eos=tokenizer.eos_text))
 

@@ -1,19 +1,28 @@
 """Signs of life on stderr for what takes more than a moment. Where stderr is no terminal, or NO_COLOR is set, nothing moves."""
 
+import asyncio
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING
+
+import structlog
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-__all__ = ["COMPILING", "PATIENCE_SECONDS", "byte_bar", "count_bar", "is_watched", "waiting"]
+__all__ = ["COMPILING", "PATIENCE_SECONDS", "TELLING_SECONDS", "byte_bar", "count_bar", "is_watched", "telling", "waiting"]
+
+log = structlog.get_logger()
 
 PATIENCE_SECONDS = 2.0
 """How long a command may be silent."""
+
+TELLING_SECONDS = 5.0
+"""Between two log lines of something that takes long."""
 
 COMPILING = "compiling the kernels (half a minute, once on a machine)"
 """What the start of a node waits for where nothing has been compiled yet."""
@@ -84,7 +93,8 @@ def waiting(title: str) -> Iterator[None]:
         from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
         bar = Progress(SpinnerColumn(), TextColumn(title), TimeElapsedColumn(), console=Console(stderr=True), transient=True)
-        bar.add_task(title, total=None)
+        task = bar.add_task(title, total=None)
+        bar.tasks[task].start_time = bar.get_time() - PATIENCE_SECONDS
         shown.append(bar)
         bar.start()
 
@@ -98,3 +108,21 @@ def waiting(title: str) -> Iterator[None]:
         timer.join()
         for bar in shown:
             bar.stop()
+
+
+@asynccontextmanager
+async def telling(event: str) -> AsyncIterator[None]:
+    """For services: log lines with the seconds so far, while the block lasts. None within `PATIENCE_SECONDS`."""
+    begun = time.monotonic()
+
+    async def tell() -> None:
+        await asyncio.sleep(PATIENCE_SECONDS)
+        while True:
+            log.info(event, seconds=round(time.monotonic() - begun))
+            await asyncio.sleep(TELLING_SECONDS)
+
+    task = asyncio.create_task(tell())
+    try:
+        yield
+    finally:
+        task.cancel()

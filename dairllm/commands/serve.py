@@ -10,6 +10,7 @@ from dairllm.api.prompts import ServedModel
 from dairllm.api.server import HttpServer
 from dairllm.commands.generate_options import tokenizer_path
 from dairllm.commands.plan_text import reading
+from dairllm.commands.progress import COMPILING, telling
 from dairllm.commands.root_node import planned_model, root_node
 from dairllm.config import RootSettings
 from dairllm.engine.executor import Executor
@@ -96,7 +97,8 @@ async def _serve(settings: RootSettings, model: ModelFile, plan: MemoryPlan, tok
         log.info("listening", host=server.host, port=port, model=served.name)
         log.info("memory plan", **plan.summary())
         readiness.reason = "compiling kernels"
-        await steps.start("kernels", lambda: in_thread("kernels", executor.start), end_threads)
+        async with telling(COMPILING):
+            await steps.start("kernels", lambda: in_thread("kernels", executor.start), end_threads)
         compute.open()
         log.info("kernels ready", form=executor.form, threads=executor.n_threads)
         workers = ", ".join(map(str, settings.cluster.workers))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
+from dairllm.commands.progress import COMPILING, TELLING_SECONDS, telling
 from dairllm.config import WorkerSettings, load_settings
 from dairllm.net.runner import Steps, in_thread
 from dairllm.net.runner import run as run_service
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
 __all__ = ["run", "serve"]
 
 log = structlog.get_logger()
-TELLING_SECONDS = 5.0
-"""Between two log lines of something that takes long."""
 
 
 def run(config: Path | None, flags: Mapping[str, tuple[str, object]]) -> None:
@@ -53,7 +52,8 @@ async def serve(settings: WorkerSettings) -> None:
         from dairllm.nodes.worker import Worker
 
         executor = Executor(settings.worker.n_threads, settings.worker.kernels)
-        await steps.start("kernels", lambda: in_thread("kernels", executor.start), lambda: asyncio.to_thread(executor.close))
+        async with telling(COMPILING):
+            await steps.start("kernels", lambda: in_thread("kernels", executor.start), lambda: asyncio.to_thread(executor.close))
         meters.kernel_form = executor.form
         log.info("kernels ready", form=executor.form, threads=executor.n_threads)
 

@@ -1,8 +1,10 @@
 """Signs of life: late enough not to disturb, and none that moves where nobody sees it."""
 
+import asyncio
 import time
 
 import pytest
+import structlog
 
 from dairllm.commands import progress
 
@@ -50,6 +52,27 @@ def test_at_a_terminal_it_moves_and_goes_away(capsys: pytest.CaptureFixture[str]
         with progress.count_bar("working", total) as count:
             count("on this", 0)
     assert capsys.readouterr().out == ""
+
+
+async def test_a_service_tells_its_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "TELLING_SECONDS", 0.05)
+    with structlog.testing.capture_logs() as logs:
+        async with progress.telling("working"):
+            await asyncio.sleep(0.5)
+        told = list(logs)
+        await asyncio.sleep(0.2)
+    assert len(told) >= 2
+    assert {entry["event"] for entry in told} == {"working"}
+    assert all(0 <= entry["seconds"] <= 60 for entry in told)
+    assert logs == told, "nothing is told when it is over"
+
+
+async def test_a_service_does_not_tell_what_is_quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "PATIENCE_SECONDS", 60.0)
+    with structlog.testing.capture_logs() as logs:
+        async with progress.telling("working"):
+            await asyncio.sleep(0)
+    assert logs == []
 
 
 def test_an_error_passes_through(capsys: pytest.CaptureFixture[str]) -> None:

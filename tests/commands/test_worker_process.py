@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from dairllm.commands.progress import COMPILING
 from dairllm.formats.digest import compute_digests
 from dairllm.formats.model_file import ModelFile
 from dairllm.units import parse_size
@@ -161,6 +162,7 @@ def test_a_signal_while_kernels_are_compiled_ends_it_at_once(start: Any, tmp_pat
     unready = health(DAIRLLM_METRICS__PORT=str(port))
     assert unready.returncode == 1
     assert unready.stderr == f"dairllm: error: the worker on 127.0.0.1 port {port} is not ready: compiling kernels\n"
+    assert worker.wait_for(COMPILING)["seconds"] >= 2, "the log shows that it lives"
     code, seconds = worker.stop()
     assert code == 0
     assert seconds < 3

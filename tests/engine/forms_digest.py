@@ -1,9 +1,10 @@
-"""Logits of the fixtures and of awkward random models as digests, with one form of the kernels.
+"""Logits of models as digests, with one form of the kernels: in batches and alone, with weights in place and paged, with each KV cache.
 
-    python -m tests.engine.forms_digest FORM FOLDER [--numba]
+    python -m tests.engine.forms_digest FORM [--numba] [MODEL.m...] [--in-place MODEL.m...]
 
-FOLDER holds the random models. --numba has the kernels compiled in this process, as where their object code cannot be loaded. Prints
-{model: [digests]}: one digest wherever threads and batches made no difference, which is how it must be.
+Models after --in-place are not paged, which is quick. --numba has the kernels compiled in this process, as where their object code cannot
+be loaded. Prints {model: {type of the KV cache: [digests]}}: one digest wherever threads, batches and paging made no difference, which is
+how it must be.
 """
 
 import asyncio
@@ -11,62 +12,113 @@ import hashlib
 import json
 import math
 import sys
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-from dairllm.kernels import forms
+from dairllm.engine import paging, paging_steps
+from dairllm.engine.executor import Executor
+from dairllm.engine.paging import PagingSettings, weights_needs
+from dairllm.engine.weights import FileWeights
+from dairllm.formats.model_file import ModelFile
+from dairllm.graph.build import build_graph
+from dairllm.graph.model import ModelSpec
+from dairllm.graph.types import BLOCK_VALUES, FloatType
+from dairllm.kernels import entry, forms
+from dairllm.kernels.object_code import ObjectCodeError
+from dairllm.net.compute import Compute
+from dairllm.nodes import prefetch
+from dairllm.nodes.local import LocalNode, default_sync
 
-DATA = Path(__file__).parent.parent / "data" / "dllama"
+DATA = Path(__file__).parent.parent / "data"
 THREADS = (1, 2, 3)
 LENGTH = 40
+ALONE = [1] * LENGTH
 
 
-async def digests(path: Path, tokens: list[int]) -> list[str]:
-    from dairllm.engine.executor import Executor
-    from dairllm.formats.model_file import ModelFile
-    from dairllm.net.compute import Compute
-    from dairllm.nodes.local import LocalNode
+def use_small_blocks(path: Path) -> int:
+    """Blocks, and pieces of matrices, of which a small model has as many as a large one has of the usual size. Returns a block's bytes."""
+    block_bytes = 1 << max(12, (path.stat().st_size // 16).bit_length() - 1)
+    if block_bytes >= paging.BLOCK_BYTES:
+        return paging.BLOCK_BYTES
+    for module, name in ((prefetch, "PIECE_BYTES"), (paging, "PIECE_BYTES"), (paging_steps, "STEP_BYTES")):
+        setattr(module, name, 2 * block_bytes)
+    paging.RING_BYTES = 6 * block_bytes
+    return block_bytes
 
-    found = set()
 
-    def note(logits: Any) -> None:
-        found.add(hashlib.sha256(logits.tobytes()).hexdigest()[:16])
+def cache_types(spec: ModelSpec) -> tuple[FloatType, ...]:
+    """As which the KV cache of a model can be kept."""
+    return (FloatType.F32, FloatType.F16, FloatType.Q80)[: 3 if spec.head_dim % BLOCK_VALUES == 0 else 2]
 
-    for n_threads in THREADS:
-        with ModelFile.open(path) as model, Executor(n_threads) as executor:
-            node = LocalNode(model, Compute(executor, math.inf), n_threads=n_threads)
-            await node.open()
-            for sizes in ([LENGTH], [7, 33], [38, 2], [1] * LENGTH):
-                at = 0
-                for size in sizes:
-                    logits = await node.feed(tokens[at : at + size], at, logits=True)
-                    at += size
-                note(logits)
-            await node.close()
-    return sorted(found)
+
+def ways(model: ModelFile, n_threads: int, block_bytes: int) -> Iterator[tuple[FloatType, PagingSettings | None, list[list[int]]]]:
+    """(KV cache, room, sizes of batches): all weights in place; and, with each number of threads another, the least room that works or half
+    of what there is, and a way of reading.
+
+    Rows that come alone read all weights again, which takes its time: paged, all 40 do so with one kind of cache.
+    """
+    network, (node,) = build_graph(model.spec, 1, default_sync(model.spec.weight_type), LENGTH)
+    needs = weights_needs(network, node, FileWeights(model), block_bytes=block_bytes)
+    rooms = needs.ring_blocks_min, (needs.ring_blocks_min + needs.blocks_total) // 2
+    assert rooms[0] < rooms[1] < needs.blocks_total
+    way = paging.WAYS[n_threads % 3]
+    for number, kind in enumerate(cache_types(model.spec), n_threads):
+        yield kind, None, [[LENGTH], [7, 33], [38, 2], ALONE]
+        room = PagingSettings(rooms[number % 2], way=way, readers=1 + n_threads % 2, block_bytes=block_bytes, threads=n_threads)
+        yield kind, room, [[LENGTH], [7, 33], ALONE if kind == FloatType.F32 else [33, *[1] * 7]]
+
+
+async def digests(path: Path, tokens: Sequence[int], in_place: bool) -> dict[str, list[str]]:
+    """By the type of the KV cache, of the logits after all tokens."""
+    found: dict[str, set[str]] = defaultdict(set)
+    block_bytes = use_small_blocks(path)
+    with ModelFile.open(path) as model:
+        for n_threads in THREADS:
+            with Executor(n_threads) as executor:
+                for kind, room, batches in ways(model, n_threads, block_bytes):
+                    if room is not None and in_place:
+                        continue
+                    node = LocalNode(model, Compute(executor, math.inf), n_threads=n_threads, kv_cache=kind, paging=room)
+                    await node.open()
+                    for sizes in batches:
+                        at = 0
+                        for size in sizes:
+                            logits = await node.feed(tokens[at : at + size], at, logits=True)
+                            at += size
+                        found[kind.name].add(hashlib.sha256(logits.tobytes()).hexdigest()[:16])
+                    assert node.paging is None or node.paging.bytes > model.nbytes, "what had gone came again"
+                    await node.close()
+    return {kind: sorted(values) for kind, values in found.items()}
+
+
+def tokens_of(name: str) -> list[int]:
+    """The golden ids of a fixture; ids that any vocabulary has for all other models."""
+    golden = json.loads((DATA / "dllama" / "golden.json").read_text())["models"]
+    if name in golden:
+        return (golden[name]["prompt_ids"] + golden[name]["generated_ids_1_node"])[:LENGTH]
+    return [(7 * i * i + 3 * i) % 97 for i in range(LENGTH)]
 
 
 def refuse_object_code() -> None:
-    from dairllm.kernels import entry
-    from dairllm.kernels.object_code import ObjectCodeError
-
     def refused(*_: object) -> None:
         raise ObjectCodeError("this test has none")
 
     entry.ObjectCode = refused  # type: ignore[assignment,misc] # as where it cannot be loaded
 
 
-def main(form: str, folder: str, *how: str) -> None:
+def main(form: str, *words: str) -> None:
     forms.select(form)
-    if how:
-        refuse_object_code()
-    golden = json.loads((DATA / "golden.json").read_text())["models"]
-    result = {}
-    for model, ids in golden.items():
-        result[model] = asyncio.run(digests(DATA / f"{model}.m", (ids["prompt_ids"] + ids["generated_ids_1_node"])[:LENGTH]))
-    for path in sorted(Path(folder).glob("*.m")):
-        result[path.stem] = asyncio.run(digests(path, [(7 * i * i + 3 * i) % 97 for i in range(LENGTH)]))
-    assert ("numba" in sys.modules) == bool(how), "who computed it"
+    in_place, result = False, {}
+    for word in words:
+        if word == "--numba":
+            refuse_object_code()
+        elif word == "--in-place":
+            in_place = True
+        else:
+            path = Path(word)
+            result[path.stem] = asyncio.run(digests(path, tokens_of(path.stem), in_place))
+    assert ("numba" in sys.modules) == ("--numba" in words), "who computed it"
     print(json.dumps(result))  # noqa: T201 - what the test reads
 
 

@@ -70,10 +70,12 @@ def test_without_it_the_t_file_alone(model_folder: Path) -> None:
             lambda document: document["added_tokens"][1].update({"content": "<|other|>"}),
             "token 1 is b'<|other|>', in the .t file b'<|turn|>'",
         ),
+        (lambda document: document["model"]["vocab"].update(th=261, ca=258), "token 258 is b'ca', in the .t file b'th'"),
+        (lambda document: document["model"]["vocab"].update(th=263, Ġcat=258), "token 258 is b' cat', in the .t file b'th'"),
         (lambda document: document.pop("model"), "it cannot be read as a tokenizer: 'model'"),
         (lambda document: document["model"].update({"type": "Nonesuch"}), "it cannot be read as a tokenizer"),
     ],
-    ids=["more", "other id", "other piece", "no model", "unknown kind"],
+    ids=["more", "other id", "other piece", "of one length", "of other lengths", "no model", "unknown kind"],
 )
 def test_another_vocabulary_is_a_warning(
     model_folder: Path, edit_tokenizer_json: Edit, change: Callable[[dict[str, Any]], None], reason: str
