@@ -15,12 +15,13 @@ __all__ = ["conditions"]
 _PACKAGES = ("numpy", "numba", "llvmlite", "uvloop")
 
 
-def conditions(model: Path, kernels: str, n_threads: int) -> dict[str, Any]:
+def conditions(model: Path, kernels: str, n_threads: int, busy: int) -> dict[str, Any]:
     """Date, machine, load, versions.
 
     Args:
         kernels: form, or "auto".
         n_threads: of each program.
+        busy: processes that are kept busy beside each run.
     """
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -30,6 +31,7 @@ def conditions(model: Path, kernels: str, n_threads: int) -> dict[str, Any]:
         "memory_bytes": machine.memory_bytes(),
         "kernels": forms.available()[0] if kernels == "auto" else kernels,
         "threads": n_threads,
+        "busy": busy,
         "load": [round(load, 2) for load in os.getloadavg()],
         "model": model.name,
         "model_bytes": model.stat().st_size,

@@ -10,6 +10,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from dairllm.bench.busy import busy_processes
 from dairllm.bench.idle import wait_until_idle
 from dairllm.bench.memory_group import MemoryGroup
 from dairllm.bench.node import CONTEXT, NodeTask
@@ -49,6 +50,7 @@ class Bench:
         nodes: of a cluster.
         policy: of paging.
         patience: seconds to wait for idle processors before each run.
+        busy: processes that compute without pause beside each run.
         in_group: whether paging runs in a control group of its limit, page cache included; where llama.cpp is measured it always does.
     """
 
@@ -66,6 +68,7 @@ class Bench:
     nodes: int = 2
     policy: Policy = "pinned"
     patience: float = 30.0
+    busy: int = 0
     in_group: bool = False
 
     @cached_property
@@ -87,10 +90,11 @@ class Bench:
         return self.quietly(partial(_node, task))
 
     def quietly(self, run: Callable[[], _T]) -> _T:
-        """When the processors are idle."""
+        """When the processors are idle but for the processes that are to be busy."""
         if self.patience and not wait_until_idle(self.patience):
             sys.stderr.write("(the processors are busy with something else)\n")
-        return run()
+        with busy_processes(self.busy):
+            return run()
 
     @property
     def alone(self) -> list[Dairllm | Dllama | LlamaCpp]:

@@ -17,10 +17,11 @@ _OTHER = "#5a9a5a"
 
 def heading(conditions: dict[str, Any]) -> str:
     """One line: when, on what, under which load."""
-    load = conditions["load"][0]
+    load, busy = conditions["load"][0], conditions["busy"]
+    beside = f" beside {busy} busy process{'es' * (busy > 1)}" if busy else ""
     return (
         f"{conditions['date']}, {conditions['model']}, {conditions['processor']}, {conditions['processors']} processors, "
-        f"{conditions['threads']} threads, kernels {conditions['kernels']}, load {load}"
+        f"{conditions['threads']} threads, kernels {conditions['kernels']}, load {load}{beside}"
     )
 
 

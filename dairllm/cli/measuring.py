@@ -32,6 +32,7 @@ def bench(
         bool, typer.Option("--cgroup", help="Page in a control group of the limit, page cache included; takes root.")
     ] = False,
     patience: Annotated[float, typer.Option(metavar="SECONDS", min=0, help="How long to wait for idle processors, each time.")] = 30.0,
+    busy: Annotated[int, typer.Option(metavar="N", min=0, max=64, help="Processes that compute without pause beside each run.")] = 0,
     dllama: Annotated[Path | None, typer.Option(metavar="PATH", help="distributed-llama's program, to be measured in turn.")] = None,
     turbo: Annotated[bool, typer.Option(help="Whether its nodes poll the network, as they do by default.")] = True,
     llamacpp_python: Annotated[
@@ -62,6 +63,7 @@ def bench(
         policy=settings.paging.policy,
         in_group=cgroup,
         patience=patience,
+        busy=busy,
         dllama=dllama,
         turbo=turbo,
         llamacpp_python=llamacpp_python,

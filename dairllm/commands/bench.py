@@ -36,6 +36,7 @@ def run(
     policy: str,
     in_group: bool,
     patience: float,
+    busy: int,
     dllama: Path | None,
     turbo: bool,
     llamacpp_python: Path | None,
@@ -89,9 +90,10 @@ def run(
             policy="lru" if policy == "lru" else "pinned",
             in_group=in_group,
             patience=patience,
+            busy=busy,
         )
         found: list[Measured] = []
-        told = conditions(model, kernels, bench.threads)
+        told = conditions(model, kernels, bench.threads, busy)
         if not json:
             sys.stdout.write(f"{heading(told)}\n")
         for name in benches or BENCHES:

@@ -1,6 +1,7 @@
 """`dairllm bench` on a model that takes no time. What the figures are is not looked at: that they are there is."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from dairllm.bench.busy import busy_processes
 from dairllm.formats.random_model import byte_vocabulary, small_spec, write_random_model
 
 
@@ -41,6 +43,21 @@ def test_json_says_what_was_measured_and_under_what_conditions(model: Path, tmp_
     assert results["a pass of 16 rows"]["unit"] == "ms"
     assert results["a token, 0 % of the weights in memory"]["limit_bytes"] > 0
     assert picture.read_text().startswith("<svg ")
+
+
+def test_busy_processes_are_told_of_and_ended(model: Path) -> None:
+    code, out, err = bench(model, "prompt", "--prompt", 32, "--busy", 2)
+    assert code == 0, err
+    assert out.splitlines()[0].endswith("beside 2 busy processes")
+    before = children()
+    with busy_processes(2):
+        assert len(children() - before) == 2
+    assert children() == before
+
+
+def children() -> set[str]:
+    """Processes of ours that still run."""
+    return set(Path(f"/proc/self/task/{os.getpid()}/children").read_text().split())
 
 
 def test_a_table_of_kernels_and_a_cluster(model: Path) -> None:
