@@ -69,8 +69,8 @@ def _score_eight(b: Builder, q: Value, k: Value, head_bytes: Value, out: Value, 
     # crosses the halves of a register
     a = [b.load(total) for total in acc]
     fours = [folded(a[p], a[p + 4], (0, 1, 2, 3, 8, 9, 10, 11), (4, 5, 6, 7, 12, 13, 14, 15)) for p in range(4)]
-    pairs = [folded(*fours[p : p + 2], (0, 1, 8, 9, 4, 5, 12, 13), (2, 3, 10, 11, 6, 7, 14, 15)) for p in (0, 2)]
-    scores = folded(*pairs, (0, 2, 8, 10, 4, 6, 12, 14), (1, 3, 9, 11, 5, 7, 13, 15))
+    pairs = [folded(fours[p], fours[p + 1], (0, 1, 8, 9, 4, 5, 12, 13), (2, 3, 10, 11, 6, 7, 14, 15)) for p in (0, 2)]
+    scores = folded(pairs[0], pairs[1], (0, 2, 8, 10, 4, 6, 12, 14), (1, 3, 9, 11, 5, 7, 13, 15))
     store(b, b.fmul(scores, broadcast(b, scale)), out, 4)
 
 

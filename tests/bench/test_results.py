@@ -3,7 +3,16 @@ import pytest
 from dairllm.bench.results import Measured, ratio
 from dairllm.bench.table import heading, lines, svg
 
-CONDITIONS = {"date": "2026-01-01", "model": "a.m", "processor": "A & B", "processors": 2, "threads": 2, "kernels": "avx2", "load": [0.5]}
+CONDITIONS = {
+    "date": "2026-01-01",
+    "model": "a.m",
+    "processor": "A & B",
+    "processors": 2,
+    "threads": 2,
+    "kernels": "avx2",
+    "busy": 0,
+    "load": [0.5],
+}
 
 
 @pytest.fixture
