@@ -18,7 +18,7 @@ from dairllm.graph.build import POSITION_PIPE
 from dairllm.graph.types import BLOCK_VALUES, AttentionConfig, FloatType, NetworkConfig, NodeConfig, Op, OpCode
 from dairllm.kernels.panels import TILE_COLUMNS
 from dairllm.kernels.records import FIELDS, Kind, State
-from dairllm.kernels.sizes import CHUNK, attention_scratch_bytes, tile_scratch_bytes
+from dairllm.kernels.sizes import CHUNK, attention_scratch_bytes, experts_scratch_bytes, tile_scratch_bytes
 
 __all__ = ["STACK_BYTES", "MemoryNeeds", "Program", "compile_program", "memory_needs"]
 
@@ -57,12 +57,12 @@ def memory_needs(network: NetworkConfig, node: NodeConfig, *, n_threads: int, kv
 
 
 def scratch_bytes(node: NodeConfig) -> int:
-    """What one thread works with: a tile of unpacked weights, or a chunk of attention for some rows."""
+    """What one thread works with: a tile of unpacked weights, rows of one expert, or a chunk of attention for some rows."""
     most = tile_scratch_bytes(1)
     for op in (op for segment in node.segments for op in segment.ops):
         size, c = op.weight_size, op.config
         if op.code == OpCode.MATMUL and size.float_type != FloatType.F32:
-            most = max(most, tile_scratch_bytes(size.y // BLOCK_VALUES))
+            most = max(most, tile_scratch_bytes(size.y // BLOCK_VALUES), experts_scratch_bytes(size.y // BLOCK_VALUES))
         elif isinstance(c, AttentionConfig) and min(c.n_heads, c.n_kv_heads, c.n_heads_0, c.head_dim) > 0:
             group = min(max(c.n_heads // c.n_kv_heads, 1), c.n_heads_0)
             chunks = max(-(-node.buffers[c.key_cache_buffer].size.y // CHUNK), 1)  # a cache without room is refused where it is compiled

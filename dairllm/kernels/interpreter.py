@@ -106,7 +106,7 @@ def run_threads(mailbox, thread, n_threads, guest):
             elif kind == EMBED:
                 steps.embed(r, row0, row1, thread, n_threads)
             elif kind in (EXPERTS_Q40, EXPERTS_Q80):
-                matmul_steps.experts(kind, r, row0, row1, thread, n_threads)
+                matmul_steps.experts(kind, r, row0, row1, thread, n_threads, scratch)
             elif kind == EXPERTS_F32:
                 matmul_steps.experts_f32(r, row0, row1, thread, n_threads)
             elif kind == SOFTMAX:

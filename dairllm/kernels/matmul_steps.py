@@ -2,13 +2,15 @@
 
 from numba import njit
 
-from dairllm.kernels.ir import load_i
+from dairllm.kernels.elementwise import copy
+from dairllm.kernels.ir import load_i, store_i
 from dairllm.kernels.matmul_f32 import matmul_f32
 from dairllm.kernels.matmul_row import matmul_rows_q40, matmul_rows_q80
 from dairllm.kernels.matmul_tile import TILE_ROWS, tile_strip_q40, tile_strip_q80
-from dairllm.kernels.panels import TILE_COLUMNS, in_tiles
+from dairllm.kernels.panels import TILE_COLUMNS, in_tiles, row_panel_bytes
 from dairllm.kernels.quantize import blocks_to_row_panel, blocks_to_tile_panel, values_to_row_panel, values_to_tile_panel
 from dairllm.kernels.records import ALWAYS_ROWS, Kind
+from dairllm.kernels.sizes import EXPERT_COLUMNS, EXPERT_STRIP
 from dairllm.kernels.steps import columns, fields
 
 __all__ = ["experts", "experts_f32", "matmul", "matmul_float", "pack"]
@@ -17,6 +19,7 @@ PACK, MATMUL_Q40, EXPERTS_Q40 = int(Kind.PACK), int(Kind.MATMUL_Q40), int(Kind.E
 PASS_BYTES = 360_000
 """Bytes of tile panels that one pass over the weight rows uses: part of a second-level cache."""
 _in_tiles = njit(nogil=True)(in_tiles)
+_row_panel_bytes = njit(nogil=True)(row_panel_bytes)
 
 
 @njit(nogil=True)
@@ -89,21 +92,47 @@ def matmul_float(record, first_row, end_row, thread, n_threads):
 
 
 @njit(nogil=True)
-def experts(kind, record, first_row, end_row, thread, n_threads):
-    """Plane e of row m goes through expert indexes[m][e]."""
+def _expert_rows(kind, out, out_row, panels, panels_row, n_rows, weights, weights_row, n_blocks, count):
+    if kind == EXPERTS_Q40:
+        matmul_rows_q40(out, out_row, panels, panels_row, n_rows, weights, weights_row, n_blocks, count)
+    else:
+        matmul_rows_q80(out, out_row, panels, panels_row, n_rows, weights, weights_row, n_blocks, count)
+
+
+@njit(nogil=True)
+def experts(kind, record, first_row, end_row, thread, n_threads, scratch):
+    """Plane e of row m goes through expert indexes[m][e]; what goes through the same one together, so that its weights are read once."""
     panels, panels_row, panels_plane, weights, weights_row, weights_expert, n_blocks, d, y, y_row, y_plane, indexes, k, n_experts = fields(
         record
     )[:14]
     a, z = columns(d, thread, n_threads)
-    for m in range(first_row, end_row):
+    if end_row - first_row == 1:  # no two planes of a row have the same
         for e in range(k):
-            expert = min(max(load_i(indexes + 8 * (m * k + e)), 0), n_experts - 1)
-            w = weights + expert * weights_expert + a * weights_row
-            panel, out = panels + m * panels_row + e * panels_plane, y + m * y_row + e * y_plane + 4 * a
-            if kind == EXPERTS_Q40:
-                matmul_rows_q40(out, y_row, panel, panels_row, 1, w, weights_row, n_blocks, z - a)
-            else:
-                matmul_rows_q80(out, y_row, panel, panels_row, 1, w, weights_row, n_blocks, z - a)
+            expert = min(max(load_i(indexes + 8 * (first_row * k + e)), 0), n_experts - 1)
+            panel, out = panels + first_row * panels_row + e * panels_plane, y + first_row * y_row + e * y_plane + 4 * a
+            _expert_rows(
+                kind, out, y_row, panel, panels_row, 1, weights + expert * weights_expert + a * weights_row, weights_row, n_blocks, z - a
+            )
+        return
+    panel_bytes = _row_panel_bytes(n_blocks)
+    together, outputs = scratch, scratch + EXPERT_COLUMNS * panel_bytes
+    chosen = outputs + 4 * EXPERT_STRIP * EXPERT_COLUMNS  # pairs (row, plane), as row * k + plane
+    for expert in range(n_experts):
+        w, end, pair = weights + expert * weights_expert, end_row * k, first_row * k
+        while pair < end:
+            n = 0
+            while pair < end and n < EXPERT_COLUMNS:
+                if min(max(load_i(indexes + 8 * pair), 0), n_experts - 1) == expert:
+                    store_i(chosen + 8 * n, pair)
+                    copy(together + n * panel_bytes, panel_bytes // 4, panels + pair // k * panels_row + pair % k * panels_plane)
+                    n += 1
+                pair += 1
+            for r in range(a, z if n else a, EXPERT_STRIP):
+                count = min(EXPERT_STRIP, z - r)
+                _expert_rows(kind, outputs, 4 * EXPERT_STRIP, together, panel_bytes, n, w + r * weights_row, weights_row, n_blocks, count)
+                for i in range(n):
+                    at = load_i(chosen + 8 * i)
+                    copy(y + at // k * y_row + at % k * y_plane + 4 * r, count, outputs + 4 * EXPERT_STRIP * i)
 
 
 @njit(nogil=True)

@@ -1,6 +1,18 @@
 """Sizes of the memory that kernels work on, known without the kernels, whose modules bring their compiler along."""
 
-__all__ = ["BARRIER_BYTES", "CHUNK", "MAX_TILE_ROWS", "attention_rows_together", "attention_scratch_bytes", "tile_scratch_bytes"]
+from dairllm.kernels.panels import row_panel_bytes
+
+__all__ = [
+    "BARRIER_BYTES",
+    "CHUNK",
+    "EXPERT_COLUMNS",
+    "EXPERT_STRIP",
+    "MAX_TILE_ROWS",
+    "attention_rows_together",
+    "attention_scratch_bytes",
+    "experts_scratch_bytes",
+    "tile_scratch_bytes",
+]
 
 BARRIER_BYTES = 128
 """A barrier: arrivals at 0; sleepers at 64, on a cache line of their own."""
@@ -15,6 +27,18 @@ MAX_TILE_ROWS = 8
 def tile_scratch_bytes(n_blocks: int) -> int:
     """Scratch of one thread: unpacked bytes and scales of a tile's weight rows, `n_blocks` blocks each."""
     return n_blocks * (32 + 4) * MAX_TILE_ROWS
+
+
+EXPERT_COLUMNS = 8
+"""Rows of a batch that go through an expert together: what the row kernels take at once."""
+
+EXPERT_STRIP = 64
+"""Weight rows of an expert whose outputs are put together before they go to their rows."""
+
+
+def experts_scratch_bytes(n_blocks: int) -> int:
+    """Scratch of one thread: row panels that go through one expert together, outputs, and whose they are."""
+    return EXPERT_COLUMNS * (row_panel_bytes(n_blocks) + 4 * EXPERT_STRIP + 8)
 
 
 def attention_rows_together(group: int, head_dim: int, max_chunks: int) -> int:

@@ -24,7 +24,7 @@ from dairllm.kernels.ir import load_f, store_f
 from dairllm.kernels.panels import TILE_COLUMNS, row_panel_bytes, tile_panel_bytes
 from dairllm.kernels.records import ALWAYS_ROWS, FIELDS, RECORD_WORDS, Kind, State
 from dairllm.kernels.reference import Floats, Row
-from dairllm.kernels.sizes import BARRIER_BYTES, CHUNK, attention_scratch_bytes, tile_scratch_bytes
+from dairllm.kernels.sizes import BARRIER_BYTES, CHUNK, attention_scratch_bytes, experts_scratch_bytes, tile_scratch_bytes
 
 __all__ = [
     "Call",
@@ -296,7 +296,7 @@ def expert_matmul(
     else:
         p = _Panels(x, x_type, threads, always_rows=True)
         panels = {"x": p.rows.ctypes.data, "x_row": p.row, "x_plane": p.plane, "n": p.n_blocks}
-        _run(_EXPERTS[weight_type], rows, threads, **panels, **fields)
+        _run(_EXPERTS[weight_type], rows, threads, experts_scratch_bytes(p.n_blocks), **panels, **fields)
     return out.read()
 
 

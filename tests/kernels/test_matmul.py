@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from dairllm.graph.types import FloatType
 from dairllm.kernels import reference
 from tests.kernels import compiled, exact
-from tests.kernels.agreement import assert_close, assert_same_bits, check
+from tests.kernels.agreement import THREADS, assert_close, assert_same_bits, check
 from tests.kernels.samples import floats, rows_of_blocks, seeds
 
 F32, Q40, Q80 = FloatType.F32, FloatType.Q40, FloatType.Q80
@@ -135,6 +135,25 @@ def test_experts(weight_type, rows):
         for b in range(rows):
             size = size_of_terms(weights[active[b, e]], weight_type, x[e, b], x_type)
             assert_close(got[e, b], twin[e, b], size)
+
+
+@pytest.mark.parametrize("weight_type", [F32, Q40, Q80])
+@pytest.mark.parametrize("used", [1, 2, 7])
+def test_a_batch_of_any_choice_of_experts_has_the_bits_of_its_rows_alone(weight_type, used):
+    """Many rows through one expert, experts that nobody chose, the same one twice in a row, and indexes that there are none of."""
+    n_experts, k, rows, outputs, blocks = 7, 2, 23, 150, 9
+    if weight_type == F32:
+        weights, x, x_type = floats(1, n_experts, outputs, 32 * blocks), floats(2, k, rows, 32 * blocks), F32
+    else:
+        weights = rows_of_blocks(1, weight_type, n_experts * outputs, blocks).reshape(n_experts, outputs, -1)
+        x, x_type = rows_of_blocks(2, Q80, k * rows, blocks).reshape(k, rows, -1), Q80
+    active = np.random.default_rng(used).integers(7 - used, n_experts, (rows, k))
+    active[3] = active[11] = (-5, 1 << 40)
+    alone = [compiled.expert_matmul(weights, weight_type, x[:, i : i + 1], x_type, active[i : i + 1]) for i in range(rows)]
+    for threads in THREADS:
+        assert_same_bits(compiled.expert_matmul(weights, weight_type, x, x_type, active, threads), np.concatenate(alone, 1))
+        some = compiled.expert_matmul(weights, weight_type, x[:, 4:], x_type, active[4:], threads)
+        assert_same_bits(some, np.concatenate(alone[4:], 1))
 
 
 @pytest.mark.parametrize(("weight_type", "x_type"), [(F32, F32), (Q40, Q80), (Q80, Q80)])
