@@ -1,9 +1,10 @@
 """llama.cpp, as the package xllamacpp has it, at work on one task. Run by an interpreter that has that package, and needs nothing of ours.
 
-    python llama_cpp_child.py '{"model": "F.gguf", "threads": 2, "context": 256, "prompt_ids": [1, 2], "steps": 32, "in_group": false}'
+    python llama_cpp_child.py '{"model": "F.gguf", "threads": 2, "context": 256, "prompt_ids": [1, 2], "steps": 32, "in_group": false,
+                                  "flash": true}'
 
 Prints one JSON object; its ids continue the first 8 of the prompt. `in_group` is for a memory-limited control group: the file is used where
-it is mapped, with neither a repacked copy of the weights, which would not fit, nor a pass to warm up.
+it is mapped, with neither a repacked copy of the weights, which would not fit, nor a pass to warm up. `flash` leaves flash attention to it.
 """
 
 import json
@@ -24,6 +25,8 @@ def main() -> None:
     parameters.n_ctx, parameters.n_parallel = task["context"], 1
     parameters.n_gpu_layers = parameters.verbosity = 0
     parameters.no_extra_bufts, parameters.warmup = task["in_group"], not task["in_group"]
+    if not task["flash"]:
+        parameters.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     server = xllamacpp.Server(parameters)
     # What is only done once is done before the clock runs; so are the ids, which it only tells beside probabilities.
     first = _complete(server, task["prompt_ids"][:8], min(task["steps"], 16), n_probs=1)

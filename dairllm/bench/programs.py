@@ -150,17 +150,17 @@ class LlamaCpp:
     Args:
         python: an interpreter that has the package.
         twin: the same weights as a GGUF file (`gguf_twin`).
+        flash: whether it may use flash attention.
     """
 
-    name = "llama.cpp"
-
-    def __init__(self, python: Path, twin: Path) -> None:
-        self._python, self.twin = python, twin
+    def __init__(self, python: Path, twin: Path, *, flash: bool = True) -> None:
+        self._python, self.twin, self._flash = python, twin, flash
+        self.name = "llama.cpp" if flash else "llama.cpp without flash attention"
 
     def run(self, task: Task, group: MemoryGroup | None = None) -> Speed:
         words = {"model": str(self.twin), "threads": task.threads, "context": task.context, "prompt_ids": task.ids, "steps": task.steps}
         child = Path(__file__).with_name("llama_cpp_child.py")
-        said = output([self._python, child, json.dumps(words | {"in_group": group is not None})], group)
+        said = output([self._python, child, json.dumps(words | {"in_group": group is not None, "flash": self._flash})], group)
         report = json.loads(said.splitlines()[-1])
         return Speed(report["prompt_tokens_per_second"], report["tokens_per_second"], report)
 

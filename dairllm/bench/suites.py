@@ -43,6 +43,7 @@ class Bench:
         threads: of a program; the nodes of a cluster divide them.
         kernels: form of ours.
         dllama, llama_cpp: peers, where they are there.
+        without_flash: llama.cpp once more.
         positions: where in a context generation is measured.
         prompt: tokens of a prompt.
         steps: ids to generate.
@@ -60,6 +61,7 @@ class Bench:
     kernels: str = "auto"
     dllama: Dllama | None = None
     llama_cpp: LlamaCpp | None = None
+    without_flash: LlamaCpp | None = None
     rounds: int = 3
     positions: tuple[int, ...] = (128,)
     prompt: int = 256
@@ -99,7 +101,8 @@ class Bench:
     @property
     def alone(self) -> list[Dairllm | Dllama | LlamaCpp]:
         """Programs that compute a whole model by themselves, ours first."""
-        return [self.ours, *(program for program in (self.dllama, self.llama_cpp) if program is not None)]
+        peers = self.dllama, self.llama_cpp, self.without_flash
+        return [self.ours, *(program for program in peers if program is not None)]
 
 
 def _node(task: NodeTask, group: MemoryGroup | None = None) -> dict[str, Any]:

@@ -38,6 +38,7 @@ def bench(
     llamacpp_python: Annotated[
         Path | None, typer.Option(metavar="PATH", help="An interpreter that has xllamacpp: llama.cpp is measured in turn.")
     ] = None,
+    without_flash: Annotated[bool, typer.Option("--without-flash", help="Measure llama.cpp with its flash attention off as well.")] = False,
     svg: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the figures as well.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -67,6 +68,7 @@ def bench(
         dllama=dllama,
         turbo=turbo,
         llamacpp_python=llamacpp_python,
+        without_flash=without_flash,
         picture=svg,
         json=json,
     )

@@ -40,6 +40,7 @@ def run(
     dllama: Path | None,
     turbo: bool,
     llamacpp_python: Path | None,
+    without_flash: bool,
     picture: Path | None,
     json: bool,
 ) -> None:
@@ -51,6 +52,7 @@ def run(
         dllama: distributed-llama's program, or None.
         turbo: whether its nodes poll.
         llamacpp_python: an interpreter that has xllamacpp, or None.
+        without_flash: measure llama.cpp with flash attention off as well.
         picture: an SVG file to write, or None.
 
     The other arguments are as in `Bench`.
@@ -69,12 +71,13 @@ def run(
         raise ConfigError(f"no tokenizer: there is no {model.with_suffix('.t')} beside the model")
     forms.select(kernels)
     with ExitStack() as stack:
-        llama_cpp = None
+        llama_cpp = plainer = None
         if llamacpp_python is not None:
             twin = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=model.parent, prefix=".bench-"))) / "twin.gguf"
             with waiting("writing the same weights for llama.cpp"):
                 gguf_twin(model, twin)
             llama_cpp = LlamaCpp(llamacpp_python, twin)
+            plainer = LlamaCpp(llamacpp_python, twin, flash=False) if without_flash else None
         bench = Bench(
             model,
             Dairllm(kernels),
@@ -82,6 +85,7 @@ def run(
             kernels,
             None if dllama is None else Dllama(dllama, turbo=turbo),
             llama_cpp,
+            plainer,
             rounds=rounds,
             positions=tuple(positions),
             prompt=prompt,
