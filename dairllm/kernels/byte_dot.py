@@ -12,7 +12,7 @@ from llvmlite import ir
 from dairllm.kernels import forms
 from dairllm.kernels.ir import I8, I16, I32, Builder, Value, call, shuffle, splat, vec
 
-__all__ = ["ROWS_TOGETHER", "TILE_LANES", "TILE_ROWS", "biased", "dot_words", "nibbles", "word_sums"]
+__all__ = ["ACCUMULATORS", "ROWS_TOGETHER", "TILE_LANES", "TILE_ROWS", "biased", "dot_words", "nibbles", "word_sums"]
 
 FORM = forms.current()
 _VNNI = FORM in ("avxvnni", "avx512vnni")
@@ -22,6 +22,8 @@ TILE_LANES = 16 if _WIDE else 8
 """Columns of one vector of a tile."""
 ROWS_TOGETHER = 2 if _WIDE else 1
 """Weight rows that a few columns are taken times together, whose activations are loaded once: where there are 32 registers."""
+ACCUMULATORS = 16 if _WIDE else 4
+"""Sums of a few columns that have registers beside what their products take."""
 TILE_ROWS = 8 if _WIDE else 4
 """Weight rows of a tile: as many accumulators as hide the latency of the dot product and fit the registers."""
 

@@ -7,13 +7,16 @@ one sequential stream of bytes, prefetched well ahead, whose blocks are rearrang
 
 from typing import Any
 
+from llvmlite import ir
 from numba import njit
+from numba.core import cgutils
 
-from dairllm.kernels.byte_dot import ROWS_TOGETHER, dot_words, word_sums
+from dairllm.kernels.byte_dot import ACCUMULATORS, ROWS_TOGETHER, dot_words, word_sums
 from dairllm.kernels.half import emit_from_half
 from dairllm.kernels.ir import (
     I8,
     I32,
+    I64,
     V8,
     Builder,
     Value,
@@ -61,6 +64,22 @@ def _accumulate(b: Builder, rows: list[Words], panels: list[Value], accs: list[l
             b.store(fma(b, b.sitofp(dot, V8), b.fmul(scale, d), b.load(accs[r][c])), accs[r][c])
 
 
+def _accumulators(b: Builder, n_rows: int, n_columns: int) -> list[list[Value]]:
+    """Of each row and column, zeros: in registers, or, where these are too few, in memory that no cache line divides.
+
+    What LLVM spills by itself lies as the caller's stack happens to lie: across two lines it took twice the time in some threads.
+    """
+    if n_rows * n_columns <= ACCUMULATORS:
+        return [[var(b, V8, float_zero()) for _ in range(n_columns)] for _ in range(n_rows)]
+    kept = cgutils.alloca_once(b, ir.ArrayType(V8, n_rows * n_columns))
+    kept.align = 64
+    address = b.ptrtoint(kept, I64)
+    places = [b.inttoptr(at(b, address, 32 * i), V8.as_pointer()) for i in range(n_rows * n_columns)]
+    for place in places:
+        b.store(float_zero(), place)
+    return [places[n_columns * r : n_columns * (r + 1)] for r in range(n_rows)]
+
+
 def _rows_times(kind: WeightWords, n_rows: int, n_columns: int) -> Any:
     group_bytes = 8 * kind.block_bytes
 
@@ -71,7 +90,7 @@ def _rows_times(kind: WeightWords, n_rows: int, n_columns: int) -> Any:
         """out[column][row] = weight row times row panel. Reads exactly the rows' bytes."""
         rows = [b.add(weights, b.mul(weights_row, k64(r))) for r in range(n_rows)]
         columns = [b.add(panels, b.mul(panels_row, k64(c))) for c in range(n_columns)]
-        accs = [[var(b, V8, float_zero()) for _ in columns] for _ in rows]
+        accs = _accumulators(b, n_rows, n_columns)
         groups = b.lshr(n_blocks, k64(3))
         with for_range(b, groups) as loop:
             o, x = b.mul(loop.index, k64(group_bytes)), b.mul(loop.index, k64(GROUP_BYTES))
