@@ -137,7 +137,7 @@ def emulate_vnni(form: str) -> None:
         if kind in packs:
             matmul_steps.pack(kind, record, 0, rows, 0, 1)
         elif kind in experts:
-            matmul_steps.experts(kind, record, 0, rows, 0, 1)
+            matmul_steps.experts(kind, record, 0, rows, 0, 1, scratch)
         else:
             matmul_steps.matmul(kind, record, 0, rows, 0, 1, scratch)
 
