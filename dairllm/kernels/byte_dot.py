@@ -70,7 +70,7 @@ def _widen(b: Builder, x: Value) -> Value:
 
 
 def _quads_signed(b: Builder, acc: Value, w: Value, x: Value) -> Value:
-    """The same, signed x signed: |w| times x with the sign of w, whose pair sums (2 * 128 * 127) fit 16 bits."""
+    """acc <n x i32> + sums of four products, signed x signed, as |w| times x with the sign of w: pair sums (2 * 128 * 127) fit 16 bits."""
     n, t = w.type.count, w.type
     size = call(b, f"llvm.abs.v{n}i8", t, [w, ir.Constant(ir.IntType(1), 0)])
     name = {16: "llvm.x86.ssse3.psign.b.128", 32: "llvm.x86.avx2.psign.b"}[n]
@@ -78,7 +78,7 @@ def _quads_signed(b: Builder, acc: Value, w: Value, x: Value) -> Value:
 
 
 def _quads_vnni(b: Builder, acc: Value, u: Value, s: Value) -> Value:
-    """acc <n x i32> + sums of four products, unsigned x signed."""
+    """The same, unsigned x signed."""
     t = acc.type
     return call(b, f"llvm.x86.avx512.vpdpbusd.{t.count * 32}", t, [acc, b.bitcast(u, t), b.bitcast(s, t)])
 
