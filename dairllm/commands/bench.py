@@ -58,13 +58,17 @@ def run(
     The other arguments are as in `Bench`.
 
     Raises:
-        ConfigError: a bench that there is not, or a model without a tokenizer.
+        ConfigError: a bench that there is not, a model without a tokenizer, or `without_flash` without llama.cpp.
         ProgramError: a program that is measured fails.
         FormatError: `model` is no `.m` file.
     """
     unknown = [name for name in benches if name not in BENCHES]
     if unknown:
         raise ConfigError(f"no bench is called {unknown[0]}; there are {', '.join(BENCHES)}")
+    if without_flash and llamacpp_python is None:
+        raise ConfigError(
+            "--without-flash is about llama.cpp, which is not measured: name an interpreter that has it, --llamacpp-python PATH"
+        )
     with ModelFile.open(model):
         pass  # a mistake is told before anything is measured
     if not model.with_suffix(".t").exists():

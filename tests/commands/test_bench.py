@@ -78,6 +78,7 @@ def test_a_table_of_kernels_and_a_cluster(model: Path) -> None:
         (("prompt", "--dllama", "/nonesuch"), 1, "/nonesuch cannot be started: No such file or directory"),
         (("prompt", "--llamacpp-python", "/nonesuch"), 1, "/nonesuch cannot be started: No such file or directory"),
         (("tokens", "--kernels", "sse9"), 2, "kernels"),
+        (("prompt", "--without-flash"), 2, "--llamacpp-python PATH"),
     ],
 )
 def test_a_mistake_is_one_line(model: Path, words: tuple[str, ...], code: int, message: str) -> None:
