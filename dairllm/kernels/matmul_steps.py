@@ -9,17 +9,43 @@ from dairllm.kernels.matmul_row import matmul_rows_q40, matmul_rows_q80
 from dairllm.kernels.matmul_tile import TILE_ROWS, tile_strip_q40, tile_strip_q80
 from dairllm.kernels.panels import TILE_COLUMNS, in_tiles, row_panel_bytes
 from dairllm.kernels.quantize import blocks_to_row_panel, blocks_to_tile_panel, values_to_row_panel, values_to_tile_panel
-from dairllm.kernels.records import ALWAYS_ROWS, Kind
+from dairllm.kernels.records import ALWAYS_ROWS, CLAIMS, UNIT, Kind
 from dairllm.kernels.sizes import EXPERT_COLUMNS, EXPERT_STRIP
 from dairllm.kernels.steps import columns, fields
+from dairllm.kernels.threads import atomic_add, atomic_store
 
 __all__ = ["experts", "experts_f32", "matmul", "matmul_float", "pack"]
 
 PACK, MATMUL_Q40, EXPERTS_Q40 = int(Kind.PACK), int(Kind.MATMUL_Q40), int(Kind.EXPERTS_Q40)
 PASS_BYTES = 360_000
 """Bytes of tile panels that one pass over the weight rows uses: part of a second-level cache."""
+_STRIPS = 8
+"""Strips of a matmul for each thread, about."""
 _in_tiles = njit(nogil=True)(in_tiles)
 _row_panel_bytes = njit(nogil=True)(row_panel_bytes)
+
+
+@njit(nogil=True)
+def _strip(record, d, claimed, strip, done, thread, n_threads):
+    """(first output, end) of the next strip that this thread computes; first == end: there is none left for it.
+
+    Outputs that are `claimed` go to whoever comes for them, since threads are never equally fast: cores differ, and are shared with other work.
+    Each thread asks until all are taken, and the last to be told so leaves the count at 0. Others are dealt: to each thread one part.
+    """
+    if claimed == 0:
+        a, z = columns(d, thread, n_threads)
+        return (z, z) if done else (a, z)
+    n_strips = (d + strip - 1) // strip
+    taken = atomic_add(record + 8 * CLAIMS, 1)
+    if taken == n_strips + n_threads - 1:
+        atomic_store(record + 8 * CLAIMS, 0)
+    return min(taken * strip, d), min(taken * strip + strip, d)
+
+
+@njit(nogil=True)
+def _strip_rows(d, n_threads):
+    units = (d + UNIT - 1) // UNIT
+    return (units + _STRIPS * n_threads - 1) // (_STRIPS * n_threads) * UNIT
 
 
 @njit(nogil=True)
@@ -48,9 +74,10 @@ def pack(kind, record, first_row, end_row, thread, n_threads):
 
 @njit(nogil=True)
 def matmul(kind, record, first_row, end_row, thread, n_threads, scratch):
-    """Weight rows in strips: each is taken times the tiles of a pass, then, in the last pass, times the rows that are in no tile."""
-    panels, panels_row, tiles, tile_stride, weights, weights_row, n_blocks, d, y, y_row = fields(record)[:10]
-    a, z = columns(d, thread, n_threads)
+    """Strips of weight rows, as threads claim them. A few rows of one are taken times the tiles of a pass, then, in the last pass, times the
+    rows that are in no tile.
+    """
+    panels, panels_row, tiles, tile_stride, weights, weights_row, n_blocks, d, y, y_row, claimed = fields(record)[:11]
     n_rows = end_row - first_row
     tiled = _in_tiles(n_rows)
     n_tiles = (tiled + TILE_COLUMNS - 1) // TILE_COLUMNS
@@ -58,37 +85,50 @@ def matmul(kind, record, first_row, end_row, thread, n_threads, scratch):
     tiles += first_row // TILE_COLUMNS * tile_stride
     panels += first_row * panels_row
     y += first_row * y_row
-    strip = TILE_ROWS if n_tiles else max(z - a, 1)
-    t = 0
+    strip = _strip_rows(d, n_threads)
+    together = TILE_ROWS if n_tiles else max(d, 1)
+    tiles_a_pass = max(1, PASS_BYTES // tile_stride)
+    computed = False
     while True:
-        end = min(t + max(1, PASS_BYTES // tile_stride), n_tiles)
-        for r in range(a, z, strip):
-            w, out = weights + r * weights_row, y + 4 * r
-            count, done = min(strip, z - r), 0
-            if t < end and count == TILE_ROWS:
-                done = tiled
-                tile_out, first_tile = out + t * TILE_COLUMNS * y_row, tiles + t * tile_stride
-                if kind == MATMUL_Q40:
-                    tile_strip_q40(tile_out, y_row, first_tile, tile_stride, end - t, w, weights_row, n_blocks, scratch)
-                else:
-                    tile_strip_q80(tile_out, y_row, first_tile, tile_stride, end - t, w, weights_row, n_blocks, scratch)
-            if end == n_tiles and done < n_rows:
-                out += done * y_row
-                x = panels + done * panels_row
-                if kind == MATMUL_Q40:
-                    matmul_rows_q40(out, y_row, x, panels_row, n_rows - done, w, weights_row, n_blocks, count)
-                else:
-                    matmul_rows_q80(out, y_row, x, panels_row, n_rows - done, w, weights_row, n_blocks, count)
-        t = end
-        if t == n_tiles:
+        a, z = _strip(record, d, claimed, strip, computed, thread, n_threads)
+        if a == z:
             return
+        computed, t = True, 0
+        while True:
+            end = min(t + tiles_a_pass, n_tiles)
+            for r in range(a, z, together):
+                w, out = weights + r * weights_row, y + 4 * r
+                count, done = min(together, z - r), 0
+                if t < end and count == TILE_ROWS:
+                    done = tiled
+                    tile_out, first_tile = out + t * TILE_COLUMNS * y_row, tiles + t * tile_stride
+                    if kind == MATMUL_Q40:
+                        tile_strip_q40(tile_out, y_row, first_tile, tile_stride, end - t, w, weights_row, n_blocks, scratch)
+                    else:
+                        tile_strip_q80(tile_out, y_row, first_tile, tile_stride, end - t, w, weights_row, n_blocks, scratch)
+                if end == n_tiles and done < n_rows:
+                    out += done * y_row
+                    x = panels + done * panels_row
+                    if kind == MATMUL_Q40:
+                        matmul_rows_q40(out, y_row, x, panels_row, n_rows - done, w, weights_row, n_blocks, count)
+                    else:
+                        matmul_rows_q80(out, y_row, x, panels_row, n_rows - done, w, weights_row, n_blocks, count)
+            t = end
+            if t == n_tiles:
+                break
 
 
 @njit(nogil=True)
 def matmul_float(record, first_row, end_row, thread, n_threads):
-    x, x_row, weights, weights_row, n, d, y, y_row = fields(record)[:8]
-    a, z = columns(d, thread, n_threads)
-    matmul_f32(y + first_row * y_row, y_row, x + first_row * x_row, x_row, end_row - first_row, weights, weights_row, n, a, z)
+    x, x_row, weights, weights_row, n, d, y, y_row, claimed = fields(record)[:9]
+    strip = _strip_rows(d, n_threads)
+    computed = False
+    while True:
+        a, z = _strip(record, d, claimed, strip, computed, thread, n_threads)
+        if a == z:
+            return
+        computed = True
+        matmul_f32(y + first_row * y_row, y_row, x + first_row * x_row, x_row, end_row - first_row, weights, weights_row, n, a, z)
 
 
 @njit(nogil=True)

@@ -8,9 +8,11 @@ blocks.
 
 from enum import IntEnum
 
-__all__ = ["ALWAYS_ROWS", "FIELDS", "RECORD_WORDS", "UNIT", "Kind", "State"]
+__all__ = ["ALWAYS_ROWS", "CLAIMS", "FIELDS", "RECORD_WORDS", "UNIT", "Kind", "State"]
 
 RECORD_WORDS = 16
+CLAIMS = RECORD_WORDS - 1
+"""The word of a matmul whose outputs are claimed that its threads count up: strips that they have taken. 0 between runs."""
 UNIT = 32
 """Columns dealt to threads together: a block of a quantized row, and two cache lines of floats, so that no line has two writers."""
 ALWAYS_ROWS = 1
@@ -59,7 +61,7 @@ class Kind(IntEnum):
 
 _MAP = ("x", "x_row", "x_plane", "y", "y_row", "y_plane", "n", "planes")
 _PACK = ("x", "x_row", "x_plane", "n", "panels", "panels_row", "panels_plane", "tiles", "tile_stride", "flags", "planes")
-_MATMUL = ("panels", "panels_row", "tiles", "tile_stride", "weights", "weights_row", "n_blocks", "d", "y", "y_row")
+_MATMUL = ("panels", "panels_row", "tiles", "tile_stride", "weights", "weights_row", "n_blocks", "d", "y", "y_row", "claimed")
 _EXPERTS = (
     "x",
     "x_row",
@@ -108,7 +110,7 @@ FIELDS: dict[Kind, tuple[str, ...]] = {
     Kind.PACK_BLOCKS: _PACK,
     Kind.INV_RMS: ("x", "x_row", "y", "y_row", "n_columns", "width", "epsilon_bits"),
     Kind.RMS_NORM: ("x", "x_row", "inverse", "inverse_row", "weights", "y", "y_row", "n_columns", "width"),
-    Kind.MATMUL_F32: ("x", "x_row", "weights", "weights_row", "n", "d", "y", "y_row"),
+    Kind.MATMUL_F32: ("x", "x_row", "weights", "weights_row", "n", "d", "y", "y_row", "claimed"),
     Kind.MATMUL_Q40: _MATMUL,
     Kind.MATMUL_Q80: _MATMUL,
     Kind.EXPERTS_F32: _EXPERTS,
