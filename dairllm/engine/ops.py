@@ -36,9 +36,9 @@ from dairllm.kernels.sizes import CHUNK
 
 __all__ = ["Emitter"]
 
-CLAIMED_BYTES = 1 << 20
-"""Of weights: a matmul of so many is claimed by threads strip by strip. Of fewer each has its part: the time it is late costs less than a
-barrier behind it, which the ops that take their part of the same columns need not have."""
+CLAIMED_BYTES = 2 << 20
+"""Of weights that a row goes through: threads claim the outputs of such a matmul, a few at a time. Those of a smaller one are dealt:
+waiting for the slowest costs less than a barrier, and ops on the same columns that are dealt alike do without."""
 
 _CAST = {
     (FloatType.F32, FloatType.F32): Kind.COPY,
@@ -225,9 +225,9 @@ class Emitter:
         w = o.weight(size.float_type, max(experts, 1), size.y, size.x)
         pieces = matmul_pieces(o.op, w, self.piece_bytes)
         # threads share out each piece anew, so that pieces deal the output otherwise than the ops around them
-        claimed = not experts and w.row * size.x >= CLAIMED_BYTES
+        claimed = k * size.x * w.row >= CLAIMED_BYTES
         uses = [reads(o.input), writes(o.output, ("columns", y.width) if len(pieces) == 1 and not claimed else None)]
-        fields = {"weights_row": w.row, "y_row": y.row} | ({} if experts else {"claimed": int(claimed)})
+        fields = {"weights_row": w.row, "y_row": y.row, "claimed": int(claimed)}
         if experts:
             uses.append(reads(("BUFFER", c.expert_indexes_buffer)))
             indexes = o.expert_indexes(c.expert_indexes_buffer, k)

@@ -1,8 +1,7 @@
 """One thread's part of attention. See steps.py for the calling convention.
 
-One row: (KV head, chunk) pairs are dealt out in contiguous runs, then, behind a barrier, the heads whose chunks are
-folded. A batch: pairs of some rows and a KV head are dealt to and fro, since later rows attend to more, and each thread
-folds what it computed, in scratch of its own.
+One row: threads claim runs of (KV head, chunk) pairs; then, behind a barrier, the heads whose chunks are folded are dealt out. A batch:
+they claim pairs of some rows and a KV head, the last rows first, which attend to more, and fold what they computed, each in its scratch.
 """
 
 import numpy as np
@@ -12,11 +11,13 @@ from dairllm.graph.types import FloatType
 from dairllm.kernels.attention import attend_chunk, fold_head
 from dairllm.kernels.ir import load_f
 from dairllm.kernels.sizes import CHUNK, attention_rows_together
-from dairllm.kernels.steps import fields, part
+from dairllm.kernels.steps import claim, fields, part
 
 __all__ = ["attend", "fold"]
 
 F16, Q80 = int(FloatType.F16), int(FloatType.Q80)
+_RUNS = 8
+"""Runs of chunks that a thread claims, if all are equally fast."""
 _rows_together = njit(nogil=True)(attention_rows_together)
 
 
@@ -29,7 +30,7 @@ def _head_bytes(cache_type, head_dim):
 
 
 @njit(nogil=True)
-def attend(record, first_row, end_row, thread, n_threads, scratch):
+def attend(record, first_row, end_row, n_threads, scratch):
     q, q_row, n_heads, group, head_dim, keys, values, head_stride, positions, y, y_row, parts, stats, max_chunks = fields(record)[:14]
     cache_type = fields(record)[14]
     head_bytes, chunk_bytes = 4 * head_dim, CHUNK * _head_bytes(cache_type, head_dim)
@@ -43,37 +44,42 @@ def attend(record, first_row, end_row, thread, n_threads, scratch):
     my_stats = my_parts + together * max_chunks * part_bytes
     if n_rows == 1:
         chunks = (int(load_f(positions + 4 * first_row)) + CHUNK) // CHUNK
-        a, z = part(n_kv * chunks, thread, n_threads)
-        for unit in range(a, z):
-            kv, c = unit // chunks, unit % chunks
-            o = kv * head_stride + c * chunk_bytes
-            at = kv * max_chunks + c
-            attend_chunk(
-                q + first_row * q_row + kv * part_bytes,
-                q_row,
-                1,
-                positions + 4 * first_row,
-                keys + o,
-                values + o,
-                cache_type,
-                c * CHUNK,
-                head_bytes,
-                min(group, n_heads - kv * group),
-                scale,
-                scores,
-                room,
-                parts + at * part_bytes,
-                0,
-                stats + at * stat_bytes,
-                0,
-            )
-        return
+        n_runs = min(_RUNS * n_threads, n_kv * chunks)
+        while True:
+            run = claim(record, n_runs, n_threads)
+            if run >= n_runs:
+                return
+            a, z = part(n_kv * chunks, run, n_runs)
+            for unit in range(a, z):
+                kv, c = unit // chunks, unit % chunks
+                o = kv * head_stride + c * chunk_bytes
+                at = kv * max_chunks + c
+                attend_chunk(
+                    q + first_row * q_row + kv * part_bytes,
+                    q_row,
+                    1,
+                    positions + 4 * first_row,
+                    keys + o,
+                    values + o,
+                    cache_type,
+                    c * CHUNK,
+                    head_bytes,
+                    min(group, n_heads - kv * group),
+                    scale,
+                    scores,
+                    room,
+                    parts + at * part_bytes,
+                    0,
+                    stats + at * stat_bytes,
+                    0,
+                )
     together = min(together, max(1, n_rows * n_kv // (2 * n_threads)))  # enough units for all threads
     row_parts, row_stats = max_chunks * part_bytes, max_chunks * stat_bytes
-    for unit in range((n_rows + together - 1) // together * n_kv):
-        turn = unit % (2 * n_threads)
-        if thread != min(turn, 2 * n_threads - 1 - turn):
-            continue
+    n_units = (n_rows + together - 1) // together * n_kv
+    while True:
+        unit = n_units - 1 - claim(record, n_units, n_threads)
+        if unit < 0:
+            return
         m, kv = first_row + unit // n_kv * together, unit % n_kv
         rows, heads = min(together, end_row - m), min(group, n_heads - kv * group)
         most = 0

@@ -100,7 +100,7 @@ def run_threads(mailbox, thread, n_threads, guest):
             elif kind == SHIFT:
                 steps.shift(r, row0, row1, thread, n_threads)
             elif kind == ATTEND:
-                attention_steps.attend(r, row0, row1, thread, n_threads, scratch)
+                attention_steps.attend(r, row0, row1, n_threads, scratch)
             elif kind == FOLD:
                 attention_steps.fold(r, row0, row1, thread, n_threads, scratch)
             elif kind == EMBED:

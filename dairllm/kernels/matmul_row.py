@@ -116,7 +116,7 @@ def _rows_times(kind: WeightWords, n_rows: int, n_columns: int) -> Any:
 
 
 def _matmul_rows(kind: WeightWords) -> Any:
-    one, four, eight = (_rows_times(kind, *shape) for shape in ((1, 1), (ROWS_TOGETHER, 4), (ROWS_TOGETHER, 8)))
+    one, two, four, eight = (_rows_times(kind, *shape) for shape in ((1, 1), (ROWS_TOGETHER, 2), (ROWS_TOGETHER, 4), (ROWS_TOGETHER, 8)))
 
     @njit(nogil=True)
     def matmul_rows(out, out_row, panels, panels_row, n_rows, weights, weights_row, n_blocks, count):
@@ -132,6 +132,9 @@ def _matmul_rows(kind: WeightWords) -> Any:
                 if left > 4:
                     eight(w, weights_row, x, panels_row, n_blocks, y, out_row)
                     x, y, left = x + 8 * panels_row, y + 8 * out_row, left - 8
+                elif left == 2:
+                    two(w, weights_row, x, panels_row, n_blocks, y, out_row)
+                    left = 0
                 else:
                     four(w, weights_row, x, panels_row, n_blocks, y, out_row)
                     left = 0

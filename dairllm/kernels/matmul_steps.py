@@ -9,43 +9,30 @@ from dairllm.kernels.matmul_row import matmul_rows_q40, matmul_rows_q80
 from dairllm.kernels.matmul_tile import TILE_ROWS, tile_strip_q40, tile_strip_q80
 from dairllm.kernels.panels import TILE_COLUMNS, in_tiles, row_panel_bytes
 from dairllm.kernels.quantize import blocks_to_row_panel, blocks_to_tile_panel, values_to_row_panel, values_to_tile_panel
-from dairllm.kernels.records import ALWAYS_ROWS, CLAIMS, UNIT, Kind
+from dairllm.kernels.records import ALWAYS_ROWS, Kind
 from dairllm.kernels.sizes import EXPERT_COLUMNS, EXPERT_STRIP
-from dairllm.kernels.steps import columns, fields
-from dairllm.kernels.threads import atomic_add, atomic_store
+from dairllm.kernels.steps import claim, columns, fields
 
 __all__ = ["experts", "experts_f32", "matmul", "matmul_float", "pack"]
 
 PACK, MATMUL_Q40, EXPERTS_Q40 = int(Kind.PACK), int(Kind.MATMUL_Q40), int(Kind.EXPERTS_Q40)
 PASS_BYTES = 360_000
 """Bytes of tile panels that one pass over the weight rows uses: part of a second-level cache."""
-_STRIPS = 8
-"""Strips of a matmul for each thread, about."""
+_CLAIMS = 8
+"""Parts of a matmul that a thread claims, if all are equally fast."""
 _in_tiles = njit(nogil=True)(in_tiles)
 _row_panel_bytes = njit(nogil=True)(row_panel_bytes)
 
 
 @njit(nogil=True)
-def _strip(record, d, claimed, strip, done, thread, n_threads):
-    """(first output, end) of the next strip that this thread computes; first == end: there is none left for it.
+def _next_part(record, claimed, n_parts, last, thread, n_threads):
+    """The number of the part that this thread computes after part `last`, -1 at first; n_parts or more: none.
 
-    Outputs that are `claimed` go to whoever comes for them, since threads are never equally fast: cores differ, and are shared with other work.
-    Each thread asks until all are taken, and the last to be told so leaves the count at 0. Others are dealt: to each thread one part.
+    Parts are `claimed`, or dealt: one for each thread.
     """
-    if claimed == 0:
-        a, z = columns(d, thread, n_threads)
-        return (z, z) if done else (a, z)
-    n_strips = (d + strip - 1) // strip
-    taken = atomic_add(record + 8 * CLAIMS, 1)
-    if taken == n_strips + n_threads - 1:
-        atomic_store(record + 8 * CLAIMS, 0)
-    return min(taken * strip, d), min(taken * strip + strip, d)
-
-
-@njit(nogil=True)
-def _strip_rows(d, n_threads):
-    units = (d + UNIT - 1) // UNIT
-    return (units + _STRIPS * n_threads - 1) // (_STRIPS * n_threads) * UNIT
+    if claimed:
+        return claim(record, n_parts, n_threads)
+    return thread if last < 0 else n_parts
 
 
 @njit(nogil=True)
@@ -74,9 +61,7 @@ def pack(kind, record, first_row, end_row, thread, n_threads):
 
 @njit(nogil=True)
 def matmul(kind, record, first_row, end_row, thread, n_threads, scratch):
-    """Strips of weight rows, as threads claim them. A few rows of one are taken times the tiles of a pass, then, in the last pass, times the
-    rows that are in no tile.
-    """
+    """Weight rows in strips: each is taken times the tiles of a pass, then, in the last pass, times the rows that are in no tile."""
     panels, panels_row, tiles, tile_stride, weights, weights_row, n_blocks, d, y, y_row, claimed = fields(record)[:11]
     n_rows = end_row - first_row
     tiled = _in_tiles(n_rows)
@@ -85,20 +70,20 @@ def matmul(kind, record, first_row, end_row, thread, n_threads, scratch):
     tiles += first_row // TILE_COLUMNS * tile_stride
     panels += first_row * panels_row
     y += first_row * y_row
-    strip = _strip_rows(d, n_threads)
-    together = TILE_ROWS if n_tiles else max(d, 1)
+    strip = TILE_ROWS if n_tiles else max(d, 1)
     tiles_a_pass = max(1, PASS_BYTES // tile_stride)
-    computed = False
+    n_parts, part = n_threads * (_CLAIMS if claimed else 1), -1
     while True:
-        a, z = _strip(record, d, claimed, strip, computed, thread, n_threads)
-        if a == z:
+        part = _next_part(record, claimed, n_parts, part, thread, n_threads)
+        if part >= n_parts:
             return
-        computed, t = True, 0
+        a, z = columns(d, part, n_parts)
+        t = 0
         while True:
             end = min(t + tiles_a_pass, n_tiles)
-            for r in range(a, z, together):
+            for r in range(a, z, strip):
                 w, out = weights + r * weights_row, y + 4 * r
-                count, done = min(together, z - r), 0
+                count, done = min(strip, z - r), 0
                 if t < end and count == TILE_ROWS:
                     done = tiled
                     tile_out, first_tile = out + t * TILE_COLUMNS * y_row, tiles + t * tile_stride
@@ -121,13 +106,12 @@ def matmul(kind, record, first_row, end_row, thread, n_threads, scratch):
 @njit(nogil=True)
 def matmul_float(record, first_row, end_row, thread, n_threads):
     x, x_row, weights, weights_row, n, d, y, y_row, claimed = fields(record)[:9]
-    strip = _strip_rows(d, n_threads)
-    computed = False
+    n_parts, part = n_threads * (_CLAIMS if claimed else 1), -1
     while True:
-        a, z = _strip(record, d, claimed, strip, computed, thread, n_threads)
-        if a == z:
+        part = _next_part(record, claimed, n_parts, part, thread, n_threads)
+        if part >= n_parts:
             return
-        computed = True
+        a, z = columns(d, part, n_parts)
         matmul_f32(y + first_row * y_row, y_row, x + first_row * x_row, x_row, end_row - first_row, weights, weights_row, n, a, z)
 
 
@@ -145,52 +129,59 @@ def experts(kind, record, first_row, end_row, thread, n_threads, scratch):
     panels, panels_row, panels_plane, weights, weights_row, weights_expert, n_blocks, d, y, y_row, y_plane, indexes, k, n_experts = fields(
         record
     )[:14]
-    a, z = columns(d, thread, n_threads)
-    if end_row - first_row == 1:  # no two planes of a row have the same
-        for e in range(k):
-            expert = min(max(load_i(indexes + 8 * (first_row * k + e)), 0), n_experts - 1)
-            panel, out = panels + first_row * panels_row + e * panels_plane, y + first_row * y_row + e * y_plane + 4 * a
-            _expert_rows(
-                kind, out, y_row, panel, panels_row, 1, weights + expert * weights_expert + a * weights_row, weights_row, n_blocks, z - a
-            )
-        return
+    claimed = fields(record)[14]
+    one_row = end_row - first_row == 1  # no two planes of it have the same
+    n_parts, part = n_threads * (1 if claimed == 0 else _CLAIMS if one_row else n_experts), -1
     panel_bytes = _row_panel_bytes(n_blocks)
     together, outputs = scratch, scratch + EXPERT_COLUMNS * panel_bytes
     chosen = outputs + 4 * EXPERT_STRIP * EXPERT_COLUMNS  # pairs (row, plane), as row * k + plane
-    for expert in range(n_experts):
-        w, end, pair = weights + expert * weights_expert, end_row * k, first_row * k
-        while pair < end:
-            n = 0
-            while pair < end and n < EXPERT_COLUMNS:
-                if min(max(load_i(indexes + 8 * pair), 0), n_experts - 1) == expert:
-                    store_i(chosen + 8 * n, pair)
-                    copy(together + n * panel_bytes, panel_bytes // 4, panels + pair // k * panels_row + pair % k * panels_plane)
-                    n += 1
-                pair += 1
-            for r in range(a, z if n else a, EXPERT_STRIP):
-                count = min(EXPERT_STRIP, z - r)
-                _expert_rows(kind, outputs, 4 * EXPERT_STRIP, together, panel_bytes, n, w + r * weights_row, weights_row, n_blocks, count)
-                for i in range(n):
-                    at = load_i(chosen + 8 * i)
-                    copy(y + at // k * y_row + at % k * y_plane + 4 * r, count, outputs + 4 * EXPERT_STRIP * i)
+    while True:
+        part = _next_part(record, claimed, n_parts, part, thread, n_threads)
+        if part >= n_parts:
+            return
+        if one_row:
+            a, z = columns(d, part, n_parts)
+            for e in range(k):
+                expert = min(max(load_i(indexes + 8 * (first_row * k + e)), 0), n_experts - 1)
+                panel, out = panels + first_row * panels_row + e * panels_plane, y + first_row * y_row + e * y_plane + 4 * a
+                w = weights + expert * weights_expert + a * weights_row
+                _expert_rows(kind, out, y_row, panel, panels_row, 1, w, weights_row, n_blocks, z - a)
+            continue
+        # all experts' outputs of one part, or one expert's: then what goes through it is put together once for each
+        a, z = columns(d, part % n_threads, n_threads)
+        first, last = (part // n_threads, part // n_threads + 1) if claimed else (0, n_experts)
+        for expert in range(first, last):
+            w, end, pair = weights + expert * weights_expert, end_row * k, first_row * k
+            while pair < end:
+                n = 0
+                while pair < end and n < EXPERT_COLUMNS:
+                    if min(max(load_i(indexes + 8 * pair), 0), n_experts - 1) == expert:
+                        store_i(chosen + 8 * n, pair)
+                        copy(together + n * panel_bytes, panel_bytes // 4, panels + pair // k * panels_row + pair % k * panels_plane)
+                        n += 1
+                    pair += 1
+                for r in range(a, z if n else a, EXPERT_STRIP):
+                    count = min(EXPERT_STRIP, z - r)
+                    _expert_rows(
+                        kind, outputs, 4 * EXPERT_STRIP, together, panel_bytes, n, w + r * weights_row, weights_row, n_blocks, count
+                    )
+                    for i in range(n):
+                        at = load_i(chosen + 8 * i)
+                        copy(y + at // k * y_row + at % k * y_plane + 4 * r, count, outputs + 4 * EXPERT_STRIP * i)
 
 
 @njit(nogil=True)
 def experts_f32(record, first_row, end_row, thread, n_threads):
     x, x_row, x_plane, weights, weights_row, weights_expert, n, d, y, y_row, y_plane, indexes, k, n_experts = fields(record)[:14]
-    a, z = columns(d, thread, n_threads)
-    for m in range(first_row, end_row):
-        for e in range(k):
-            expert = min(max(load_i(indexes + 8 * (m * k + e)), 0), n_experts - 1)
-            matmul_f32(
-                y + m * y_row + e * y_plane,
-                y_row,
-                x + m * x_row + e * x_plane,
-                x_row,
-                1,
-                weights + expert * weights_expert,
-                weights_row,
-                n,
-                a,
-                z,
-            )
+    claimed = fields(record)[14]
+    n_parts, part = n_threads * (_CLAIMS if claimed else 1), -1
+    while True:
+        part = _next_part(record, claimed, n_parts, part, thread, n_threads)
+        if part >= n_parts:
+            return
+        a, z = columns(d, part, n_parts)
+        for m in range(first_row, end_row):
+            for e in range(k):
+                expert = min(max(load_i(indexes + 8 * (m * k + e)), 0), n_experts - 1)
+                w, out, source = weights + expert * weights_expert, y + m * y_row + e * y_plane, x + m * x_row + e * x_plane
+                matmul_f32(out, y_row, source, x_row, 1, w, weights_row, n, a, z)

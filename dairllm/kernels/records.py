@@ -10,9 +10,9 @@ from enum import IntEnum
 
 __all__ = ["ALWAYS_ROWS", "CLAIMS", "FIELDS", "RECORD_WORDS", "UNIT", "Kind", "State"]
 
-RECORD_WORDS = 16
+RECORD_WORDS = 18
 CLAIMS = RECORD_WORDS - 1
-"""The word of a matmul whose outputs are claimed that its threads count up: strips that they have taken. 0 between runs."""
+"""The word that threads count up who claim parts of a record's work (steps.claim): how many they have taken. 0 between runs."""
 UNIT = 32
 """Columns dealt to threads together: a block of a quantized row, and two cache lines of floats, so that no line has two writers."""
 ALWAYS_ROWS = 1
@@ -77,6 +77,7 @@ _EXPERTS = (
     "indexes",
     "k",
     "n_experts",
+    "claimed",
 )
 _ROPE = ("x", "x_row", "n", "head_dim", "table", "positions")
 _MERGE_ADD = ("x", "x_row", "x_slice", "n_slices", "y", "y_row", "n")

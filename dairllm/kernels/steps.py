@@ -1,7 +1,7 @@
 """What one thread does of each record: ``name(record, first_row, end_row, thread, n_threads)``.
 
-A thread takes a static part of the columns (in UNITs) or of the rows; which of them decides where the program needs
-barriers (dairllm.engine.ops). The order of the sums within an output never depends on it.
+A thread takes a static part of the columns (in UNITs) or of the rows, or claims parts as it goes; which of them decides where the
+program needs barriers (dairllm.engine.ops). The order of the sums within an output never depends on it.
 """
 
 import numpy as np
@@ -14,10 +14,12 @@ from dairllm.kernels.ir import load_f, load_i, store_f
 from dairllm.kernels.matmul_f32 import sum_squares
 from dairllm.kernels.moe import choose_experts, softmax
 from dairllm.kernels.quantize import add_blocks, blocks_to_values, values_to_blocks
-from dairllm.kernels.records import UNIT, Kind
+from dairllm.kernels.records import CLAIMS, UNIT, Kind
 from dairllm.kernels.rope import rotate_halves, rotate_neighbours
+from dairllm.kernels.threads import atomic_add, atomic_store
 
 __all__ = [
+    "claim",
     "columns",
     "embed",
     "fields",
@@ -73,7 +75,21 @@ def fields(record):
         load_i(r + 104),
         load_i(r + 112),
         load_i(r + 120),
+        load_i(r + 128),
     )
+
+
+@njit(nogil=True)
+def claim(record, n, n_threads):
+    """Which of a record's n parts this thread is to compute next; n or more: all are taken.
+
+    Threads are never equally fast: cores differ, and are shared with other work. Each asks until it is told that all are taken, and the
+    last one to be told so leaves the count at 0 for the next run.
+    """
+    taken = atomic_add(record + 8 * CLAIMS, 1)
+    if taken == n + n_threads - 1:
+        atomic_store(record + 8 * CLAIMS, 0)
+    return taken
 
 
 @njit(nogil=True)
