@@ -1,6 +1,7 @@
 """A program: its life, and the rows and positions that it takes."""
 
 import gc
+import itertools
 import os
 import re
 import weakref
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from dairllm.engine import ops
 from dairllm.engine.executor import Executor
 from dairllm.engine.program import STACK_BYTES, Program, compile_program, memory_needs
 from dairllm.engine.weights import WireWeights
@@ -16,6 +18,7 @@ from dairllm.formats.random_model import small_spec
 from dairllm.graph.build import build_graph
 from dairllm.graph.model import Architecture
 from dairllm.graph.types import FloatType
+from dairllm.kernels.records import Kind
 
 NETWORK, NODES = build_graph(small_spec(Architecture.LLAMA, FloatType.Q40, seq_len=64), 2, FloatType.Q80, 8)
 
@@ -39,6 +42,17 @@ def test_memory_goes_with_the_last_reference() -> None:
         assert [ref() for ref in gone] == [None] * 3
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("claimed", [False, True])
+def test_what_any_thread_may_have_computed_is_read_behind_a_barrier(claimed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if claimed:
+        monkeypatch.setattr(ops, "CLAIMED_BYTES", 0)
+    kinds = [Kind(kind) for kind in compiled()[0].records[:, 0]]
+    behind = {after for kind, after in itertools.pairwise(kinds) if kind == Kind.MATMUL_Q40}
+    assert behind == (
+        {Kind.MATMUL_Q40, Kind.BARRIER} if claimed else {Kind.MATMUL_Q40, Kind.ROPE_NEIGHBOURS, Kind.SILU, Kind.TO_BLOCKS, Kind.COPY}
+    )
 
 
 def test_a_refused_graph_leaves_nothing() -> None:

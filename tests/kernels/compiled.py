@@ -7,7 +7,7 @@ written. Gaps are checked to be as they were.
 
 import atexit
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 from typing import cast as cast_type
 
@@ -22,7 +22,7 @@ from dairllm.graph.types import FloatType, RopeType, row_bytes
 from dairllm.kernels.elementwise import exp_one
 from dairllm.kernels.ir import load_f, store_f
 from dairllm.kernels.panels import TILE_COLUMNS, row_panel_bytes, tile_panel_bytes
-from dairllm.kernels.records import ALWAYS_ROWS, FIELDS, RECORD_WORDS, Kind, State
+from dairllm.kernels.records import ALWAYS_ROWS, CLAIMS, FIELDS, RECORD_WORDS, Kind, State
 from dairllm.kernels.reference import Floats, Row
 from dairllm.kernels.sizes import BARRIER_BYTES, CHUNK, attention_scratch_bytes, experts_scratch_bytes, tile_scratch_bytes
 
@@ -118,6 +118,7 @@ class Call:
 
     def check(self) -> None:
         assert (self._scratch[-64:] == _STALE).all(), "a kernel wrote outside of its scratch"
+        assert not self._program[:, CLAIMS].any(), "the next run would have claims left over"
 
 
 @functools.cache
@@ -141,6 +142,18 @@ def run_all(records: list[list[int]], rows: int, threads: int, scratch: int = 0)
 
 def _run(kind: Kind, rows: int, threads: int, scratch: int = 0, **fields: int) -> None:
     run_all([_record(kind, fields)], rows, threads, scratch)
+
+
+def _run_products(
+    kind: Kind, rows: int, threads: int, read: Callable[[], npt.NDArray[Any]], scratch: int = 0, **fields: int
+) -> npt.NDArray[Any]:
+    """What `read` finds; the same whether outputs are dealt to threads or claimed by them."""
+    found = []
+    for claimed in (0, 1):
+        _run(kind, rows, threads, scratch, **fields, claimed=claimed)
+        found.append(read())
+    assert found[0].tobytes() == found[1].tobytes()
+    return found[0]
 
 
 def _planes(x: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -274,12 +287,11 @@ def matmul(weights: Row, weight_type: FloatType, x: Row, x_type: FloatType, thre
     fields = {"weights": address, "weights_row": row, "d": d} | out.fields("y")
     if weight_type == FloatType.F32:
         source = _Area(x[None])
-        _run(_MATMUL[weight_type], rows, threads, **source.fields("x"), n=x.shape[1], **fields)
-        return out.rows()
+        return _run_products(_MATMUL[weight_type], rows, threads, out.rows, **source.fields("x"), n=x.shape[1], **fields)
     p = _Panels(x[None], x_type, threads, always_rows=d % 8 != 0)
     fields |= {"panels": p.rows.ctypes.data, "panels_row": p.row, "tiles": p.tiles.ctypes.data, "tile_stride": p.tile}
-    _run(_MATMUL[weight_type], rows, threads, tile_scratch_bytes(p.n_blocks), **fields, n_blocks=p.n_blocks)
-    return out.rows(whole_tiles=True)
+    read, scratch = functools.partial(out.rows, whole_tiles=True), tile_scratch_bytes(p.n_blocks)
+    return _run_products(_MATMUL[weight_type], rows, threads, read, scratch, **fields, n_blocks=p.n_blocks)
 
 
 def expert_matmul(
@@ -292,12 +304,10 @@ def expert_matmul(
     fields |= {"indexes": indexes.ctypes.data, "k": k, "n_experts": n_experts}
     if weight_type == FloatType.F32:
         source = _Area(x)
-        _run(_EXPERTS[weight_type], rows, threads, **source.fields("x", True), n=x.shape[2], **fields)
-    else:
-        p = _Panels(x, x_type, threads, always_rows=True)
-        panels = {"x": p.rows.ctypes.data, "x_row": p.row, "x_plane": p.plane, "n": p.n_blocks}
-        _run(_EXPERTS[weight_type], rows, threads, experts_scratch_bytes(p.n_blocks), **panels, **fields)
-    return out.read()
+        return _run_products(_EXPERTS[weight_type], rows, threads, out.read, **source.fields("x", True), n=x.shape[2], **fields)
+    p = _Panels(x, x_type, threads, always_rows=True)
+    panels = {"x": p.rows.ctypes.data, "x_row": p.row, "x_plane": p.plane, "n": p.n_blocks}
+    return _run_products(_EXPERTS[weight_type], rows, threads, out.read, experts_scratch_bytes(p.n_blocks), **panels, **fields)
 
 
 def rope(x: Floats, table: Floats, rope_type: RopeType, threads: int = 1) -> Floats:

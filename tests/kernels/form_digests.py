@@ -113,7 +113,7 @@ def emulate_vnni(form: str) -> None:
 
     from dairllm.kernels import byte_dot, matmul_steps
     from dairllm.kernels.ir import I8, I16, Builder, Value, concat, load_i, shuffle, vec
-    from dairllm.kernels.records import Kind
+    from dairllm.kernels.records import RECORD_WORDS, Kind
     from tests.kernels import compiled
 
     def quads(b: Builder, acc: Value, u: Value, s: Value) -> Value:
@@ -145,7 +145,7 @@ def emulate_vnni(form: str) -> None:
         call = compiled.Call(records, 1, scratch)
         program, _, _, memory = call.addresses
         for number in range(len(records)):
-            step(program + number * 128, rows, memory)
+            step(program + number * 8 * RECORD_WORDS, rows, memory)
 
     compiled.run_all = run_all
 
