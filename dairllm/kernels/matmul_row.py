@@ -3,8 +3,12 @@
 The order of sums (docs/arithmetic.md): acc[block mod 8] = fma(float(exact integer sum), d_weight * d_activation,
 acc[block mod 8]) in block order, then the tree over the eight. The accumulators are the lanes of one vector; one row is
 one sequential stream of bytes, prefetched well ahead, whose blocks are rearranged once for all columns.
+
+Rows go in strips of four: the blocks that eight do not divide, two of a row of 576 values, fill vectors together with their neighbours',
+and the four sums of a column are folded together.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from llvmlite import ir
@@ -21,15 +25,16 @@ from dairllm.kernels.ir import (
     Builder,
     Value,
     at,
-    concat,
     float_zero,
     fma,
     for_range,
+    halves,
     i64,
     ir_function,
     k64,
     load,
     prefetch,
+    shuffle,
     store,
     tree_sum,
     var,
@@ -44,79 +49,140 @@ __all__ = ["PREFETCH_BYTES", "matmul_rows_q40", "matmul_rows_q80"]
 PREFETCH_BYTES = 2048
 """How far ahead weights are asked for: anything from 1 to 8 KiB is as good, none at all costs up to 20 %, most of all where a row has many
 columns and a page is small."""
+_STRIP = 4
 
 
-def _accumulate(b: Builder, rows: list[Words], panels: list[Value], accs: list[list[Value]], signed: bool) -> None:
-    """A group of blocks of each weight row times the groups at `panels`, into the accumulators [row][column]."""
+def _repeated(b: Builder, address: Value, t: Value, lanes: int, align: int) -> Value:
+    """The first `lanes` elements there, again and again until they are as many as `t` has."""
+    part = load(b, address, vec(t.element, lanes), align)
+    return part if lanes == t.count else shuffle(b, part, part, [i % lanes for i in range(t.count)])
+
+
+def _products(b: Builder, rows: list[Words], panels: list[Value], signed: bool, lanes: int = 8) -> Any:
+    """Of each column at `panels`, (column, [(integer sums, scales) of each row]): <8 x f32>. Its first `lanes` blocks stand for all."""
     scales = [emit_from_half(b, halves) for _, halves in rows]
-    lanes = rows[0][0][0].type.count // 4
 
     def x(column: int, k: int) -> Value:
-        return load(b, at(b, panels[column], 32 * k), vec(I8, 4 * lanes))
+        return _repeated(b, at(b, panels[column], 32 * k), vec(I8, 32), 4 * lanes, 1)
 
     def start(column: int) -> Value:
-        return word_sums(b, load(b, at(b, panels[column], 256), vec(I32, lanes), 4), signed)
+        return word_sums(b, _repeated(b, at(b, panels[column], 256), vec(I32, 8), lanes, 4), signed)
 
     for c, dots in dot_words(b, len(rows), len(panels), 8, lambda row, k: rows[row][0][k], x, start, signed):
-        d = load(b, at(b, panels[c], 288), V8, 4)
-        for r, scale in enumerate(scales):
-            dot = dots[r] if lanes == 8 else concat(b, dots[r], dots[r])
-            b.store(fma(b, b.sitofp(dot, V8), b.fmul(scale, d), b.load(accs[r][c])), accs[r][c])
+        d = _repeated(b, at(b, panels[c], 288), V8, lanes, 4)
+        yield c, [(b.sitofp(dot, V8), b.fmul(scale, d)) for dot, scale in zip(dots, scales, strict=True)]
 
 
-def _accumulators(b: Builder, n_rows: int, n_columns: int) -> list[list[Value]]:
-    """Of each row and column, zeros: in registers, or, where these are too few, in memory that no cache line divides.
+def _aligned(b: Builder, count: int) -> Value:
+    """Address of room for vectors that no cache line divides.
 
     What LLVM spills by itself lies as the caller's stack happens to lie: across two lines it took twice the time in some threads.
     """
-    if n_rows * n_columns <= ACCUMULATORS:
-        return [[var(b, V8, float_zero()) for _ in range(n_columns)] for _ in range(n_rows)]
-    kept = cgutils.alloca_once(b, ir.ArrayType(V8, n_rows * n_columns))
-    kept.align = 64
-    address = b.ptrtoint(kept, I64)
-    places = [b.inttoptr(at(b, address, 32 * i), V8.as_pointer()) for i in range(n_rows * n_columns)]
-    for place in places:
-        b.store(float_zero(), place)
-    return [places[n_columns * r : n_columns * (r + 1)] for r in range(n_rows)]
+    room = cgutils.alloca_once(b, ir.ArrayType(V8, count))
+    room.align = 64
+    return b.ptrtoint(room, I64)
 
 
-def _rows_times(kind: WeightWords, n_rows: int, n_columns: int) -> Any:
+def _vectors(b: Builder, address: Value, count: int) -> list[Value]:
+    return [b.inttoptr(at(b, address, 32 * i), V8.as_pointer()) for i in range(count)]
+
+
+def _add_groups(b: Builder, kind: WeightWords, rows: list[Value], columns: list[Value], n_groups: Value, accs: list[list[Value]]) -> None:
+    """Whole groups of blocks of each row, into zeroed accumulators [row][column]."""
     group_bytes = 8 * kind.block_bytes
+    for row in accs:
+        for acc in row:
+            b.store(float_zero(), acc)
+    with for_range(b, n_groups) as loop:
+        o, x = b.mul(loop.index, k64(group_bytes)), b.mul(loop.index, k64(GROUP_BYTES))
+        # rows that lie together are one stream of bytes
+        ahead = b.add(rows[-1], b.mul(loop.index, k64(len(rows) * group_bytes)))
+        for line in range(0, len(rows) * group_bytes, 64):
+            prefetch(b, at(b, ahead, PREFETCH_BYTES + line))
+        words = [kind.group(b, b.add(row, o)) for row in rows]
+        for c, products in _products(b, words, [b.add(column, x) for column in columns], kind.signed):
+            for row, (integers, scale) in zip(accs, products, strict=True):
+                b.store(fma(b, integers, scale, b.load(row[c])), row[c])
 
+
+def _add_ends(
+    b: Builder, kind: WeightWords, ends: list[Value], columns: list[Value], rest: Value, accs: list[list[Value]], together: int
+) -> None:
+    """The last blocks of each row, of `together` rows at a time."""
+    lanes = 8 // together
+    for first in range(0, len(ends), together):
+        some = slice(first, first + together)
+        for c, ((integers, scale),) in _products(b, [kind.ends(b, ends[some], rest)], columns, kind.signed, lanes):
+            for r, row in enumerate(accs[some]):
+                # its own lanes first; those beyond get a scale of zero, and add nothing
+                turned = [(lanes * r + i) % 8 for i in range(8)]
+                own = shuffle(b, scale, float_zero(), [lane if i < lanes else 8 for i, lane in enumerate(turned)])
+                b.store(fma(b, shuffle(b, integers, integers, turned), own, b.load(row[c])), row[c])
+
+
+def _fold_four(b: Builder, sums: Sequence[Value]) -> Value:
+    """`tree_sum` of each of four: <4 x f32>."""
+    first, second, third, fourth = (b.fadd(*halves(b, v)) for v in sums)
+    pairs = [b.fadd(shuffle(b, x, y, (0, 1, 4, 5)), shuffle(b, x, y, (2, 3, 6, 7))) for x, y in ((first, second), (third, fourth))]
+    return b.fadd(shuffle(b, *pairs, (0, 2, 4, 6)), shuffle(b, *pairs, (1, 3, 5, 7)))
+
+
+def _strip_times(kind: WeightWords, n_columns: int) -> Any:
     @ir_function(void, i64, i64, i64, i64, i64, i64, i64)
-    def rows_times(
+    def strip_times(
         b: Builder, weights: Value, weights_row: Value, panels: Value, panels_row: Value, n_blocks: Value, out: Value, out_row: Value
     ) -> None:
-        """out[column][row] = weight row times row panel. Reads exactly the rows' bytes."""
-        rows = [b.add(weights, b.mul(weights_row, k64(r))) for r in range(n_rows)]
+        """out[column][0..3] = four weight rows times row panels. Reads exactly the rows' bytes."""
         columns = [b.add(panels, b.mul(panels_row, k64(c))) for c in range(n_columns)]
-        accs = _accumulators(b, n_rows, n_columns)
-        groups = b.lshr(n_blocks, k64(3))
-        with for_range(b, groups) as loop:
-            o, x = b.mul(loop.index, k64(group_bytes)), b.mul(loop.index, k64(GROUP_BYTES))
-            # rows that lie together are one stream of bytes
-            ahead = b.add(rows[-1], b.mul(loop.index, k64(n_rows * group_bytes)))
-            for line in range(0, n_rows * group_bytes, 64):
-                prefetch(b, at(b, ahead, PREFETCH_BYTES + line))
-            _accumulate(b, [kind.group(b, b.add(row, o)) for row in rows], [b.add(column, x) for column in columns], accs, kind.signed)
-        rest = b.and_(n_blocks, k64(7))
+        groups, rest = b.lshr(n_blocks, k64(3)), b.and_(n_blocks, k64(7))
+        sums, row_bytes = _aligned(b, _STRIP * n_columns), 32 * n_columns
+        with for_range(b, k64(_STRIP // ROWS_TOGETHER)) as loop:
+            number = b.mul(loop.index, k64(ROWS_TOGETHER))
+            rows = [b.add(weights, b.mul(b.add(number, k64(r)), weights_row)) for r in range(ROWS_TOGETHER)]
+            places = [_vectors(b, b.add(sums, b.mul(b.add(number, k64(r)), k64(row_bytes))), n_columns) for r in range(ROWS_TOGETHER)]
+            few = ROWS_TOGETHER * n_columns <= ACCUMULATORS
+            accs = [[var(b, V8) for _ in row] for row in places] if few else places
+            _add_groups(b, kind, rows, columns, groups, accs)
+            if few:
+                for row, kept in zip(accs, places, strict=True):
+                    for acc, place in zip(row, kept, strict=True):
+                        b.store(b.load(acc), place)
+        accs = [_vectors(b, at(b, sums, row_bytes * r), n_columns) for r in range(_STRIP)]
         with b.if_then(b.icmp_unsigned("!=", rest, k64(0))):
-            o, x = b.mul(groups, k64(group_bytes)), b.mul(groups, k64(GROUP_BYTES))
-            ends, tails = [b.add(row, o) for row in rows], [b.add(column, x) for column in columns]
-            # two blocks by themselves, as of rows of 576 values
-            with b.if_else(b.icmp_unsigned("<=", rest, k64(2))) as branches:
-                for branch, count in zip(branches, (2, 8), strict=True):
-                    with branch:
-                        _accumulate(b, [kind.some(b, end, count, rest) for end in ends], tails, accs, kind.signed)
-        for r in range(n_rows):
-            for c in range(n_columns):
-                store(b, tree_sum(b, b.load(accs[r][c])), at(b, b.add(out, b.mul(out_row, k64(c))), 4 * r), 4)
+            o, x = b.mul(groups, k64(8 * kind.block_bytes)), b.mul(groups, k64(GROUP_BYTES))
+            ends = [b.add(b.add(weights, b.mul(weights_row, k64(r))), o) for r in range(_STRIP)]
+            tails = [b.add(column, x) for column in columns]
+            with b.if_else(b.icmp_unsigned("<=", rest, k64(2))) as (two, more):
+                with two:
+                    _add_ends(b, kind, ends, tails, rest, accs, 4)
+                with more, b.if_else(b.icmp_unsigned("<=", rest, k64(4))) as (four, most):
+                    with four:
+                        _add_ends(b, kind, ends, tails, rest, accs, 2)
+                    with most:
+                        _add_ends(b, kind, ends, tails, rest, accs, 1)
+        for c in range(n_columns):
+            store(b, _fold_four(b, [b.load(row[c]) for row in accs]), b.add(out, b.mul(out_row, k64(c))), 4)
 
-    return rows_times
+    return strip_times
+
+
+def _row_times(kind: WeightWords) -> Any:
+    @ir_function(void, i64, i64, i64, i64)
+    def row_times(b: Builder, weights: Value, panel: Value, n_blocks: Value, out: Value) -> None:
+        """out[0] = one weight row times a row panel."""
+        groups, rest, acc = b.lshr(n_blocks, k64(3)), b.and_(n_blocks, k64(7)), var(b, V8)
+        _add_groups(b, kind, [weights], [panel], groups, [[acc]])
+        with b.if_then(b.icmp_unsigned("!=", rest, k64(0))):
+            o, x = b.mul(groups, k64(8 * kind.block_bytes)), b.mul(groups, k64(GROUP_BYTES))
+            _add_ends(b, kind, [b.add(weights, o)], [b.add(panel, x)], rest, [[acc]], 1)
+        store(b, tree_sum(b, b.load(acc)), out, 4)
+
+    return row_times
 
 
 def _matmul_rows(kind: WeightWords) -> Any:
-    one, two, four, eight = (_rows_times(kind, *shape) for shape in ((1, 1), (ROWS_TOGETHER, 2), (ROWS_TOGETHER, 4), (ROWS_TOGETHER, 8)))
+    single = _row_times(kind)
+    one, two, four, eight = (_strip_times(kind, n_columns) for n_columns in (1, 2, 4, 8))
 
     @njit(nogil=True)
     def matmul_rows(out, out_row, panels, panels_row, n_rows, weights, weights_row, n_blocks, count):
@@ -124,26 +190,21 @@ def _matmul_rows(kind: WeightWords) -> Any:
 
         Where those are more than one, rows up to the next multiple of 4 are written too.
         """
-        r = 0
-        while r < count:
+        strips = count - count % 4
+        for r in range(0, strips, 4):
             w, y, x, left = weights + r * weights_row, out + 4 * r, panels, n_rows
-            together = ROWS_TOGETHER if left > 1 and count - r >= ROWS_TOGETHER else 1
-            while left > 1 and together == ROWS_TOGETHER:
-                if left > 4:
-                    eight(w, weights_row, x, panels_row, n_blocks, y, out_row)
-                    x, y, left = x + 8 * panels_row, y + 8 * out_row, left - 8
-                elif left == 2:
-                    two(w, weights_row, x, panels_row, n_blocks, y, out_row)
-                    left = 0
-                else:
-                    four(w, weights_row, x, panels_row, n_blocks, y, out_row)
-                    left = 0
-            # what is left: one column, or a last row that has no neighbour
-            for _ in range(left):
-                for i in range(together):
-                    one(w + i * weights_row, weights_row, x, panels_row, n_blocks, y + 4 * i, out_row)
-                x, y = x + panels_row, y + out_row
-            r += together
+            while left > 4:
+                eight(w, weights_row, x, panels_row, n_blocks, y, out_row)
+                x, y, left = x + 8 * panels_row, y + 8 * out_row, left - 8
+            if left > 2:
+                four(w, weights_row, x, panels_row, n_blocks, y, out_row)
+            elif left == 2:
+                two(w, weights_row, x, panels_row, n_blocks, y, out_row)
+            elif left == 1:
+                one(w, weights_row, x, panels_row, n_blocks, y, out_row)
+        for r in range(strips, count):
+            for m in range(n_rows):
+                single(weights + r * weights_row, panels + m * panels_row, n_blocks, out + m * out_row + 4 * r)
 
     return matmul_rows
 

@@ -13,7 +13,7 @@ from dairllm.kernels.ir import I8, I16, I32, I64, Builder, Value, at, broadcast,
 __all__ = ["Q40", "Q80", "WeightWords", "Words"]
 
 Words = tuple[list[Value], Value]
-"""The eight word vectors, of 8 lanes or, for two blocks, of 4, and <8 x i16>: the scales."""
+"""The eight word vectors, and <8 x i16>: the scales."""
 Address = Callable[[int], Value]
 """Of block i."""
 
@@ -29,9 +29,9 @@ def _interleaved(b: Builder, x: Value, y: Value, lanes: int, high: bool) -> Valu
 
 
 def _transposed(b: Builder, blocks: Sequence[Value]) -> list[Value]:
-    """16 bytes of each block (8 of them, or 2, which leave two lanes of four without meaning) -> vector k: bytes 4k..4k+3 of each."""
+    """16 bytes of each of eight blocks -> vector k: bytes 4k..4k+3 of each."""
     words = [b.bitcast(block, vec(I32, 4)) for block in blocks]
-    lines = [concat(b, words[i], words[i + 4]) for i in range(4)] if len(words) == 8 else [words[0], words[1], *[words[0]] * 2]
+    lines = [concat(b, words[i], words[i + 4]) for i in range(4)]
     low, high = ([_interleaved(b, x, y, 1, half) for x, y in (lines[:2], lines[2:])] for half in (False, True))
     return [_interleaved(b, x, y, 2, half) for x, y in (low, high) for half in (False, True)]
 
@@ -40,31 +40,25 @@ def _bytes(b: Builder, words: Value) -> Value:
     return b.bitcast(words, vec(I8, 4 * words.type.count))
 
 
-def _scales(b: Builder, address: Address, count: int) -> Value:
-    """Of blocks 0..count-1, zeros beyond. Put together where integers are added, which has nothing else to do."""
+def _scales(b: Builder, address: Address) -> Value:
+    """Of eight blocks. Put together where integers are added, which has nothing else to do."""
     quads = splat(I64, 2, 0)
-    for first in range(0, count, 4):
+    for first in (0, 4):
         quad = b.zext(load(b, address(first), I16), I64)
-        for i in range(1, min(count - first, 4)):
+        for i in range(1, 4):
             quad = b.or_(quad, b.shl(b.zext(load(b, address(first + i), I16), I64), const(I64, 16 * i)))
         quads = b.insert_element(quads, quad, const(I32, first // 4))
     return b.bitcast(quads, vec(I16, 8))
 
 
-def _without(b: Builder, scales: Value, rest: Value) -> Value:
-    """Zeros from block `rest` on."""
-    inside = b.icmp_unsigned("<", ir.Constant(vec(I16, 8), list(range(8))), broadcast(b, b.trunc(rest, I16)))
-    return b.select(inside, scales, splat(I16, 8, 0))
-
-
-def _words_q40(b: Builder, address: Address, count: int) -> list[Value]:
-    packed = [_bytes(b, v) for v in _transposed(b, [load(b, at(b, address(i), 2), vec(I8, 16)) for i in range(count)])]
+def _words_q40(b: Builder, address: Address) -> list[Value]:
+    packed = [_bytes(b, v) for v in _transposed(b, [load(b, at(b, address(i), 2), vec(I8, 16)) for i in range(8)])]
     low, high = zip(*(nibbles(b, v) for v in packed), strict=True)
     return [*low, *high]
 
 
-def _words_q80(b: Builder, address: Address, count: int) -> list[Value]:
-    halves = [_transposed(b, [load(b, at(b, address(i), offset), vec(I8, 16)) for i in range(count)]) for offset in (2, 18)]
+def _words_q80(b: Builder, address: Address) -> list[Value]:
+    halves = [_transposed(b, [load(b, at(b, address(i), offset), vec(I8, 16)) for i in range(8)]) for offset in (2, 18)]
     return [biased(b, _bytes(b, v)) for half in halves for v in half]
 
 
@@ -76,7 +70,7 @@ class WeightWords:
         signed: see byte_dot.py.
     """
 
-    def __init__(self, block_bytes: int, words: Callable[[Builder, Address, int], list[Value]], signed: bool) -> None:
+    def __init__(self, block_bytes: int, words: Callable[[Builder, Address], list[Value]], signed: bool) -> None:
         self.block_bytes, self._words, self.signed = block_bytes, words, signed
 
     def group(self, b: Builder, p: Value) -> Words:
@@ -85,19 +79,22 @@ class WeightWords:
         def address(i: int) -> Value:
             return at(b, p, self.block_bytes * i)
 
-        return self._words(b, address, 8), _scales(b, address, 8)
+        return self._words(b, address), _scales(b, address)
 
-    def some(self, b: Builder, p: Value, count: int, rest: Value) -> Words:
-        """The `rest` blocks that lie at p, 1 to `count`, which is 2 or 8.
+    def ends(self, b: Builder, ends: Sequence[Value], rest: Value) -> Words:
+        """The last `rest` blocks of 8, 4, 2 or 1 rows, which begin at `ends`: at most 8 / rows of each, which are neighbours.
 
-        No other is read: the lanes beyond have the last one, and a scale of zero.
+        Nothing else is read: the lanes of a row that has fewer have its last block, and a scale of zero.
         """
-        last = b.sub(rest, k64(1))
+        each, last = 8 // len(ends), b.sub(rest, k64(1))
 
         def address(i: int) -> Value:
-            return b.add(p, b.mul(b.select(b.icmp_unsigned("<", k64(i), last), k64(i), last), k64(self.block_bytes)))
+            block = b.select(b.icmp_unsigned("<", k64(i % each), last), k64(i % each), last)
+            return b.add(ends[i // each], b.mul(block, k64(self.block_bytes)))
 
-        return self._words(b, address, count), _without(b, _scales(b, address, count), rest)
+        number = ir.Constant(vec(I16, 8), [i % each for i in range(8)])
+        inside = b.icmp_unsigned("<", number, broadcast(b, b.trunc(rest, I16)))
+        return self._words(b, address), b.select(inside, _scales(b, address), splat(I16, 8, 0))
 
 
 Q40 = WeightWords(18, _words_q40, signed=False)
