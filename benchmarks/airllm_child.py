@@ -19,7 +19,7 @@ from transformers.generation.streamers import BaseStreamer
 CONTEXT = 256
 
 
-class Clock(BaseStreamer):
+class Clock(BaseStreamer):  # type: ignore[misc, unused-ignore] # it may not be installed
     """Notes when each token comes."""
 
     def __init__(self) -> None:

@@ -82,7 +82,7 @@ def windows(options: argparse.Namespace) -> list[list[int]]:
 
 
 def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
-    values = logits - logits.max(1, keepdims=True)
+    values: NDArray[np.float32] = logits - logits.max(1, keepdims=True)
     values -= np.log(np.exp(values).sum(1, keepdims=True, dtype=np.float64)).astype(np.float32)
     return values
 
@@ -184,7 +184,7 @@ async def measure(options: argparse.Namespace) -> None:
         if longest > model.spec.seq_len:
             raise SystemExit(f"{model.path.name} has a context of {model.spec.seq_len}; {longest} are needed")
         compute: Compute[Program] = Compute(executor, math.inf)
-        told = conditions(options.model, executor.form, options.threads)
+        told = conditions(options.model, executor.form, options.threads, 0)
         print(", ".join(f"{key} {told[key]}" for key in ("date", "processor", "kernels", "threads", "load", "model")))
         print("bytes of the cache a position: " + ", ".join(memory(model)))
         if options.tokenizer is not None:

@@ -133,7 +133,7 @@ def node(mode: str, words: list[str]) -> None:
             await exchange(self, *arguments)
             await self._settle(arguments[1])
 
-        TensorPass._exchange = exchange_and_wait  # type: ignore[method-assign] # for this measurement alone
+        TensorPass._exchange = exchange_and_wait  # type: ignore[method-assign, assignment] # for this measurement alone
     sys.argv = ["dairllm", *words]
     cli.main()
 
@@ -150,7 +150,8 @@ def prefill_seconds(options: argparse.Namespace, mode: str) -> float:
         done = subprocess.run(
             command, env={**os.environ, "DAIRLLM_ENGINE__OVERLAP": word}, stdout=subprocess.PIPE, text=True, check=True, timeout=600
         )
-    return options.prompt / float(json.loads(done.stdout)["prefill_tokens_per_second"])
+    speed: float = json.loads(done.stdout)["prefill_tokens_per_second"]
+    return int(options.prompt) / speed
 
 
 def main() -> None:

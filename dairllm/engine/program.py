@@ -15,7 +15,7 @@ from dairllm.engine.tables import RopeTables, table_bytes
 from dairllm.engine.weights import Weights
 from dairllm.errors import EngineError, GraphError
 from dairllm.graph.build import POSITION_PIPE
-from dairllm.graph.types import BLOCK_VALUES, AttentionConfig, FloatType, NetworkConfig, NodeConfig, Op, OpCode
+from dairllm.graph.types import BLOCK_VALUES, AttentionConfig, FloatType, MatmulConfig, NetworkConfig, NodeConfig, Op, OpCode
 from dairllm.kernels.panels import TILE_COLUMNS
 from dairllm.kernels.records import FIELDS, Kind, State
 from dairllm.kernels.sizes import CHUNK, attention_scratch_bytes, experts_scratch_bytes, tile_scratch_bytes
@@ -62,7 +62,8 @@ def scratch_bytes(node: NodeConfig) -> int:
     for op in (op for segment in node.segments for op in segment.ops):
         size, c = op.weight_size, op.config
         if op.code == OpCode.MATMUL and size.float_type != FloatType.F32:
-            most = max(most, tile_scratch_bytes(size.y // BLOCK_VALUES), experts_scratch_bytes(size.y // BLOCK_VALUES))
+            needed = experts_scratch_bytes if isinstance(c, MatmulConfig) and c.n_experts else tile_scratch_bytes
+            most = max(most, needed(size.y // BLOCK_VALUES))
         elif isinstance(c, AttentionConfig) and min(c.n_heads, c.n_kv_heads, c.n_heads_0, c.head_dim) > 0:
             group = min(max(c.n_heads // c.n_kv_heads, 1), c.n_heads_0)
             chunks = max(-(-node.buffers[c.key_cache_buffer].size.y // CHUNK), 1)  # a cache without room is refused where it is compiled

@@ -123,8 +123,8 @@ def _add_ends(
 def _fold_four(b: Builder, sums: Sequence[Value]) -> Value:
     """`tree_sum` of each of four: <4 x f32>."""
     first, second, third, fourth = (b.fadd(*halves(b, v)) for v in sums)
-    pairs = [b.fadd(shuffle(b, x, y, (0, 1, 4, 5)), shuffle(b, x, y, (2, 3, 6, 7))) for x, y in ((first, second), (third, fourth))]
-    return b.fadd(shuffle(b, *pairs, (0, 2, 4, 6)), shuffle(b, *pairs, (1, 3, 5, 7)))
+    x, y = (b.fadd(shuffle(b, x, y, (0, 1, 4, 5)), shuffle(b, x, y, (2, 3, 6, 7))) for x, y in ((first, second), (third, fourth)))
+    return b.fadd(shuffle(b, x, y, (0, 2, 4, 6)), shuffle(b, x, y, (1, 3, 5, 7)))
 
 
 def _strip_times(kind: WeightWords, n_columns: int) -> Any:

@@ -1,9 +1,6 @@
 """The root of a cluster: shares a model out to workers, of our kind or of distributed-llama's, computes a share itself, continues ids.
 
-    checks > dial all > greet all > go > network, and who is of our kind > node > weights > pass after pass > goodbye
-
-A worker of our kind says which model it has on a disk of its own. Where that is this one, it is told which parts of it are its weights, and
-none is sent.
+    checks > introduction (introduction.py) > pass after pass > goodbye
 
 What can be known to fail is found before anybody is dialled: a worker of distributed-llama does not survive a root that goes away before it
 has all its weights. Where it goes wrong nevertheless, those that can still be reached are led to the end of an empty session.
@@ -11,9 +8,8 @@ has all its weights. Where it goes wrong nevertheless, those that can still be r
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
 import numpy as np
 import structlog
@@ -25,37 +21,30 @@ from dairllm.engine.paging import PagingMeters, PagingSettings
 from dairllm.engine.paging_choice import WayChoice
 from dairllm.engine.paging_effort import Effort
 from dairllm.engine.program import Program
-from dairllm.errors import ConfigError, DairllmError, EngineError, NetworkError, RemoteProtocolError
+from dairllm.errors import ConfigError, EngineError, NetworkError, RemoteProtocolError
 from dairllm.formats.digest import WORTH_KEEPING, model_digests
 from dairllm.formats.model_file import ModelFile
 from dairllm.graph.build import LOGITS_PIPE, TOKEN_PIPE, build_network, build_node
-from dairllm.graph.model import ModelSpec
 from dairllm.graph.plan import token_plan
-from dairllm.graph.references import NO_MODEL, weight_references
+from dairllm.graph.references import weight_references
 from dairllm.graph.slicing import ShareSize, deal_shares, nearly_equal_sizes
 from dairllm.graph.types import FloatType
 from dairllm.net.compute import Compute
 from dairllm.net.runner import in_thread
+from dairllm.nodes.introduction import Introduction, Progress
 from dairllm.nodes.local import default_sync
 from dairllm.nodes.node_program import NodeProgram, open_program
 from dairllm.nodes.prepared_share import find_share
 from dairllm.nodes.remote_worker import FAREWELL_SECONDS, RemoteWorker
 from dairllm.nodes.report import NodeReport
 from dairllm.nodes.tensor_pass import TensorPass
-from dairllm.nodes.weight_stream import WeightStream
-from dairllm.protocol.dllama.codec import Control, Greeting, Peer
+from dairllm.protocol.dllama.codec import Control
 from dairllm.protocol.dllama.root import RootSession, Stage
 from dairllm.units import format_size
 
-__all__ = ["Cluster", "Progress"]
+__all__ = ["Cluster"]
 
 log = structlog.get_logger()
-
-Progress = Callable[[str, int, int], None]
-"""Told what is at hand, bytes of it done, bytes in all: the model is read, where its digests are not known yet; weights are sent."""
-
-AFTER_DIALLING = 0.05
-"""Seconds in which a worker that is taken closes a new connection. Before they are over nobody has been greeted."""
 
 
 @dataclass(slots=True)
@@ -172,10 +161,7 @@ class Cluster:
             self._network, self._node, weights, self._compute, n_threads=n_threads, kv_cache=kv_cache, model=model, paging=self._paging
         )
         try:
-            await self._dial()
-            await self._introduce()
-            await self._configure()
-            await self._send_weights(progress)
+            await Introduction(self._model, self._network, self._workers, self._identity, self._logits_rows).lead(progress)
         except BaseException:
             await self._leave()
             raise
@@ -248,81 +234,6 @@ class Cluster:
         weights.allocate()
         return weights
 
-    async def _dial(self) -> None:
-        """Connect to all, or to none: until all are there, nothing has been said to anybody."""
-        results = await asyncio.gather(*(worker.dial() for worker in self._workers), return_exceptions=True)
-        failed = [result for result in results if isinstance(result, BaseException)]
-        if not failed:
-            await asyncio.sleep(AFTER_DIALLING)
-            failed = [
-                NetworkError(f"{worker.name} closed the connection at once: it serves another root, or is no worker")
-                for worker in self._workers
-                if worker.link.has_ended
-            ]
-        for error in failed:
-            if not isinstance(error, DairllmError):
-                raise error
-        if failed:
-            raise NetworkError("; ".join(map(str, failed)))
-
-    async def _introduce(self) -> None:
-        """Tell each worker of the others, and when all have answered, all to make their mesh."""
-        peers = [Peer(worker.address.host, worker.address.port) for worker in self._workers]
-
-        async def greet(worker: RemoteWorker) -> None:
-            index = worker.node - 1
-            await worker.tell(worker.wire.greet(Greeting(len(peers), index, (*peers[:index], *peers[index + 1 :]))))
-
-        await self._all(greet)
-        for worker in self._workers:
-            worker.link.send([worker.wire.go()])
-
-    async def _configure(self) -> None:
-        async def network(worker: RemoteWorker) -> None:
-            acknowledged = await worker.tell(worker.wire.configure_network(self._network))
-            worker.kind = "dairllm" if acknowledged.ours else "dllama"
-            worker.has_model = acknowledged.model == self._identity
-            if not worker.has_model:
-                has = "none" if acknowledged.model == NO_MODEL else "another"
-                log.info("weights are to be sent", worker=str(worker.address), kind=worker.kind, own_model=has)
-
-        async def node(worker: RemoteWorker) -> None:
-            spec = self._model.spec
-            graph = build_node(spec, self._network, worker.node, worker.share)
-            references = weight_references(spec, worker.share, graph) if worker.has_model else ()
-            await worker.tell(worker.wire.configure_node(graph, references))
-
-        await self._all(network)
-        obstacle = _dllama_obstacle(self._model.spec)
-        foreign = [worker for worker in self._workers if worker.kind == "dllama"]
-        if obstacle and foreign:
-            names = ", ".join(worker.name for worker in foreign)
-            raise ConfigError(f"{names}: of distributed-llama, whose workers {obstacle}; or run `dairllm worker` there")
-        await self._all(node)
-
-    async def _send_weights(self, progress: Progress | None) -> None:
-        """Each worker at its own pace; to those that have the model, nothing but that this is all."""
-        streams = {
-            worker.node: await in_thread("weights", partial(self._stream, worker)) for worker in self._workers if not worker.has_model
-        }
-        total = sum(stream.nbytes for stream in streams.values())
-
-        async def send(worker: RemoteWorker) -> None:
-            stream = streams.get(worker.node)
-
-            def tell() -> None:
-                if progress is not None and stream is not None:
-                    progress(f"{worker.address}, {stream.at_hand}", sum(w.weight_bytes for w in self._workers), total)
-
-            if stream is not None:
-                await worker.send_weights(stream, tell)
-            await worker.tell(worker.wire.end_weights())
-
-        await self._all(send)
-
-    def _stream(self, worker: RemoteWorker) -> WeightStream:
-        return WeightStream(self._model, worker.share, self._logits_rows)
-
     # Passes.
 
     async def _run(self, tokens: Sequence[int], position: int, rows: int, logits: bool) -> None:
@@ -350,24 +261,6 @@ class Cluster:
 
     # Within.
 
-    async def _all(self, step: Callable[[RemoteWorker], Awaitable[None]]) -> None:
-        """The same with every worker at once. The first that fails ends the others' waits, and is named."""
-
-        async def named(worker: RemoteWorker) -> None:
-            try:
-                await step(worker)
-            except (NetworkError, RemoteProtocolError) as error:
-                hint = _HINTS.get(worker.wire.stage, "")
-                raise type(error)(f"{worker.name}, {worker.wire.stage.value}: {error}{hint}") from None
-
-        tasks = [asyncio.ensure_future(named(worker)) for worker in self._workers]
-        try:
-            await asyncio.gather(*tasks)
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-
     async def _leave(self) -> None:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(FAREWELL_SECONDS):
@@ -379,23 +272,3 @@ class Cluster:
     async def _hang_up(self) -> None:
         self._usable = False
         await asyncio.gather(*(worker.hang_up(FAREWELL_SECONDS) for worker in self._workers))
-
-
-_HINTS = {
-    Stage.GREETING: "; it serves another root, or is no worker",
-    Stage.GO: "; can the workers reach each other by the names that the root knows them by?",
-    Stage.NETWORK: "; can the workers reach each other by the names that the root knows them by?",
-    Stage.NODE: "; its log says why",
-    Stage.WEIGHTS: "; its log says why",
-}
-
-
-def _dllama_obstacle(spec: ModelSpec) -> str | None:
-    """Why workers of distributed-llama cannot compute a model, and what to do."""
-    if spec.weight_type not in (FloatType.F32, FloatType.Q40):
-        known = f"know F32 and Q40 weights alone and would end, given {spec.weight_type.name.lower()}"
-    elif spec.n_experts and spec.weight_type != FloatType.Q40:
-        known = "know experts with Q40 weights alone and would end"
-    else:
-        return None
-    return f"{known}: make the model again with `dairllm convert SOURCE OUT.m --weights q40`"
