@@ -105,19 +105,15 @@ def _add_groups(b: Builder, kind: WeightWords, rows: list[Value], columns: list[
                 b.store(fma(b, integers, scale, b.load(row[c])), row[c])
 
 
-def _add_ends(
-    b: Builder, kind: WeightWords, ends: list[Value], columns: list[Value], rest: Value, accs: list[list[Value]], together: int
-) -> None:
-    """The last blocks of each row, of `together` rows at a time."""
-    lanes = 8 // together
-    for first in range(0, len(ends), together):
-        some = slice(first, first + together)
-        for c, ((integers, scale),) in _products(b, [kind.ends(b, ends[some], rest)], columns, kind.signed, lanes):
-            for r, row in enumerate(accs[some]):
-                # its own lanes first; those beyond get a scale of zero, and add nothing
-                turned = [(lanes * r + i) % 8 for i in range(8)]
-                own = shuffle(b, scale, float_zero(), [lane if i < lanes else 8 for i, lane in enumerate(turned)])
-                b.store(fma(b, shuffle(b, integers, integers, turned), own, b.load(row[c])), row[c])
+def _add_ends(b: Builder, kind: WeightWords, ends: list[Value], columns: list[Value], rest: Value, accs: list[list[Value]]) -> None:
+    """The last blocks of 4, 2 or 1 rows together."""
+    lanes = 8 // len(ends)
+    for c, ((integers, scale),) in _products(b, [kind.ends(b, ends, rest)], columns, kind.signed, lanes):
+        for r, row in enumerate(accs):
+            # its own lanes first; those beyond get a scale of zero, and add nothing
+            turned = [(lanes * r + i) % 8 for i in range(8)]
+            own = shuffle(b, scale, float_zero(), [lane if i < lanes else 8 for i, lane in enumerate(turned)])
+            b.store(fma(b, shuffle(b, integers, integers, turned), own, b.load(row[c])), row[c])
 
 
 def _fold_four(b: Builder, sums: Sequence[Value]) -> Value:
@@ -147,21 +143,27 @@ def _strip_times(kind: WeightWords, n_columns: int) -> Any:
                 for row, kept in zip(accs, places, strict=True):
                     for acc, place in zip(row, kept, strict=True):
                         b.store(b.load(acc), place)
-        accs = [_vectors(b, at(b, sums, row_bytes * r), n_columns) for r in range(_STRIP)]
         with b.if_then(b.icmp_unsigned("!=", rest, k64(0))):
             o, x = b.mul(groups, k64(8 * kind.block_bytes)), b.mul(groups, k64(GROUP_BYTES))
-            ends = [b.add(b.add(weights, b.mul(weights_row, k64(r))), o) for r in range(_STRIP)]
             tails = [b.add(column, x) for column in columns]
+
+            def add_ends(together: int) -> None:
+                with for_range(b, k64(_STRIP // together)) as loop:
+                    rows = [b.add(b.mul(loop.index, k64(together)), k64(r)) for r in range(together)]
+                    ends = [b.add(b.add(weights, o), b.mul(row, weights_row)) for row in rows]
+                    _add_ends(b, kind, ends, tails, rest, [_vectors(b, b.add(sums, b.mul(row, k64(row_bytes))), n_columns) for row in rows])
+
             with b.if_else(b.icmp_unsigned("<=", rest, k64(2))) as (two, more):
                 with two:
-                    _add_ends(b, kind, ends, tails, rest, accs, 4)
+                    add_ends(4)
                 with more, b.if_else(b.icmp_unsigned("<=", rest, k64(4))) as (four, most):
                     with four:
-                        _add_ends(b, kind, ends, tails, rest, accs, 2)
+                        add_ends(2)
                     with most:
-                        _add_ends(b, kind, ends, tails, rest, accs, 1)
+                        add_ends(1)
         for c in range(n_columns):
-            store(b, _fold_four(b, [b.load(row[c]) for row in accs]), b.add(out, b.mul(out_row, k64(c))), 4)
+            rows = [b.load(_vectors(b, at(b, sums, row_bytes * r), n_columns)[c]) for r in range(_STRIP)]
+            store(b, _fold_four(b, rows), b.add(out, b.mul(out_row, k64(c))), 4)
 
     return strip_times
 
@@ -174,7 +176,7 @@ def _row_times(kind: WeightWords) -> Any:
         _add_groups(b, kind, [weights], [panel], groups, [[acc]])
         with b.if_then(b.icmp_unsigned("!=", rest, k64(0))):
             o, x = b.mul(groups, k64(8 * kind.block_bytes)), b.mul(groups, k64(GROUP_BYTES))
-            _add_ends(b, kind, [b.add(weights, o)], [b.add(panel, x)], rest, [[acc]], 1)
+            _add_ends(b, kind, [b.add(weights, o)], [b.add(panel, x)], rest, [[acc]])
         store(b, tree_sum(b, b.load(acc)), out, 4)
 
     return row_times

@@ -130,8 +130,8 @@ def experts(kind, record, first_row, end_row, thread, n_threads, scratch):
         record
     )[:14]
     claimed = fields(record)[14]
-    one_row = end_row - first_row == 1  # no two planes of it have the same
-    n_parts, part = n_threads * (1 if claimed == 0 else _CLAIMS if one_row else n_experts), -1
+    n_rows = end_row - first_row
+    n_parts, part = n_threads * (1 if claimed == 0 else _CLAIMS if n_rows == 1 else n_experts), -1
     panel_bytes = _row_panel_bytes(n_blocks)
     together, outputs = scratch, scratch + EXPERT_COLUMNS * panel_bytes
     chosen = outputs + 4 * EXPERT_STRIP * EXPERT_COLUMNS  # pairs (row, plane), as row * k + plane
@@ -139,13 +139,13 @@ def experts(kind, record, first_row, end_row, thread, n_threads, scratch):
         part = _next_part(record, claimed, n_parts, part, thread, n_threads)
         if part >= n_parts:
             return
-        if one_row:
+        if n_rows == 1:  # no two planes of it have the same
             a, z = columns(d, part, n_parts)
             for e in range(k):
                 expert = min(max(load_i(indexes + 8 * (first_row * k + e)), 0), n_experts - 1)
                 panel, out = panels + first_row * panels_row + e * panels_plane, y + first_row * y_row + e * y_plane + 4 * a
                 w = weights + expert * weights_expert + a * weights_row
-                _expert_rows(kind, out, y_row, panel, panels_row, 1, w, weights_row, n_blocks, z - a)
+                _expert_rows(kind, out, y_row, panel, panels_row, n_rows, w, weights_row, n_blocks, z - a)
             continue
         # all experts' outputs of one part, or one expert's: then what goes through it is put together once for each
         a, z = columns(d, part % n_threads, n_threads)
