@@ -49,6 +49,8 @@ __all__ = ["PREFETCH_BYTES", "matmul_rows_q40", "matmul_rows_q80"]
 PREFETCH_BYTES = 2048
 """How far ahead weights are asked for: anything from 1 to 8 KiB is as good, none at all costs up to 20 %, most of all where a row has many
 columns and a page is small."""
+_NEAR_BYTES = 20 << 10
+"""Of the panels of eight columns: so much of them is taken times all rows of a strip before the next, from the first-level cache."""
 _STRIP = 4
 
 
@@ -87,18 +89,17 @@ def _vectors(b: Builder, address: Value, count: int) -> list[Value]:
     return [b.inttoptr(at(b, address, 32 * i), V8.as_pointer()) for i in range(count)]
 
 
-def _add_groups(b: Builder, kind: WeightWords, rows: list[Value], columns: list[Value], n_groups: Value, accs: list[list[Value]]) -> None:
-    """Whole groups of blocks of each row, into zeroed accumulators [row][column]."""
+def _add_groups(
+    b: Builder, kind: WeightWords, rows: list[Value], columns: list[Value], n_groups: Value, ahead: Value, accs: list[list[Value]]
+) -> None:
+    """So many groups of blocks of each row. Meanwhile as many bytes are asked for, `ahead` bytes on."""
     group_bytes = 8 * kind.block_bytes
-    for row in accs:
-        for acc in row:
-            b.store(float_zero(), acc)
     with for_range(b, n_groups) as loop:
         o, x = b.mul(loop.index, k64(group_bytes)), b.mul(loop.index, k64(GROUP_BYTES))
         # rows that lie together are one stream of bytes
-        ahead = b.add(rows[-1], b.mul(loop.index, k64(len(rows) * group_bytes)))
+        asked = b.add(b.add(rows[-1], ahead), b.mul(loop.index, k64(len(rows) * group_bytes)))
         for line in range(0, len(rows) * group_bytes, 64):
-            prefetch(b, at(b, ahead, PREFETCH_BYTES + line))
+            prefetch(b, at(b, asked, line))
         words = [kind.group(b, b.add(row, o)) for row in rows]
         for c, products in _products(b, words, [b.add(column, x) for column in columns], kind.signed):
             for row, (integers, scale) in zip(accs, products, strict=True):
@@ -132,17 +133,31 @@ def _strip_times(kind: WeightWords, n_columns: int) -> Any:
         columns = [b.add(panels, b.mul(panels_row, k64(c))) for c in range(n_columns)]
         groups, rest = b.lshr(n_blocks, k64(3)), b.and_(n_blocks, k64(7))
         sums, row_bytes = _aligned(b, _STRIP * n_columns), 32 * n_columns
-        with for_range(b, k64(_STRIP // ROWS_TOGETHER)) as loop:
-            number = b.mul(loop.index, k64(ROWS_TOGETHER))
-            rows = [b.add(weights, b.mul(b.add(number, k64(r)), weights_row)) for r in range(ROWS_TOGETHER)]
-            places = [_vectors(b, b.add(sums, b.mul(b.add(number, k64(r)), k64(row_bytes))), n_columns) for r in range(ROWS_TOGETHER)]
-            few = ROWS_TOGETHER * n_columns <= ACCUMULATORS
-            accs = [[var(b, V8) for _ in row] for row in places] if few else places
-            _add_groups(b, kind, rows, columns, groups, accs)
-            if few:
-                for row, kept in zip(accs, places, strict=True):
-                    for acc, place in zip(row, kept, strict=True):
-                        b.store(b.load(acc), place)
+        for place in _vectors(b, sums, _STRIP * n_columns):
+            b.store(float_zero(), place)
+
+        def add_groups(first: Value, count: Value, ahead: Value) -> None:
+            with for_range(b, k64(_STRIP // ROWS_TOGETHER)) as loop:
+                numbers = [b.add(b.mul(loop.index, k64(ROWS_TOGETHER)), k64(r)) for r in range(ROWS_TOGETHER)]
+                o, x = b.mul(first, k64(8 * kind.block_bytes)), b.mul(first, k64(GROUP_BYTES))
+                rows = [b.add(b.add(weights, b.mul(number, weights_row)), o) for number in numbers]
+                places = [_vectors(b, b.add(sums, b.mul(number, k64(row_bytes))), n_columns) for number in numbers]
+                few = ROWS_TOGETHER * n_columns <= ACCUMULATORS
+                accs = [[var(b, V8, b.load(place)) for place in row] for row in places] if few else places
+                _add_groups(b, kind, rows, [b.add(column, x) for column in columns], count, ahead, accs)
+                if few:
+                    for row, kept in zip(accs, places, strict=True):
+                        for acc, place in zip(row, kept, strict=True):
+                            b.store(b.load(acc), place)
+
+        if n_columns <= 4:
+            add_groups(k64(0), groups, k64(PREFETCH_BYTES))
+        else:
+            most = k64(_NEAR_BYTES // (n_columns * GROUP_BYTES))
+            with for_range(b, b.udiv(b.add(groups, b.sub(most, k64(1))), most)) as loop:
+                first = b.mul(loop.index, most)
+                left = b.sub(groups, first)
+                add_groups(first, b.select(b.icmp_unsigned("<", left, most), left, most), b.mul(weights_row, k64(_STRIP)))
         with b.if_then(b.icmp_unsigned("!=", rest, k64(0))):
             o, x = b.mul(groups, k64(8 * kind.block_bytes)), b.mul(groups, k64(GROUP_BYTES))
             tails = [b.add(column, x) for column in columns]
@@ -172,8 +187,8 @@ def _row_times(kind: WeightWords) -> Any:
     @ir_function(void, i64, i64, i64, i64)
     def row_times(b: Builder, weights: Value, panel: Value, n_blocks: Value, out: Value) -> None:
         """out[0] = one weight row times a row panel."""
-        groups, rest, acc = b.lshr(n_blocks, k64(3)), b.and_(n_blocks, k64(7)), var(b, V8)
-        _add_groups(b, kind, [weights], [panel], groups, [[acc]])
+        groups, rest, acc = b.lshr(n_blocks, k64(3)), b.and_(n_blocks, k64(7)), var(b, V8, float_zero())
+        _add_groups(b, kind, [weights], [panel], groups, k64(PREFETCH_BYTES), [[acc]])
         with b.if_then(b.icmp_unsigned("!=", rest, k64(0))):
             o, x = b.mul(groups, k64(8 * kind.block_bytes)), b.mul(groups, k64(GROUP_BYTES))
             _add_ends(b, kind, [b.add(weights, o)], [b.add(panel, x)], rest, [[acc]])
