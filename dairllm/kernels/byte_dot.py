@@ -54,27 +54,23 @@ def word_sums(b: Builder, seeds: Value, signed: bool) -> Value:
 # --------------------------------------------------------------------------------------------------------------------- the instructions
 def _pairs_unsigned(b: Builder, u: Value, s: Value) -> Value:
     """Bytes, unsigned x signed -> i16, sums of two products. Never saturates here: u <= 15, or u <= 128 and |s| <= 127."""
-    name = {16: "llvm.x86.ssse3.pmadd.ub.sw.128", 32: "llvm.x86.avx2.pmadd.ub.sw"}[u.type.count]
-    return call(b, name, vec(I16, u.type.count // 2), [u, s])
+    return call(b, "llvm.x86.avx2.pmadd.ub.sw", vec(I16, 16), [u, s])
 
 
 def _pairs_words(b: Builder, x: Value, y: Value) -> Value:
     """i16 x i16 -> i32, sums of two products."""
-    name = {8: "llvm.x86.sse2.pmadd.wd", 16: "llvm.x86.avx2.pmadd.wd"}[x.type.count]
-    return call(b, name, vec(I32, x.type.count // 2), [x, y])
+    return call(b, "llvm.x86.avx2.pmadd.wd", vec(I32, 8), [x, y])
 
 
 def _widen(b: Builder, x: Value) -> Value:
     """i16 -> i32, sums of neighbours."""
-    return _pairs_words(b, x, splat(I16, x.type.count, 1))
+    return _pairs_words(b, x, splat(I16, 16, 1))
 
 
 def _quads_signed(b: Builder, acc: Value, w: Value, x: Value) -> Value:
     """acc <n x i32> + sums of four products, signed x signed, as |w| times x with the sign of w: pair sums (2 * 128 * 127) fit 16 bits."""
-    n, t = w.type.count, w.type
-    size = call(b, f"llvm.abs.v{n}i8", t, [w, ir.Constant(ir.IntType(1), 0)])
-    name = {16: "llvm.x86.ssse3.psign.b.128", 32: "llvm.x86.avx2.psign.b"}[n]
-    return b.add(acc, _widen(b, _pairs_unsigned(b, size, call(b, name, t, [x, w]))))
+    size = call(b, "llvm.abs.v32i8", w.type, [w, ir.Constant(ir.IntType(1), 0)])
+    return b.add(acc, _widen(b, _pairs_unsigned(b, size, call(b, "llvm.x86.avx2.psign.b", w.type, [x, w]))))
 
 
 def _quads_vnni(b: Builder, acc: Value, u: Value, s: Value) -> Value:

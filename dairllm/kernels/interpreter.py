@@ -33,7 +33,7 @@ __all__ = ["ring", "run_threads"]
     MATMUL_Q40,
     MATMUL_Q80,
     EXPERTS_F32,
-    EXPERTS_Q40,
+    _,
     EXPERTS_Q80,
     ROPE_NEIGHBOURS,
     ROPE_HALVES,
@@ -83,10 +83,20 @@ def run_threads(mailbox, thread, n_threads, guest):
             kind = load_i(r)
             if kind == BARRIER:
                 barrier(counter, n_threads)
-            elif kind in (MATMUL_Q40, MATMUL_Q80):
-                matmul_steps.matmul(kind, r, row0, row1, thread, n_threads, scratch)
-            elif kind == MATMUL_F32:
-                matmul_steps.matmul_float(r, row0, row1, thread, n_threads)
+            elif MATMUL_F32 <= kind <= EXPERTS_Q80:
+                claimed = matmul_steps.parts_claimed(kind, r, row1 - row0, n_threads)
+                n_parts = claimed if claimed else n_threads
+                part = steps.claim(r, claimed, n_threads) if claimed else thread
+                while part < n_parts:
+                    if kind in (MATMUL_Q40, MATMUL_Q80):
+                        matmul_steps.matmul(kind, r, row0, row1, part, n_parts, scratch)
+                    elif kind == MATMUL_F32:
+                        matmul_steps.matmul_float(r, row0, row1, part, n_parts)
+                    elif kind == EXPERTS_F32:
+                        matmul_steps.experts_f32(r, row0, row1, part, n_parts)
+                    else:
+                        matmul_steps.experts(kind, r, row0, row1, part, n_parts, scratch)
+                    part = steps.claim(r, claimed, n_threads) if claimed else n_parts
             elif kind in (PACK, PACK_BLOCKS):
                 matmul_steps.pack(kind, r, row0, row1, thread, n_threads)
             elif kind in (MERGE_ADD_F32, MERGE_ADD_BLOCKS):
@@ -105,10 +115,6 @@ def run_threads(mailbox, thread, n_threads, guest):
                 attention_steps.fold(r, row0, row1, thread, n_threads, scratch)
             elif kind == EMBED:
                 steps.embed(r, row0, row1, thread, n_threads)
-            elif kind in (EXPERTS_Q40, EXPERTS_Q80):
-                matmul_steps.experts(kind, r, row0, row1, thread, n_threads, scratch)
-            elif kind == EXPERTS_F32:
-                matmul_steps.experts_f32(r, row0, row1, thread, n_threads)
             elif kind == SOFTMAX:
                 steps.soft_max(r, row0, row1, thread, n_threads)
             elif kind == GATE:

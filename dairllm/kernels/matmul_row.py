@@ -8,7 +8,7 @@ Rows go in strips of four: the blocks that eight do not divide, two of a row of 
 and the four sums of a column are folded together.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from llvmlite import ir
@@ -60,7 +60,9 @@ def _repeated(b: Builder, address: Value, t: Value, lanes: int, align: int) -> V
     return part if lanes == t.count else shuffle(b, part, part, [i % lanes for i in range(t.count)])
 
 
-def _products(b: Builder, rows: list[Words], panels: list[Value], signed: bool, lanes: int = 8) -> Any:
+def _products(
+    b: Builder, rows: list[Words], panels: list[Value], signed: bool, lanes: int = 8
+) -> Iterator[tuple[int, list[tuple[Value, Value]]]]:
     """Of each column at `panels`, (column, [(integer sums, scales) of each row]): <8 x f32>. Its first `lanes` blocks stand for all."""
     scales = [emit_from_half(b, halves) for _, halves in rows]
 

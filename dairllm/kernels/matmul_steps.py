@@ -1,4 +1,7 @@
-"""One thread's part of the matmuls, and of packing what they read. See steps.py for the calling convention."""
+"""Matmuls, and packing what they read. See steps.py for the calling convention.
+
+Of a matmul `part` of `n_parts` is computed: what is dealt to a thread, or one of more that threads claim (`parts_claimed`).
+"""
 
 from numba import njit
 
@@ -11,28 +14,18 @@ from dairllm.kernels.panels import TILE_COLUMNS, in_tiles, row_panel_bytes
 from dairllm.kernels.quantize import blocks_to_row_panel, blocks_to_tile_panel, values_to_row_panel, values_to_tile_panel
 from dairllm.kernels.records import ALWAYS_ROWS, Kind
 from dairllm.kernels.sizes import EXPERT_COLUMNS, EXPERT_STRIP
-from dairllm.kernels.steps import claim, columns, fields
+from dairllm.kernels.steps import columns, fields
 
-__all__ = ["experts", "experts_f32", "matmul", "matmul_float", "pack"]
+__all__ = ["experts", "experts_f32", "matmul", "matmul_float", "pack", "parts_claimed"]
 
-PACK, MATMUL_Q40, EXPERTS_Q40 = int(Kind.PACK), int(Kind.MATMUL_Q40), int(Kind.EXPERTS_Q40)
+PACK, MATMUL_Q40 = int(Kind.PACK), int(Kind.MATMUL_Q40)
+EXPERTS_F32, EXPERTS_Q40, EXPERTS_Q80 = int(Kind.EXPERTS_F32), int(Kind.EXPERTS_Q40), int(Kind.EXPERTS_Q80)
+_CLAIMS, _CLAIMS_OF_EXPERTS = 8, 2
+"""Parts that a thread claims, if all are equally fast. Of experts in a batch fewer: for each part their rows are put together anew."""
 PASS_BYTES = 360_000
 """Bytes of tile panels that one pass over the weight rows uses: part of a second-level cache."""
-_CLAIMS = 8
-"""Parts of a matmul that a thread claims, if all are equally fast."""
 _in_tiles = njit(nogil=True)(in_tiles)
 _row_panel_bytes = njit(nogil=True)(row_panel_bytes)
-
-
-@njit(nogil=True)
-def _next_part(record, claimed, n_parts, last, thread, n_threads):
-    """The number of the part that this thread computes after part `last`, -1 at first; n_parts or more: none.
-
-    Parts are `claimed`, or dealt: one for each thread.
-    """
-    if claimed:
-        return claim(record, n_parts, n_threads)
-    return thread if last < 0 else n_parts
 
 
 @njit(nogil=True)
@@ -60,9 +53,20 @@ def pack(kind, record, first_row, end_row, thread, n_threads):
 
 
 @njit(nogil=True)
-def matmul(kind, record, first_row, end_row, thread, n_threads, scratch):
+def parts_claimed(kind, record, n_rows, n_threads):
+    """Into how many parts a matmul is cut for threads to claim; 0: one is dealt to each."""
+    if load_i(record + 8) == 0:
+        return 0
+    if n_rows > 1 and kind in (EXPERTS_F32, EXPERTS_Q40, EXPERTS_Q80):
+        return n_threads * _CLAIMS_OF_EXPERTS
+    return n_threads * _CLAIMS
+
+
+@njit(nogil=True)
+def matmul(kind, record, first_row, end_row, part, n_parts, scratch):
     """Weight rows in strips: each is taken times the tiles of a pass, then, in the last pass, times the rows that are in no tile."""
-    panels, panels_row, tiles, tile_stride, weights, weights_row, n_blocks, d, y, y_row, claimed = fields(record)[:11]
+    _, panels, panels_row, tiles, tile_stride, weights, weights_row, n_blocks, d, y, y_row = fields(record)[:11]
+    a, z = columns(d, part, n_parts)
     n_rows = end_row - first_row
     tiled = _in_tiles(n_rows)
     n_tiles = (tiled + TILE_COLUMNS - 1) // TILE_COLUMNS
@@ -70,49 +74,37 @@ def matmul(kind, record, first_row, end_row, thread, n_threads, scratch):
     tiles += first_row // TILE_COLUMNS * tile_stride
     panels += first_row * panels_row
     y += first_row * y_row
-    strip = TILE_ROWS if n_tiles else max(d, 1)
-    tiles_a_pass = max(1, PASS_BYTES // tile_stride)
-    n_parts, part = n_threads * (_CLAIMS if claimed else 1), -1
+    strip = TILE_ROWS if n_tiles else max(z - a, 1)
+    t = 0
     while True:
-        part = _next_part(record, claimed, n_parts, part, thread, n_threads)
-        if part >= n_parts:
+        end = min(t + max(1, PASS_BYTES // tile_stride), n_tiles)
+        for r in range(a, z, strip):
+            w, out = weights + r * weights_row, y + 4 * r
+            count, done = min(strip, z - r), 0
+            if t < end and count == TILE_ROWS:
+                done = tiled
+                tile_out, first_tile = out + t * TILE_COLUMNS * y_row, tiles + t * tile_stride
+                if kind == MATMUL_Q40:
+                    tile_strip_q40(tile_out, y_row, first_tile, tile_stride, end - t, w, weights_row, n_blocks, scratch)
+                else:
+                    tile_strip_q80(tile_out, y_row, first_tile, tile_stride, end - t, w, weights_row, n_blocks, scratch)
+            if end == n_tiles and done < n_rows:
+                out += done * y_row
+                x = panels + done * panels_row
+                if kind == MATMUL_Q40:
+                    matmul_rows_q40(out, y_row, x, panels_row, n_rows - done, w, weights_row, n_blocks, count)
+                else:
+                    matmul_rows_q80(out, y_row, x, panels_row, n_rows - done, w, weights_row, n_blocks, count)
+        t = end
+        if t == n_tiles:
             return
-        a, z = columns(d, part, n_parts)
-        t = 0
-        while True:
-            end = min(t + tiles_a_pass, n_tiles)
-            for r in range(a, z, strip):
-                w, out = weights + r * weights_row, y + 4 * r
-                count, done = min(strip, z - r), 0
-                if t < end and count == TILE_ROWS:
-                    done = tiled
-                    tile_out, first_tile = out + t * TILE_COLUMNS * y_row, tiles + t * tile_stride
-                    if kind == MATMUL_Q40:
-                        tile_strip_q40(tile_out, y_row, first_tile, tile_stride, end - t, w, weights_row, n_blocks, scratch)
-                    else:
-                        tile_strip_q80(tile_out, y_row, first_tile, tile_stride, end - t, w, weights_row, n_blocks, scratch)
-                if end == n_tiles and done < n_rows:
-                    out += done * y_row
-                    x = panels + done * panels_row
-                    if kind == MATMUL_Q40:
-                        matmul_rows_q40(out, y_row, x, panels_row, n_rows - done, w, weights_row, n_blocks, count)
-                    else:
-                        matmul_rows_q80(out, y_row, x, panels_row, n_rows - done, w, weights_row, n_blocks, count)
-            t = end
-            if t == n_tiles:
-                break
 
 
 @njit(nogil=True)
-def matmul_float(record, first_row, end_row, thread, n_threads):
-    x, x_row, weights, weights_row, n, d, y, y_row, claimed = fields(record)[:9]
-    n_parts, part = n_threads * (_CLAIMS if claimed else 1), -1
-    while True:
-        part = _next_part(record, claimed, n_parts, part, thread, n_threads)
-        if part >= n_parts:
-            return
-        a, z = columns(d, part, n_parts)
-        matmul_f32(y + first_row * y_row, y_row, x + first_row * x_row, x_row, end_row - first_row, weights, weights_row, n, a, z)
+def matmul_float(record, first_row, end_row, part, n_parts):
+    _, x, x_row, weights, weights_row, n, d, y, y_row = fields(record)[:9]
+    a, z = columns(d, part, n_parts)
+    matmul_f32(y + first_row * y_row, y_row, x + first_row * x_row, x_row, end_row - first_row, weights, weights_row, n, a, z)
 
 
 @njit(nogil=True)
@@ -124,64 +116,57 @@ def _expert_rows(kind, out, out_row, panels, panels_row, n_rows, weights, weight
 
 
 @njit(nogil=True)
-def experts(kind, record, first_row, end_row, thread, n_threads, scratch):
+def experts(kind, record, first_row, end_row, part, n_parts, scratch):
     """Plane e of row m goes through expert indexes[m][e]; what goes through the same one together, so that its weights are read once."""
-    panels, panels_row, panels_plane, weights, weights_row, weights_expert, n_blocks, d, y, y_row, y_plane, indexes, k, n_experts = fields(
-        record
-    )[:14]
-    claimed = fields(record)[14]
+    _, panels, panels_row, panels_plane, weights, weights_row, weights_expert, n_blocks, d, y, y_row, y_plane, indexes, k, n_experts = (
+        fields(record)[:15]
+    )
+    a, z = columns(d, part, n_parts)
     n_rows = end_row - first_row
-    n_parts, part = n_threads * (1 if claimed == 0 else _CLAIMS if n_rows == 1 else n_experts), -1
+    if n_rows == 1:  # no two planes of a row have the same
+        for e in range(k):
+            expert = min(max(load_i(indexes + 8 * (first_row * k + e)), 0), n_experts - 1)
+            w, panel = weights + expert * weights_expert + a * weights_row, panels + first_row * panels_row + e * panels_plane
+            out = y + first_row * y_row + e * y_plane + 4 * a
+            _expert_rows(kind, out, y_row, panel, panels_row, n_rows, w, weights_row, n_blocks, z - a)
+        return
     panel_bytes = _row_panel_bytes(n_blocks)
     together, outputs = scratch, scratch + EXPERT_COLUMNS * panel_bytes
     chosen = outputs + 4 * EXPERT_STRIP * EXPERT_COLUMNS  # pairs (row, plane), as row * k + plane
-    while True:
-        part = _next_part(record, claimed, n_parts, part, thread, n_threads)
-        if part >= n_parts:
-            return
-        if n_rows == 1:  # no two planes of it have the same
-            a, z = columns(d, part, n_parts)
-            for e in range(k):
-                expert = min(max(load_i(indexes + 8 * (first_row * k + e)), 0), n_experts - 1)
-                panel, out = panels + first_row * panels_row + e * panels_plane, y + first_row * y_row + e * y_plane + 4 * a
-                w = weights + expert * weights_expert + a * weights_row
-                _expert_rows(kind, out, y_row, panel, panels_row, n_rows, w, weights_row, n_blocks, z - a)
-            continue
-        # all experts' outputs of one part, or one expert's: then what goes through it is put together once for each
-        a, z = columns(d, part % n_threads, n_threads)
-        first, last = (part // n_threads, part // n_threads + 1) if claimed else (0, n_experts)
-        for expert in range(first, last):
-            w, end, pair = weights + expert * weights_expert, end_row * k, first_row * k
-            while pair < end:
-                n = 0
-                while pair < end and n < EXPERT_COLUMNS:
-                    if min(max(load_i(indexes + 8 * pair), 0), n_experts - 1) == expert:
-                        store_i(chosen + 8 * n, pair)
-                        copy(together + n * panel_bytes, panel_bytes // 4, panels + pair // k * panels_row + pair % k * panels_plane)
-                        n += 1
-                    pair += 1
-                for r in range(a, z if n else a, EXPERT_STRIP):
-                    count = min(EXPERT_STRIP, z - r)
-                    _expert_rows(
-                        kind, outputs, 4 * EXPERT_STRIP, together, panel_bytes, n, w + r * weights_row, weights_row, n_blocks, count
-                    )
-                    for i in range(n):
-                        at = load_i(chosen + 8 * i)
-                        copy(y + at // k * y_row + at % k * y_plane + 4 * r, count, outputs + 4 * EXPERT_STRIP * i)
+    for expert in range(n_experts):
+        w, end, pair = weights + expert * weights_expert, end_row * k, first_row * k
+        while pair < end:
+            n = 0
+            while pair < end and n < EXPERT_COLUMNS:
+                if min(max(load_i(indexes + 8 * pair), 0), n_experts - 1) == expert:
+                    store_i(chosen + 8 * n, pair)
+                    copy(together + n * panel_bytes, panel_bytes // 4, panels + pair // k * panels_row + pair % k * panels_plane)
+                    n += 1
+                pair += 1
+            for r in range(a, z if n else a, EXPERT_STRIP):
+                count = min(EXPERT_STRIP, z - r)
+                _expert_rows(kind, outputs, 4 * EXPERT_STRIP, together, panel_bytes, n, w + r * weights_row, weights_row, n_blocks, count)
+                for i in range(n):
+                    at = load_i(chosen + 8 * i)
+                    copy(y + at // k * y_row + at % k * y_plane + 4 * r, count, outputs + 4 * EXPERT_STRIP * i)
 
 
 @njit(nogil=True)
-def experts_f32(record, first_row, end_row, thread, n_threads):
-    x, x_row, x_plane, weights, weights_row, weights_expert, n, d, y, y_row, y_plane, indexes, k, n_experts = fields(record)[:14]
-    claimed = fields(record)[14]
-    n_parts, part = n_threads * (_CLAIMS if claimed else 1), -1
-    while True:
-        part = _next_part(record, claimed, n_parts, part, thread, n_threads)
-        if part >= n_parts:
-            return
-        a, z = columns(d, part, n_parts)
-        for m in range(first_row, end_row):
-            for e in range(k):
-                expert = min(max(load_i(indexes + 8 * (m * k + e)), 0), n_experts - 1)
-                w, out, source = weights + expert * weights_expert, y + m * y_row + e * y_plane, x + m * x_row + e * x_plane
-                matmul_f32(out, y_row, source, x_row, 1, w, weights_row, n, a, z)
+def experts_f32(record, first_row, end_row, part, n_parts):
+    _, x, x_row, x_plane, weights, weights_row, weights_expert, n, d, y, y_row, y_plane, indexes, k, n_experts = fields(record)[:15]
+    a, z = columns(d, part, n_parts)
+    for m in range(first_row, end_row):
+        for e in range(k):
+            expert = min(max(load_i(indexes + 8 * (m * k + e)), 0), n_experts - 1)
+            matmul_f32(
+                y + m * y_row + e * y_plane,
+                y_row,
+                x + m * x_row + e * x_plane,
+                x_row,
+                1,
+                weights + expert * weights_expert,
+                weights_row,
+                n,
+                a,
+                z,
+            )

@@ -61,8 +61,9 @@ class Kind(IntEnum):
 
 _MAP = ("x", "x_row", "x_plane", "y", "y_row", "y_plane", "n", "planes")
 _PACK = ("x", "x_row", "x_plane", "n", "panels", "panels_row", "panels_plane", "tiles", "tile_stride", "flags", "planes")
-_MATMUL = ("panels", "panels_row", "tiles", "tile_stride", "weights", "weights_row", "n_blocks", "d", "y", "y_row", "claimed")
+_MATMUL = ("claimed", "panels", "panels_row", "tiles", "tile_stride", "weights", "weights_row", "n_blocks", "d", "y", "y_row")
 _EXPERTS = (
+    "claimed",
     "x",
     "x_row",
     "x_plane",
@@ -77,7 +78,6 @@ _EXPERTS = (
     "indexes",
     "k",
     "n_experts",
-    "claimed",
 )
 _ROPE = ("x", "x_row", "n", "head_dim", "table", "positions")
 _MERGE_ADD = ("x", "x_row", "x_slice", "n_slices", "y", "y_row", "n")
@@ -111,7 +111,7 @@ FIELDS: dict[Kind, tuple[str, ...]] = {
     Kind.PACK_BLOCKS: _PACK,
     Kind.INV_RMS: ("x", "x_row", "y", "y_row", "n_columns", "width", "epsilon_bits"),
     Kind.RMS_NORM: ("x", "x_row", "inverse", "inverse_row", "weights", "y", "y_row", "n_columns", "width"),
-    Kind.MATMUL_F32: ("x", "x_row", "weights", "weights_row", "n", "d", "y", "y_row", "claimed"),
+    Kind.MATMUL_F32: ("claimed", "x", "x_row", "weights", "weights_row", "n", "d", "y", "y_row"),
     Kind.MATMUL_Q40: _MATMUL,
     Kind.MATMUL_Q80: _MATMUL,
     Kind.EXPERTS_F32: _EXPERTS,
