@@ -16,7 +16,7 @@ from dairllm.engine.weights import Weights
 from dairllm.errors import EngineError, GraphError
 from dairllm.graph.build import POSITION_PIPE
 from dairllm.graph.types import BLOCK_VALUES, AttentionConfig, FloatType, MatmulConfig, NetworkConfig, NodeConfig, Op, OpCode
-from dairllm.kernels.panels import TILE_COLUMNS
+from dairllm.kernels.panels import TILE_COLUMNS, row_panel_bytes
 from dairllm.kernels.records import FIELDS, Kind, State
 from dairllm.kernels.sizes import CHUNK, attention_scratch_bytes, experts_scratch_bytes, tile_scratch_bytes
 
@@ -61,9 +61,11 @@ def scratch_bytes(node: NodeConfig) -> int:
     most = tile_scratch_bytes(1)
     for op in (op for segment in node.segments for op in segment.ops):
         size, c = op.weight_size, op.config
-        if op.code == OpCode.MATMUL and size.float_type != FloatType.F32:
-            needed = experts_scratch_bytes if isinstance(c, MatmulConfig) and c.n_experts else tile_scratch_bytes
-            most = max(most, needed(size.y // BLOCK_VALUES))
+        if isinstance(c, MatmulConfig) and c.n_experts:
+            row = 4 * size.y if size.float_type == FloatType.F32 else row_panel_bytes(size.y // BLOCK_VALUES)
+            most = max(most, experts_scratch_bytes(row))
+        elif op.code == OpCode.MATMUL and size.float_type != FloatType.F32:
+            most = max(most, tile_scratch_bytes(size.y // BLOCK_VALUES))
         elif isinstance(c, AttentionConfig) and min(c.n_heads, c.n_kv_heads, c.n_heads_0, c.head_dim) > 0:
             group = min(max(c.n_heads // c.n_kv_heads, 1), c.n_heads_0)
             chunks = max(-(-node.buffers[c.key_cache_buffer].size.y // CHUNK), 1)  # a cache without room is refused where it is compiled

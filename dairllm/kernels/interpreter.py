@@ -32,7 +32,7 @@ __all__ = ["ring", "run_threads"]
     MATMUL_F32,
     MATMUL_Q40,
     MATMUL_Q80,
-    EXPERTS_F32,
+    _,
     _,
     EXPERTS_Q80,
     ROPE_NEIGHBOURS,
@@ -92,8 +92,6 @@ def run_threads(mailbox, thread, n_threads, guest):
                         matmul_steps.matmul(kind, r, row0, row1, part, n_parts, scratch)
                     elif kind == MATMUL_F32:
                         matmul_steps.matmul_float(r, row0, row1, part, n_parts)
-                    elif kind == EXPERTS_F32:
-                        matmul_steps.experts_f32(r, row0, row1, part, n_parts)
                     else:
                         matmul_steps.experts(kind, r, row0, row1, part, n_parts, scratch)
                     part = steps.claim(r, claimed, n_threads) if claimed else n_parts

@@ -16,7 +16,7 @@ from dairllm.kernels.records import ALWAYS_ROWS, Kind
 from dairllm.kernels.sizes import EXPERT_COLUMNS, EXPERT_STRIP
 from dairllm.kernels.steps import columns, fields
 
-__all__ = ["experts", "experts_f32", "matmul", "matmul_float", "pack", "parts_claimed"]
+__all__ = ["experts", "matmul", "matmul_float", "pack", "parts_claimed"]
 
 PACK, MATMUL_Q40 = int(Kind.PACK), int(Kind.MATMUL_Q40)
 EXPERTS_F32, EXPERTS_Q40, EXPERTS_Q80 = int(Kind.EXPERTS_F32), int(Kind.EXPERTS_Q40), int(Kind.EXPERTS_Q80)
@@ -108,65 +108,46 @@ def matmul_float(record, first_row, end_row, part, n_parts):
 
 
 @njit(nogil=True)
-def _expert_rows(kind, out, out_row, panels, panels_row, n_rows, weights, weights_row, n_blocks, count):
+def _expert_rows(kind, out, out_row, x, x_row, n_rows, weights, weights_row, n, count):
     if kind == EXPERTS_Q40:
-        matmul_rows_q40(out, out_row, panels, panels_row, n_rows, weights, weights_row, n_blocks, count)
+        matmul_rows_q40(out, out_row, x, x_row, n_rows, weights, weights_row, n, count)
+    elif kind == EXPERTS_Q80:
+        matmul_rows_q80(out, out_row, x, x_row, n_rows, weights, weights_row, n, count)
     else:
-        matmul_rows_q80(out, out_row, panels, panels_row, n_rows, weights, weights_row, n_blocks, count)
+        matmul_f32(out, out_row, x, x_row, n_rows, weights, weights_row, n, 0, count)
 
 
 @njit(nogil=True)
 def experts(kind, record, first_row, end_row, part, n_parts, scratch):
-    """Plane e of row m goes through expert indexes[m][e]; what goes through the same one together, so that its weights are read once."""
-    _, panels, panels_row, panels_plane, weights, weights_row, weights_expert, n_blocks, d, y, y_row, y_plane, indexes, k, n_experts = (
-        fields(record)[:15]
-    )
+    """Plane e of row m goes through expert indexes[m][e]; what goes through the same one together, so that its weights are read once.
+
+    n counts values where they are F32, else blocks; then x is row panels.
+    """
+    _, x, x_row, x_plane, weights, weights_row, weights_expert, n, d, y, y_row, y_plane, indexes, k, n_experts = fields(record)[:15]
     a, z = columns(d, part, n_parts)
     n_rows = end_row - first_row
     if n_rows == 1:  # no two planes of a row have the same
         for e in range(k):
             expert = min(max(load_i(indexes + 8 * (first_row * k + e)), 0), n_experts - 1)
-            w, panel = weights + expert * weights_expert + a * weights_row, panels + first_row * panels_row + e * panels_plane
-            out = y + first_row * y_row + e * y_plane + 4 * a
-            _expert_rows(kind, out, y_row, panel, panels_row, n_rows, w, weights_row, n_blocks, z - a)
+            w, out = weights + expert * weights_expert + a * weights_row, y + first_row * y_row + e * y_plane + 4 * a
+            _expert_rows(kind, out, y_row, x + first_row * x_row + e * x_plane, x_row, n_rows, w, weights_row, n, z - a)
         return
-    panel_bytes = _row_panel_bytes(n_blocks)
-    together, outputs = scratch, scratch + EXPERT_COLUMNS * panel_bytes
+    row_bytes = 4 * n if kind == EXPERTS_F32 else _row_panel_bytes(n)
+    together, outputs = scratch, scratch + EXPERT_COLUMNS * row_bytes
     chosen = outputs + 4 * EXPERT_STRIP * EXPERT_COLUMNS  # pairs (row, plane), as row * k + plane
     for expert in range(n_experts):
         w, end, pair = weights + expert * weights_expert, end_row * k, first_row * k
         while pair < end:
-            n = 0
-            while pair < end and n < EXPERT_COLUMNS:
+            count = 0
+            while pair < end and count < EXPERT_COLUMNS:
                 if min(max(load_i(indexes + 8 * pair), 0), n_experts - 1) == expert:
-                    store_i(chosen + 8 * n, pair)
-                    copy(together + n * panel_bytes, panel_bytes // 4, panels + pair // k * panels_row + pair % k * panels_plane)
-                    n += 1
+                    store_i(chosen + 8 * count, pair)
+                    copy(together + count * row_bytes, row_bytes // 4, x + pair // k * x_row + pair % k * x_plane)
+                    count += 1
                 pair += 1
-            for r in range(a, z if n else a, EXPERT_STRIP):
-                count = min(EXPERT_STRIP, z - r)
-                _expert_rows(kind, outputs, 4 * EXPERT_STRIP, together, panel_bytes, n, w + r * weights_row, weights_row, n_blocks, count)
-                for i in range(n):
+            for r in range(a, z if count else a, EXPERT_STRIP):
+                strip = min(EXPERT_STRIP, z - r)
+                _expert_rows(kind, outputs, 4 * EXPERT_STRIP, together, row_bytes, count, w + r * weights_row, weights_row, n, strip)
+                for i in range(count):
                     at = load_i(chosen + 8 * i)
-                    copy(y + at // k * y_row + at % k * y_plane + 4 * r, count, outputs + 4 * EXPERT_STRIP * i)
-
-
-@njit(nogil=True)
-def experts_f32(record, first_row, end_row, part, n_parts):
-    _, x, x_row, x_plane, weights, weights_row, weights_expert, n, d, y, y_row, y_plane, indexes, k, n_experts = fields(record)[:15]
-    a, z = columns(d, part, n_parts)
-    for m in range(first_row, end_row):
-        for e in range(k):
-            expert = min(max(load_i(indexes + 8 * (m * k + e)), 0), n_experts - 1)
-            matmul_f32(
-                y + m * y_row + e * y_plane,
-                y_row,
-                x + m * x_row + e * x_plane,
-                x_row,
-                1,
-                weights + expert * weights_expert,
-                weights_row,
-                n,
-                a,
-                z,
-            )
+                    copy(y + at // k * y_row + at % k * y_plane + 4 * r, strip, outputs + 4 * EXPERT_STRIP * i)

@@ -1,7 +1,5 @@
 """Sizes of the memory that kernels work on, known without the kernels, whose modules bring their compiler along."""
 
-from dairllm.kernels.panels import row_panel_bytes
-
 __all__ = [
     "BARRIER_BYTES",
     "CHUNK",
@@ -36,9 +34,9 @@ EXPERT_STRIP = 64
 """Weight rows of an expert whose outputs are put together before they go to their rows."""
 
 
-def experts_scratch_bytes(n_blocks: int) -> int:
-    """Scratch of one thread: row panels that go through one expert together, outputs, and whose they are."""
-    return EXPERT_COLUMNS * (row_panel_bytes(n_blocks) + 4 * EXPERT_STRIP + 8)
+def experts_scratch_bytes(row_bytes: int) -> int:
+    """Scratch of one thread: rows (or their panels) of so many bytes that go through one expert together, outputs, and whose they are."""
+    return EXPERT_COLUMNS * (row_bytes + 4 * EXPERT_STRIP + 8)
 
 
 def attention_rows_together(group: int, head_dim: int, max_chunks: int) -> int:

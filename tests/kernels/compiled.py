@@ -304,10 +304,11 @@ def expert_matmul(
     fields |= {"indexes": indexes.ctypes.data, "k": k, "n_experts": n_experts}
     if weight_type == FloatType.F32:
         source = _Area(x)
-        return _run_products(_EXPERTS[weight_type], rows, threads, out.read, **source.fields("x", True), n=x.shape[2], **fields)
-    p = _Panels(x, x_type, threads, always_rows=True)
-    panels = {"x": p.rows.ctypes.data, "x_row": p.row, "x_plane": p.plane, "n": p.n_blocks}
-    return _run_products(_EXPERTS[weight_type], rows, threads, out.read, experts_scratch_bytes(p.n_blocks), **panels, **fields)
+        operand, row = source.fields("x", True) | {"n": x.shape[2]}, 4 * x.shape[2]
+    else:
+        p = _Panels(x, x_type, threads, always_rows=True)
+        operand, row = {"x": p.rows.ctypes.data, "x_row": p.row, "x_plane": p.plane, "n": p.n_blocks}, p.row
+    return _run_products(_EXPERTS[weight_type], rows, threads, out.read, experts_scratch_bytes(row), **operand, **fields)
 
 
 def rope(x: Floats, table: Floats, rope_type: RopeType, threads: int = 1) -> Floats:
