@@ -108,15 +108,20 @@ def _add_groups(
                 b.store(fma(b, integers, scale, b.load(row[c])), row[c])
 
 
-def _add_ends(b: Builder, kind: WeightWords, ends: list[Value], columns: list[Value], rest: Value, accs: list[list[Value]]) -> None:
-    """The last blocks of 4, 2 or 1 rows together."""
-    lanes = 8 // len(ends)
-    for c, ((integers, scale),) in _products(b, [kind.ends(b, ends, rest)], columns, kind.signed, lanes):
-        for r, row in enumerate(accs):
-            # its own lanes first; those beyond get a scale of zero, and add nothing
-            turned = [(lanes * r + i) % 8 for i in range(8)]
-            own = shuffle(b, scale, float_zero(), [lane if i < lanes else 8 for i, lane in enumerate(turned)])
-            b.store(fma(b, shuffle(b, integers, integers, turned), own, b.load(row[c])), row[c])
+def _add_ends(
+    b: Builder, kind: WeightWords, ends: list[Value], panels: Value, panels_row: Value, n_columns: int, rest: Value, sums: list[Value]
+) -> None:
+    """The last blocks of 4, 2 or 1 rows together, into the accumulators of their columns at `sums`."""
+    lanes, words = 8 // len(ends), kind.ends(b, ends, rest)
+    with for_range(b, k64(n_columns)) as loop:
+        panel, column = b.add(panels, b.mul(loop.index, panels_row)), b.mul(loop.index, k64(32))
+        for _, ((integers, scale),) in _products(b, [words], [panel], kind.signed, lanes):
+            for r, row in enumerate(sums):
+                # its own lanes first; those beyond get a scale of zero, and add nothing
+                turned = [(lanes * r + i) % 8 for i in range(8)]
+                own = shuffle(b, scale, float_zero(), [lane if i < lanes else 8 for i, lane in enumerate(turned)])
+                place = b.add(row, column)
+                store(b, fma(b, shuffle(b, integers, integers, turned), own, load(b, place, V8, 32)), place, 32)
 
 
 def _fold_four(b: Builder, sums: Sequence[Value]) -> Value:
@@ -162,13 +167,13 @@ def _strip_times(kind: WeightWords, n_columns: int) -> Any:
                 add_groups(first, b.select(b.icmp_unsigned("<", left, most), left, most), b.mul(weights_row, k64(_STRIP)))
         with b.if_then(b.icmp_unsigned("!=", rest, k64(0))):
             o, x = b.mul(groups, k64(8 * kind.block_bytes)), b.mul(groups, k64(GROUP_BYTES))
-            tails = [b.add(column, x) for column in columns]
 
             def add_ends(together: int) -> None:
                 with for_range(b, k64(_STRIP // together)) as loop:
                     rows = [b.add(b.mul(loop.index, k64(together)), k64(r)) for r in range(together)]
                     ends = [b.add(b.add(weights, o), b.mul(row, weights_row)) for row in rows]
-                    _add_ends(b, kind, ends, tails, rest, [_vectors(b, b.add(sums, b.mul(row, k64(row_bytes))), n_columns) for row in rows])
+                    accs = [b.add(sums, b.mul(row, k64(row_bytes))) for row in rows]
+                    _add_ends(b, kind, ends, b.add(panels, x), panels_row, n_columns, rest, accs)
 
             with b.if_else(b.icmp_unsigned("<=", rest, k64(2))) as (two, more):
                 with two:
@@ -189,11 +194,13 @@ def _row_times(kind: WeightWords) -> Any:
     @ir_function(void, i64, i64, i64, i64)
     def row_times(b: Builder, weights: Value, panel: Value, n_blocks: Value, out: Value) -> None:
         """out[0] = one weight row times a row panel."""
-        groups, rest, acc = b.lshr(n_blocks, k64(3)), b.and_(n_blocks, k64(7)), var(b, V8, float_zero())
+        groups, rest, place = b.lshr(n_blocks, k64(3)), b.and_(n_blocks, k64(7)), _aligned(b, 1)
+        (acc,) = _vectors(b, place, 1)
+        b.store(float_zero(), acc)
         _add_groups(b, kind, [weights], [panel], groups, k64(PREFETCH_BYTES), [[acc]])
         with b.if_then(b.icmp_unsigned("!=", rest, k64(0))):
             o, x = b.mul(groups, k64(8 * kind.block_bytes)), b.mul(groups, k64(GROUP_BYTES))
-            _add_ends(b, kind, [b.add(weights, o)], [b.add(panel, x)], rest, [[acc]])
+            _add_ends(b, kind, [b.add(weights, o)], b.add(panel, x), k64(0), 1, rest, [place])
         store(b, tree_sum(b, b.load(acc)), out, 4)
 
     return row_times
