@@ -12,7 +12,7 @@ from dairllm.kernels.matmul_row import matmul_rows_q40, matmul_rows_q80
 from dairllm.kernels.matmul_tile import TILE_ROWS, tile_strip_q40, tile_strip_q80
 from dairllm.kernels.panels import TILE_COLUMNS, in_tiles, row_panel_bytes
 from dairllm.kernels.quantize import blocks_to_row_panel, blocks_to_tile_panel, values_to_row_panel, values_to_tile_panel
-from dairllm.kernels.records import ALWAYS_ROWS, Kind
+from dairllm.kernels.records import ALWAYS_ROWS, UNIT, Kind
 from dairllm.kernels.sizes import EXPERT_COLUMNS, EXPERT_STRIP
 from dairllm.kernels.steps import columns, fields
 
@@ -55,17 +55,17 @@ def pack(kind, record, first_row, end_row, thread, n_threads):
 @njit(nogil=True)
 def parts_claimed(kind, record, n_rows, n_threads):
     """Into how many parts a matmul is cut for threads to claim; 0: one is dealt to each."""
-    if load_i(record + 8) == 0:
+    claimed, d = fields(record)[:2]
+    if claimed == 0:
         return 0
-    if n_rows > 1 and kind in (EXPERTS_F32, EXPERTS_Q40, EXPERTS_Q80):
-        return n_threads * _CLAIMS_OF_EXPERTS
-    return n_threads * _CLAIMS
+    few = n_rows > 1 and kind in (EXPERTS_F32, EXPERTS_Q40, EXPERTS_Q80)
+    return min(n_threads * (_CLAIMS_OF_EXPERTS if few else _CLAIMS), (d + UNIT - 1) // UNIT)
 
 
 @njit(nogil=True)
 def matmul(kind, record, first_row, end_row, part, n_parts, scratch):
     """Weight rows in strips: each is taken times the tiles of a pass, then, in the last pass, times the rows that are in no tile."""
-    _, panels, panels_row, tiles, tile_stride, weights, weights_row, n_blocks, d, y, y_row = fields(record)[:11]
+    _, d, panels, panels_row, tiles, tile_stride, weights, weights_row, n_blocks, y, y_row = fields(record)[:11]
     a, z = columns(d, part, n_parts)
     n_rows = end_row - first_row
     tiled = _in_tiles(n_rows)
@@ -102,7 +102,7 @@ def matmul(kind, record, first_row, end_row, part, n_parts, scratch):
 
 @njit(nogil=True)
 def matmul_float(record, first_row, end_row, part, n_parts):
-    _, x, x_row, weights, weights_row, n, d, y, y_row = fields(record)[:9]
+    _, d, x, x_row, weights, weights_row, n, y, y_row = fields(record)[:9]
     a, z = columns(d, part, n_parts)
     matmul_f32(y + first_row * y_row, y_row, x + first_row * x_row, x_row, end_row - first_row, weights, weights_row, n, a, z)
 
@@ -123,7 +123,7 @@ def experts(kind, record, first_row, end_row, part, n_parts, scratch):
 
     n counts values where they are F32, else blocks; then x is row panels.
     """
-    _, x, x_row, x_plane, weights, weights_row, weights_expert, n, d, y, y_row, y_plane, indexes, k, n_experts = fields(record)[:15]
+    _, d, x, x_row, x_plane, weights, weights_row, weights_expert, n, y, y_row, y_plane, indexes, k, n_experts = fields(record)[:15]
     a, z = columns(d, part, n_parts)
     n_rows = end_row - first_row
     if n_rows == 1:  # no two planes of a row have the same

@@ -61,9 +61,10 @@ class Kind(IntEnum):
 
 _MAP = ("x", "x_row", "x_plane", "y", "y_row", "y_plane", "n", "planes")
 _PACK = ("x", "x_row", "x_plane", "n", "panels", "panels_row", "panels_plane", "tiles", "tile_stride", "flags", "planes")
-_MATMUL = ("claimed", "panels", "panels_row", "tiles", "tile_stride", "weights", "weights_row", "n_blocks", "d", "y", "y_row")
+_MATMUL = ("claimed", "d", "panels", "panels_row", "tiles", "tile_stride", "weights", "weights_row", "n_blocks", "y", "y_row")
 _EXPERTS = (
     "claimed",
+    "d",
     "x",
     "x_row",
     "x_plane",
@@ -71,7 +72,6 @@ _EXPERTS = (
     "weights_row",
     "weights_expert",
     "n",
-    "d",
     "y",
     "y_row",
     "y_plane",
@@ -111,7 +111,7 @@ FIELDS: dict[Kind, tuple[str, ...]] = {
     Kind.PACK_BLOCKS: _PACK,
     Kind.INV_RMS: ("x", "x_row", "y", "y_row", "n_columns", "width", "epsilon_bits"),
     Kind.RMS_NORM: ("x", "x_row", "inverse", "inverse_row", "weights", "y", "y_row", "n_columns", "width"),
-    Kind.MATMUL_F32: ("claimed", "x", "x_row", "weights", "weights_row", "n", "d", "y", "y_row"),
+    Kind.MATMUL_F32: ("claimed", "d", "x", "x_row", "weights", "weights_row", "n", "y", "y_row"),
     Kind.MATMUL_Q40: _MATMUL,
     Kind.MATMUL_Q80: _MATMUL,
     Kind.EXPERTS_F32: _EXPERTS,
