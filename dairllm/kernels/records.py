@@ -39,6 +39,7 @@ class Kind(IntEnum):
     PACK_BLOCKS = 8
     INV_RMS = 9
     RMS_NORM = 10
+    # matmuls are neighbours: the interpreter asks for the range
     MATMUL_F32 = 11
     MATMUL_Q40 = 12
     MATMUL_Q80 = 13
