@@ -224,8 +224,8 @@ class Emitter:
         o.require(y.planes == k and (not experts or 1 <= k <= experts), f"{k} of {experts} experts write {y.planes} planes")
         w = o.weight(size.float_type, max(experts, 1), size.y, size.x)
         pieces = matmul_pieces(o.op, w, self.piece_bytes)
+        claimed = k * size.x * row_bytes(size.float_type, size.y) >= CLAIMED_BYTES
         # threads share out each piece anew, so that pieces deal the output otherwise than the ops around them
-        claimed = k * size.x * w.row >= CLAIMED_BYTES
         uses = [reads(o.input), writes(o.output, ("columns", y.width) if len(pieces) == 1 and not claimed else None)]
         fields = {"weights_row": w.row, "y_row": y.row, "claimed": int(claimed)}
         if experts:

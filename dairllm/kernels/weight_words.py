@@ -82,7 +82,7 @@ class WeightWords:
         return self._words(b, address), _scales(b, address)
 
     def ends(self, b: Builder, ends: Sequence[Value], rest: Value) -> Words:
-        """The last `rest` blocks of 8, 4, 2 or 1 rows, which begin at `ends`: at most 8 / rows of each, which are neighbours.
+        """The last `rest` blocks of 4, 2 or 1 rows, which begin at `ends`: at most 8 / rows of each, which are neighbours.
 
         Nothing else is read: the lanes of a row that has fewer have its last block, and a scale of zero.
         """

@@ -121,7 +121,9 @@ class Introduction:
     async def _send_weights(self, progress: Progress | None) -> None:
         """Each worker at its own pace; to those that have the model, nothing but that this is all."""
         streams = {
-            worker.node: await in_thread("weights", partial(self._stream, worker)) for worker in self._workers if not worker.has_model
+            worker.node: await in_thread("weights", partial(WeightStream, self._model, worker.share, self._logits_rows))
+            for worker in self._workers
+            if not worker.has_model
         }
         total = sum(stream.nbytes for stream in streams.values())
 
@@ -137,9 +139,6 @@ class Introduction:
             await worker.tell(worker.wire.end_weights())
 
         await self._all(send)
-
-    def _stream(self, worker: RemoteWorker) -> WeightStream:
-        return WeightStream(self._model, worker.share, self._logits_rows)
 
     async def _all(self, step: Callable[[RemoteWorker], Awaitable[None]]) -> None:
         """The same with every worker at once. The first that fails ends the others' waits, and is named."""
