@@ -2,6 +2,7 @@
 
 import secrets
 import time
+from abc import ABC, abstractmethod
 from typing import Any
 
 from dairllm import __version__
@@ -13,7 +14,7 @@ FINGERPRINT = f"dairllm-{__version__}"
 """The same seed gives the same answer for as long as this stays: on any machine, over any number of nodes."""
 
 
-class Shape:
+class Shape(ABC):
     """One answer's id and forms.
 
     Args:
@@ -52,9 +53,9 @@ class Shape:
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self._id, "object": kind, "created": self._created, "model": self._model, "system_fingerprint": FINGERPRINT}
 
+    @abstractmethod
     def _choice(self, text: str, finish_reason: str | None) -> dict[str, Any]:
         """The text, and why it ends."""
-        raise NotImplementedError
 
     def _chunk_choice(self, text: str, finish_reason: str | None) -> dict[str, Any]:
         """A part of the text, empty in the last chunk, which alone says why it ends."""

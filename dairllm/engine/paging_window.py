@@ -16,6 +16,7 @@ does not: it fails. What is left is the moment between asking and computing, a f
 import contextlib
 import errno
 import os
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import ClassVar
 
@@ -28,7 +29,7 @@ from dairllm.formats.file_stamp import FileStamp
 __all__ = ["WINDOWS", "BufferedWindow", "DirectWindow", "MappedWindow", "OwnWindow", "Window", "open_window"]
 
 
-class Window:
+class Window(ABC):
     """One way; blocks are loaded and released by any thread, each block by one at a time.
 
     Args:
@@ -98,8 +99,9 @@ class Window:
         """Have the page cache forget a block that is not in memory here, whoever read it."""
         system.release_file(self._fd, block * self.block_bytes, self.block_bytes)
 
+    @abstractmethod
     def _load(self, offset: int, nbytes: int) -> None:
-        raise NotImplementedError
+        """Have a block's bytes in memory at their place; OSError where that fails."""
 
     def _release(self, offset: int, nbytes: int) -> None:
         system.advise(self.address + offset, nbytes, "dontneed")
@@ -166,9 +168,9 @@ class OwnWindow(Window):
             self._slots.take_back(address, count)
             raise
 
+    @abstractmethod
     def _read(self, offset: int, nbytes: int) -> None:
         """Bytes of the file to their place; OSError where it fails or the file ends before."""
-        raise NotImplementedError
 
     def _release(self, offset: int, nbytes: int) -> None:
         if self._slots is None:

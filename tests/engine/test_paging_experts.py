@@ -39,6 +39,9 @@ class Counting(Window):
             self.held |= set(range(block, block + count))
         return count * BLOCK
 
+    def _load(self, offset: int, nbytes: int) -> None:
+        raise AssertionError("nothing is read")
+
     def release(self, block: Block, count: int = 1) -> None:
         with self._lock:
             self.held -= set(range(block, block + count))
