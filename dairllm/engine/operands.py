@@ -7,7 +7,7 @@ record stays within the memory of its program.
 from typing import TypeVar
 
 from dairllm.engine.memory import Area, Layout, Packed, Role
-from dairllm.engine.recorder import Memory
+from dairllm.engine.step import Memory
 from dairllm.engine.weights import Weights, WeightView
 from dairllm.errors import GraphError
 from dairllm.graph.types import (

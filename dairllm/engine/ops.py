@@ -8,7 +8,8 @@ import numpy as np
 from dairllm.engine.memory import Area, Layout
 from dairllm.engine.operands import Operands, planes, rows
 from dairllm.engine.pieces import Piece, matmul_pieces
-from dairllm.engine.recorder import Deal, Recorder, Use, reads, writes
+from dairllm.engine.recorder import Recorder
+from dairllm.engine.step import Deal, Use, reads, writes
 from dairllm.engine.tables import RopeTables
 from dairllm.engine.weights import Weights
 from dairllm.graph.types import (

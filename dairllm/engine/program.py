@@ -212,7 +212,7 @@ def compile_program(
     emitter = Emitter(layout, weights, RopeTables(node), piece_bytes)
     segments = []
     for segment in node.segments:
-        first = len(emitter.recorder)
+        first = emitter.recorder.begin_segment()
         for op in segment.ops:
             emitter.emit(op)
         segments.append((first, len(emitter.recorder)))

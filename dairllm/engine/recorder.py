@@ -1,38 +1,27 @@
 """The program as it grows: records, and barriers where threads must meet.
 
-Each record says which memory it reads and writes and how its columns, rows or heads are dealt to threads (its *deal*). Two records
-need a barrier between them when one writes what the other touches, unless both deal it alike: then a thread only meets what it did
-itself.
+Two steps need a barrier between them when one writes what the other touches, unless both deal it alike: then a thread only meets what
+it did itself. Steps that can be computed as one become one record.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dairllm.engine.fusion import MOST_STEPS, fused
+from dairllm.engine.step import Step, Use
 from dairllm.kernels.records import FIELDS, RECORD_WORDS, Kind
 
-__all__ = ["Deal", "Memory", "Recorder", "Use", "reads", "writes"]
-
-Deal = tuple[str, int] | None
-"""("columns", n), ("rows", parts of a row) or ("heads", n); None: any thread may touch any of it."""
-Memory = tuple[str, int]
-"""A name for what is read and written: a pipe or buffer and its number."""
+__all__ = ["Recorder"]
 
 
-@dataclass(frozen=True, slots=True)
-class Use:
-    memory: Memory
-    writes: bool
-    deal: Deal
+class _Placed(NamedTuple):
+    """A step, and what there was before it: records, and uses since the last barrier."""
 
-
-def reads(memory: Memory, deal: Deal = None) -> Use:
-    return Use(memory, False, deal)
-
-
-def writes(memory: Memory, deal: Deal = None) -> Use:
-    return Use(memory, True, deal)
+    step: Step
+    n_records: int
+    since_barrier: tuple[Use, ...]
 
 
 class Recorder:
@@ -41,20 +30,39 @@ class Recorder:
     def __init__(self) -> None:
         self._records: list[list[int]] = []
         self._since_barrier: list[Use] = []
+        self._recent: list[_Placed] = []
+        """Of this segment, the last ones: they may become one with what follows."""
 
     def __len__(self) -> int:
         return len(self._records)
 
+    def begin_segment(self) -> int:
+        """The number of its first record: what lies on two sides of a sync stays apart."""
+        self._recent.clear()
+        return len(self)
+
     def add(self, kind: Kind, uses: list[Use], **values: int) -> int:
         """Append a record, behind a barrier where one is needed; its number. `values`: the kind's FIELDS, all of them."""
-        if any(self._conflicts(use) for use in uses):
+        if unknown := values.keys() ^ set(FIELDS[kind]):
+            raise ValueError(f"{kind.name}: {', '.join(sorted(unknown))}")
+        step = self._fuse(Step(kind, uses, values))
+        self._recent = [*self._recent, _Placed(step, len(self), tuple(self._since_barrier))][1 - MOST_STEPS :]
+        if any(self._conflicts(use) for use in step.uses):
             self._append(Kind.BARRIER, [])
             self._since_barrier.clear()
-        self._since_barrier += uses
-        self._append(kind, [values.pop(name) for name in FIELDS[kind]])
-        if values:
-            raise ValueError(f"{kind.name} has no field {', '.join(values)}")
+        self._since_barrier += step.uses
+        self._append(step.kind, [step.values[name] for name in FIELDS[step.kind]])
         return len(self) - 1
+
+    def _fuse(self, step: Step) -> Step:
+        """The step, or one in its place and that of some before it, whose records are taken back."""
+        for i, (_, n_records, since_barrier) in enumerate(self._recent):
+            whole = fused([*(placed.step for placed in self._recent[i:]), step])
+            if whole is not None:
+                del self._records[n_records:], self._recent[i:]
+                self._since_barrier = list(since_barrier)
+                return whole
+        return step
 
     def program(self) -> NDArray[np.int64]:
         """int64 [records, RECORD_WORDS]."""

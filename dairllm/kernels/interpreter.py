@@ -9,7 +9,7 @@ guest, and has the result when it returns: that saves two threads' awakening, 50
 Both functions here are plain until entry.py has them compiled, in this process or in another.
 """
 
-from dairllm.kernels import attention_steps, matmul_steps, steps
+from dairllm.kernels import attention_steps, matmul_steps, pack_steps, steps
 from dairllm.kernels.ir import load_i, store_i
 from dairllm.kernels.mailbox import MAILBOX_CALL, MAILBOX_EVENTFD, MAILBOX_SLEEPERS, MAILBOX_STOP
 from dairllm.kernels.records import RECORD_WORDS, Kind, State
@@ -47,6 +47,9 @@ __all__ = ["ring", "run_threads"]
     SOFTMAX,
     GATE,
     MERGE_SUM,
+    RMS_NORM_PACK,
+    SILU_MUL_PACK,
+    GELU_MUL_PACK,
 ) = (int(kind) for kind in Kind)
 _KINDS = len(Kind)
 _RECORD_BYTES = 8 * RECORD_WORDS
@@ -96,7 +99,11 @@ def run_threads(mailbox, thread, n_threads, guest):
                         matmul_steps.experts(kind, r, row0, row1, part, n_parts, scratch)
                     part = steps.claim(r, claimed, n_threads) if claimed else n_parts
             elif kind in (PACK, PACK_BLOCKS):
-                matmul_steps.pack(kind, r, row0, row1, thread, n_threads)
+                pack_steps.pack(kind, r, row0, row1, thread, n_threads)
+            elif kind == RMS_NORM_PACK:
+                pack_steps.norm_and_pack(r, row0, row1, thread, n_threads)
+            elif kind in (SILU_MUL_PACK, GELU_MUL_PACK):
+                pack_steps.activate_and_pack(kind, r, row0, row1, thread, n_threads)
             elif kind in (MERGE_ADD_F32, MERGE_ADD_BLOCKS):
                 steps.merge_add(kind, r, row0, row1, thread, n_threads)
             elif kind == INV_RMS:

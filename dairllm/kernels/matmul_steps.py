@@ -1,4 +1,4 @@
-"""Matmuls, and packing what they read. See steps.py for the calling convention.
+"""Matmuls. See steps.py for the calling convention.
 
 Of a matmul `part` of `n_parts` is computed: what is dealt to a thread, or one of more that threads claim (`parts_claimed`).
 """
@@ -11,14 +11,13 @@ from dairllm.kernels.matmul_f32 import matmul_f32
 from dairllm.kernels.matmul_row import matmul_rows_q40, matmul_rows_q80
 from dairllm.kernels.matmul_tile import TILE_ROWS, tile_strip_q40, tile_strip_q80
 from dairllm.kernels.panels import TILE_COLUMNS, in_tiles, row_panel_bytes
-from dairllm.kernels.quantize import blocks_to_row_panel, blocks_to_tile_panel, values_to_row_panel, values_to_tile_panel
-from dairllm.kernels.records import ALWAYS_ROWS, UNIT, Kind
+from dairllm.kernels.records import UNIT, Kind
 from dairllm.kernels.sizes import EXPERT_COLUMNS, EXPERT_STRIP
 from dairllm.kernels.steps import columns, fields
 
-__all__ = ["experts", "matmul", "matmul_float", "pack", "parts_claimed"]
+__all__ = ["experts", "matmul", "matmul_float", "parts_claimed"]
 
-PACK, MATMUL_Q40 = int(Kind.PACK), int(Kind.MATMUL_Q40)
+MATMUL_Q40 = int(Kind.MATMUL_Q40)
 EXPERTS_F32, EXPERTS_Q40, EXPERTS_Q80 = int(Kind.EXPERTS_F32), int(Kind.EXPERTS_Q40), int(Kind.EXPERTS_Q80)
 _CLAIMS, _CLAIMS_OF_EXPERTS = 8, 2
 """Parts that a thread claims, if all are equally fast. Of experts in a batch fewer: for each part their rows are put together anew."""
@@ -26,30 +25,6 @@ PASS_BYTES = 360_000
 """Bytes of tile panels that one pass over the weight rows uses: part of a second-level cache."""
 _in_tiles = njit(nogil=True)(in_tiles)
 _row_panel_bytes = njit(nogil=True)(row_panel_bytes)
-
-
-@njit(nogil=True)
-def pack(kind, record, first_row, end_row, thread, n_threads):
-    """Rows that fill tiles into tile panels, the others into row panels."""
-    x, x_row, x_plane, n, panels, panels_row, panels_plane, tiles, tile_stride, flags, planes = fields(record)[:11]
-    a, z = columns(n, thread, n_threads)
-    a, z = a // 32, z // 32
-    tiled = first_row + (_in_tiles(end_row - first_row) if tiles != 0 else 0)
-    for plane in range(planes):
-        for m in range(first_row, end_row):
-            source = x + plane * x_plane + m * x_row
-            if m >= tiled or flags & ALWAYS_ROWS:
-                panel = panels + plane * panels_plane + m * panels_row
-                if kind == PACK:
-                    values_to_row_panel(source, a, z, panel)
-                else:
-                    blocks_to_row_panel(source, a, z, panel)
-            if m < tiled:
-                column = tiles + m // TILE_COLUMNS * tile_stride + 4 * (m % TILE_COLUMNS)
-                if kind == PACK:
-                    values_to_tile_panel(source, a, z, column)
-                else:
-                    blocks_to_tile_panel(source, a, z, column)
 
 
 @njit(nogil=True)

@@ -58,10 +58,15 @@ class Kind(IntEnum):
     SOFTMAX = 26
     GATE = 27
     MERGE_SUM = 28
+    # neighbours that are computed as one (dairllm.engine.fusion)
+    RMS_NORM_PACK = 29
+    SILU_MUL_PACK = 30
+    GELU_MUL_PACK = 31
 
 
 _MAP = ("x", "x_row", "x_plane", "y", "y_row", "y_plane", "n", "planes")
-_PACK = ("x", "x_row", "x_plane", "n", "panels", "panels_row", "panels_plane", "tiles", "tile_stride", "flags", "planes")
+_PANELS = ("n", "planes", "panels", "panels_row", "panels_plane", "tiles", "tile_stride", "flags")
+_PACK = (*_PANELS, "x", "x_row", "x_plane")
 _MATMUL = ("claimed", "d", "panels", "panels_row", "tiles", "tile_stride", "weights", "weights_row", "n_blocks", "y", "y_row")
 _EXPERTS = (
     "claimed",
@@ -130,5 +135,8 @@ FIELDS: dict[Kind, tuple[str, ...]] = {
     Kind.SOFTMAX: ("x", "x_row", "n"),
     Kind.GATE: ("x", "x_row", "n", "k", "normalise", "indexes", "weights", "weights_row", "weights_plane"),
     Kind.MERGE_SUM: ("x", "x_row", "x_plane", "planes", "y", "y_row", "n"),
+    Kind.RMS_NORM_PACK: (*_PANELS, "x", "x_row", "inverse", "inverse_row", "weights", "y", "y_row"),
+    Kind.SILU_MUL_PACK: (*_PACK, "m", "m_row", "m_plane"),
+    Kind.GELU_MUL_PACK: (*_PACK, "m", "m_row", "m_plane"),
 }
 """Names of each kind's fields, in the order in which the interpreter's ops unpack them."""

@@ -52,8 +52,14 @@ def _operands(kind: Kind, f: dict[str, int], rows: int, seq_len: int) -> Iterato
         case Kind.MERGE_SUM:
             yield matrix("x", f["n"] * F32, f["planes"])
             yield matrix("y", f["n"] * F32)
-        case Kind.PACK | Kind.PACK_BLOCKS:
-            yield matrix("x", f["n"] * F32 if kind == Kind.PACK else f["n"] // 32 * 34, f["planes"])
+        case Kind.PACK | Kind.PACK_BLOCKS | Kind.RMS_NORM_PACK | Kind.SILU_MUL_PACK | Kind.GELU_MUL_PACK:
+            yield matrix("x", f["n"] // 32 * 34 if kind == Kind.PACK_BLOCKS else f["n"] * F32, f["planes"])
+            if kind == Kind.RMS_NORM_PACK:
+                yield matrix("y", f["n"] * F32)
+                yield matrix("inverse", F32)
+                yield "weights", f["weights"], f["n"] * F32
+            elif "m" in f:
+                yield matrix("m", f["n"] * F32, f["planes"])
             yield "panels", f["panels"], (f["planes"] - 1) * f["panels_plane"] + (rows - 1) * f["panels_row"] + _panel(f["n"] // 32)
             if f["tiles"]:
                 yield "tiles", f["tiles"], (rows // 16 - 1) * f["tile_stride"] + f["n"] // 32 * 640

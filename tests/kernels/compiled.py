@@ -28,6 +28,7 @@ from dairllm.kernels.sizes import BARRIER_BYTES, CHUNK, attention_scratch_bytes,
 
 __all__ = [
     "Call",
+    "activate_and_pack",
     "attention",
     "cast",
     "embedding",
@@ -40,6 +41,8 @@ __all__ = [
     "merge_sum",
     "moe_gate",
     "mul",
+    "norm_and_pack",
+    "pack",
     "quantize_q80",
     "repeat_z",
     "rms_norm",
@@ -262,21 +265,54 @@ _EXPERTS = {FloatType.F32: Kind.EXPERTS_F32, FloatType.Q40: Kind.EXPERTS_Q40, Fl
 
 
 class _Panels:
-    """Rows packed for quantized matmuls: x [planes, rows, n] of F32 or Q80."""
+    """Where rows lie packed for quantized matmuls."""
 
-    def __init__(self, x: Row, x_type: FloatType, threads: int, always_rows: bool) -> None:
-        planes, rows, n = x.shape
-        n = n if x_type == FloatType.F32 else n // 34 * 32
-        self.n_blocks = n // 32
-        n_tiles = -(-rows // TILE_COLUMNS)
+    def __init__(self, planes: int, rows: int, n: int) -> None:
+        self.n, self.n_blocks, self.planes = n, n // 32, planes
         self.row, self.tile = row_panel_bytes(self.n_blocks), tile_panel_bytes(self.n_blocks)
         self.plane = self.row * rows
-        self.rows, self.tiles = aligned(self.plane * planes), aligned(self.tile * n_tiles)
-        source = _Area(x, offset=0 if x_type == FloatType.F32 else 1)
-        fields = source.fields("x", True) | {"panels": self.rows.ctypes.data, "panels_row": self.row, "panels_plane": self.plane}
-        fields |= {"tiles": self.tiles.ctypes.data if planes == 1 else 0, "tile_stride": self.tile}
-        kind = Kind.PACK if x_type == FloatType.F32 else Kind.PACK_BLOCKS
-        _run(kind, rows, threads, **fields, n=n, flags=ALWAYS_ROWS if always_rows else 0, planes=planes)
+        self.rows, self.tiles = aligned(self.plane * planes), aligned(self.tile * -(-rows // TILE_COLUMNS))
+
+    def fields(self, always_rows: bool = False) -> dict[str, int]:
+        fields = {"panels": self.rows.ctypes.data, "panels_row": self.row, "panels_plane": self.plane}
+        fields |= {"tiles": self.tiles.ctypes.data if self.planes == 1 else 0, "tile_stride": self.tile}
+        return fields | {"n": self.n, "planes": self.planes, "flags": ALWAYS_ROWS if always_rows else 0}
+
+    def read(self) -> npt.NDArray[np.uint8]:
+        return np.concatenate([self.rows, self.tiles])
+
+
+def _packed(x: Row, x_type: FloatType, threads: int, always_rows: bool = False) -> _Panels:
+    """x [planes, rows, n] of F32 or Q80."""
+    planes, rows, n = x.shape
+    panels = _Panels(planes, rows, n if x_type == FloatType.F32 else n // 34 * 32)
+    source = _Area(x, offset=0 if x_type == FloatType.F32 else 1)
+    kind = Kind.PACK if x_type == FloatType.F32 else Kind.PACK_BLOCKS
+    _run(kind, rows, threads, **source.fields("x", True), **panels.fields(always_rows))
+    return panels
+
+
+def pack(x: Floats, threads: int = 1) -> npt.NDArray[np.uint8]:
+    """[planes, rows, n] -> the memory of all panels."""
+    return _packed(x, FloatType.F32, threads).read()
+
+
+def norm_and_pack(x: Floats, inverse: Floats, weight: Floats, threads: int = 1) -> tuple[Floats, npt.NDArray[np.uint8]]:
+    """x [rows, n], inverse [rows, 1] -> what is kept, and the memory of all panels."""
+    rows, n = x.shape
+    weights, source, factors = _Area(weight[None, None], offset=3), _Area(x[None]), _Area(inverse[None])
+    out, panels = _Area.empty(1, rows, n), _Panels(1, rows, n)
+    fields = source.fields("x") | factors.fields("inverse") | out.fields("y") | panels.fields()
+    _run(Kind.RMS_NORM_PACK, rows, threads, **fields, weights=weights.address)
+    return out.rows(), panels.read()
+
+
+def activate_and_pack(activation: str, x: Floats, y: Floats, threads: int = 1) -> tuple[Floats, npt.NDArray[np.uint8]]:
+    """The activation of x times y, both [planes, rows, n] -> what is kept, and the memory of all panels."""
+    kind = {"silu": Kind.SILU_MUL_PACK, "gelu": Kind.GELU_MUL_PACK}[activation]
+    area, other, panels = _Area(x), _Area(y), _Panels(*x.shape)
+    _run(kind, x.shape[1], threads, **area.fields("x", True), **other.fields("m", True), **panels.fields())
+    return area.read(), panels.read()
 
 
 def matmul(weights: Row, weight_type: FloatType, x: Row, x_type: FloatType, threads: int = 1, in_place: bool = False) -> Floats:
@@ -288,7 +324,7 @@ def matmul(weights: Row, weight_type: FloatType, x: Row, x_type: FloatType, thre
     if weight_type == FloatType.F32:
         source = _Area(x[None])
         return _run_products(_MATMUL[weight_type], rows, threads, out.rows, **source.fields("x"), n=x.shape[1], **fields)
-    p = _Panels(x[None], x_type, threads, always_rows=d % 8 != 0)
+    p = _packed(x[None], x_type, threads, always_rows=d % 8 != 0)
     fields |= {"panels": p.rows.ctypes.data, "panels_row": p.row, "tiles": p.tiles.ctypes.data, "tile_stride": p.tile}
     read, scratch = functools.partial(out.rows, whole_tiles=True), tile_scratch_bytes(p.n_blocks)
     return _run_products(_MATMUL[weight_type], rows, threads, read, scratch, **fields, n_blocks=p.n_blocks)
@@ -306,7 +342,7 @@ def expert_matmul(
         source = _Area(x)
         operand, row = source.fields("x", True) | {"n": x.shape[2]}, 4 * x.shape[2]
     else:
-        p = _Panels(x, x_type, threads, always_rows=True)
+        p = _packed(x, x_type, threads, always_rows=True)
         operand, row = {"x": p.rows.ctypes.data, "x_row": p.row, "x_plane": p.plane, "n": p.n_blocks}, p.row
     return _run_products(_EXPERTS[weight_type], rows, threads, out.read, experts_scratch_bytes(row), **operand, **fields)
 

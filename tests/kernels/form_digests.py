@@ -111,7 +111,7 @@ def emulate_vnni(form: str) -> None:
     forms.select(form)
     from numba import njit
 
-    from dairllm.kernels import byte_dot, matmul_steps
+    from dairllm.kernels import byte_dot, matmul_steps, pack_steps
     from dairllm.kernels.ir import I8, I16, Builder, Value, concat, load_i, shuffle, vec
     from dairllm.kernels.records import RECORD_WORDS, Kind
     from tests.kernels import compiled
@@ -135,7 +135,7 @@ def emulate_vnni(form: str) -> None:
     def step(record, rows, scratch):  # type: ignore[no-untyped-def]  # addresses: numba reads the types off the call
         kind = load_i(record)
         if kind in packs:
-            matmul_steps.pack(kind, record, 0, rows, 0, 1)
+            pack_steps.pack(kind, record, 0, rows, 0, 1)
         elif kind in experts:
             matmul_steps.experts(kind, record, 0, rows, 0, 1, scratch)
         else:

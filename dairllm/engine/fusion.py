@@ -1,0 +1,49 @@
+"""Neighbouring steps that are computed as one, block by block, while the values are in registers.
+
+What they write they write all the same, so that nothing need be known of who reads it. The bits are the same too.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from dairllm.engine.step import Step
+from dairllm.kernels.records import ALWAYS_ROWS, FIELDS, Kind
+
+__all__ = ["MOST_STEPS", "fused"]
+
+_FUSED = {
+    (Kind.RMS_NORM, Kind.PACK): Kind.RMS_NORM_PACK,
+    (Kind.SILU, Kind.MUL, Kind.PACK): Kind.SILU_MUL_PACK,
+    (Kind.GELU, Kind.MUL, Kind.PACK): Kind.GELU_MUL_PACK,
+}
+MOST_STEPS = max(map(len, _FUSED))
+"""That become one."""
+
+
+def fused(steps: Sequence[Step]) -> Step | None:
+    """One step that does what these do, one after the other; None: there is none."""
+    kind = _FUSED.get(tuple(step.kind for step in steps))
+    if kind is None or not all(_passes_on(step, following) for step, following in pairwise(steps)):
+        return None
+    first, pack = steps[0].values, steps[-1].values
+    if pack["tiles"] and pack["flags"] & ALWAYS_ROWS:
+        return None  # rows go into two panels each
+    if kind == Kind.RMS_NORM_PACK:
+        if first["n_columns"] != 1:
+            return None
+    elif any(_place(step, "x") != _place(step, "y") for step in steps[:-1]) or steps[1].values["m"] == first["x"]:
+        return None  # not in place, or multiplied by itself
+    values = {name: value for step in reversed(steps) for name, value in step.values.items()}
+    return Step(kind, [use for step in steps for use in step.uses], {name: values[name] for name in FIELDS[kind]})
+
+
+def _passes_on(step: Step, following: Step) -> bool:
+    """Whether the second takes all of what the first gives."""
+    return _place(step, "y") == _place(following, "x")
+
+
+def _place(step: Step, operand: str) -> tuple[int, ...]:
+    """Address, strides, number of planes, width."""
+    v = step.values
+    width = v["n_columns"] * v["width"] if step.kind == Kind.RMS_NORM else v["n"]
+    return v[operand], v[f"{operand}_row"], v.get(f"{operand}_plane", 0), v.get("planes", 1), width
