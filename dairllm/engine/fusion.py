@@ -1,4 +1,4 @@
-"""Neighbouring steps that are computed as one, block by block, while the values are in registers.
+"""Neighbouring steps that are computed as one, some blocks at a time, while the values are in the first-level cache.
 
 What they write they write all the same, so that nothing need be known of who reads it. The bits are the same too.
 """
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from dairllm.engine.step import Step
-from dairllm.kernels.records import ALWAYS_ROWS, FIELDS, Kind
+from dairllm.kernels.records import FIELDS, Kind
 
 __all__ = ["MOST_STEPS", "fused"]
 
@@ -25,15 +25,13 @@ def fused(steps: Sequence[Step]) -> Step | None:
     kind = _FUSED.get(tuple(step.kind for step in steps))
     if kind is None or not all(_passes_on(step, following) for step, following in pairwise(steps)):
         return None
-    first, pack = steps[0].values, steps[-1].values
-    if pack["tiles"] and pack["flags"] & ALWAYS_ROWS:
-        return None  # rows go into two panels each
+    values = {name: value for step in steps for name, value in step.values.items()}
     if kind == Kind.RMS_NORM_PACK:
-        if first["n_columns"] != 1:
+        if values["n_columns"] != 1:
             return None
-    elif any(_place(step, "x") != _place(step, "y") for step in steps[:-1]) or steps[1].values["m"] == first["x"]:
+        values |= {"source": steps[0].values["x"], "source_row": steps[0].values["x_row"]}
+    elif any(_place(step, "x") != _place(step, "y") for step in steps[:-1]) or values["m"] == values["x"]:
         return None  # not in place, or multiplied by itself
-    values = {name: value for step in reversed(steps) for name, value in step.values.items()}
     return Step(kind, [use for step in steps for use in step.uses], {name: values[name] for name in FIELDS[kind]})
 
 

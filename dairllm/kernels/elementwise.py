@@ -28,20 +28,7 @@ from dairllm.kernels.ir import (
     void,
 )
 
-__all__ = [
-    "add",
-    "copy",
-    "emit_gelu",
-    "emit_multiply",
-    "emit_norm",
-    "emit_silu",
-    "exp_one",
-    "gelu",
-    "multiply",
-    "norm",
-    "scale",
-    "silu",
-]
+__all__ = ["add", "copy", "exp_one", "gelu", "gelu_multiply", "multiply", "norm", "scale", "silu", "silu_multiply"]
 
 Emit = Callable[..., Value]
 
@@ -85,33 +72,43 @@ def _add(b: Builder, x: Value, y: Value) -> Value:
     return b.fadd(x, y)
 
 
-def emit_multiply(b: Builder, x: Value, y: Value) -> Value:
+def _multiply(b: Builder, x: Value, y: Value) -> Value:
     return b.fmul(x, y)
 
 
-def emit_norm(b: Builder, x: Value, w: Value, inverse: Value) -> Value:
+def _norm(b: Builder, x: Value, w: Value, inverse: Value) -> Value:
     """w * (x * inverse), each product rounded."""
     return b.fmul(w, b.fmul(x, inverse))
 
 
-def emit_silu(b: Builder, x: Value) -> Value:
+def _silu(b: Builder, x: Value) -> Value:
     """x / (1 + exp(-x)). Minus is 0 - x, so that -0 has a defined sign."""
     return b.fdiv(x, b.fadd(_splat(x, 1.0), emit_exp(b, b.fsub(_splat(x, 0.0), x))))
 
 
-def emit_gelu(b: Builder, x: Value) -> Value:
+def _gelu(b: Builder, x: Value) -> Value:
     """0.5 x (1 + tanh(u)), u = sqrt(2 / pi) * x * (1 + 0.044715 x^2), as x / (1 + exp(-2u)), which is the same function with one exp."""
     u = b.fmul(b.fmul(_splat(x, 2 * 0.7978845608028654), x), b.fadd(_splat(x, 1.0), b.fmul(b.fmul(_splat(x, 0.044715), x), x)))
     return b.fdiv(x, b.fadd(_splat(x, 1.0), emit_exp(b, b.fsub(_splat(x, 0.0), u))))
 
 
+def _silu_multiply(b: Builder, x: Value, y: Value) -> Value:
+    return b.fmul(_silu(b, x), y)
+
+
+def _gelu_multiply(b: Builder, x: Value, y: Value) -> Value:
+    return b.fmul(_gelu(b, x), y)
+
+
 copy = _map(_copy, 1)
 add = _map(_add, 2)
-multiply = _map(emit_multiply, 2)
-scale = _map(emit_multiply, 1, with_scalar=True)
-norm = _map(emit_norm, 2, with_scalar=True)
-silu = _map(emit_silu, 1)
-gelu = _map(emit_gelu, 1)
+multiply = _map(_multiply, 2)
+scale = _map(_multiply, 1, with_scalar=True)
+norm = _map(_norm, 2, with_scalar=True)
+silu = _map(_silu, 1)
+gelu = _map(_gelu, 1)
+silu_multiply = _map(_silu_multiply, 2)
+gelu_multiply = _map(_gelu_multiply, 2)
 
 
 @ir_function(f32, f32)

@@ -98,12 +98,8 @@ def run_threads(mailbox, thread, n_threads, guest):
                     else:
                         matmul_steps.experts(kind, r, row0, row1, part, n_parts, scratch)
                     part = steps.claim(r, claimed, n_threads) if claimed else n_parts
-            elif kind in (PACK, PACK_BLOCKS):
+            elif kind in (PACK, PACK_BLOCKS, RMS_NORM_PACK, SILU_MUL_PACK, GELU_MUL_PACK):
                 pack_steps.pack(kind, r, row0, row1, thread, n_threads)
-            elif kind == RMS_NORM_PACK:
-                pack_steps.norm_and_pack(r, row0, row1, thread, n_threads)
-            elif kind in (SILU_MUL_PACK, GELU_MUL_PACK):
-                pack_steps.activate_and_pack(kind, r, row0, row1, thread, n_threads)
             elif kind in (MERGE_ADD_F32, MERGE_ADD_BLOCKS):
                 steps.merge_add(kind, r, row0, row1, thread, n_threads)
             elif kind == INV_RMS:

@@ -1,42 +1,45 @@
-"""Activations into panels, for the matmuls that read them. See steps.py for the calling convention.
+"""Activations into panels, for the matmuls that read them, and what makes them just before. See steps.py for the calling convention.
 
-Rows that fill tiles go into tile panels, the others into row panels.
+Rows that fill tiles go into tile panels, the others into row panels. A thread takes a strip of GROUP_BLOCKS blocks of a row, or of as
+many rows of a tile, while it is in the first-level cache: it is computed where the values go in any case, then packed, all at once.
 """
 
 from numba import njit
 
+from dairllm.kernels import elementwise
 from dairllm.kernels.ir import load_f
-from dairllm.kernels.panels import TILE_COLUMNS, in_tiles
+from dairllm.kernels.panels import GROUP_BLOCKS, TILE_COLUMNS, in_tiles
 from dairllm.kernels.quantize import (
     blocks_to_row_panel,
     blocks_to_tile_panel,
-    gelu_mul_to_row_panel,
-    gelu_mul_to_tile_panel,
-    norm_to_row_panel,
-    norm_to_tile_panel,
-    silu_mul_to_row_panel,
-    silu_mul_to_tile_panel,
+    eight_to_row_panel,
+    eight_to_tile_panel,
     values_to_row_panel,
     values_to_tile_panel,
 )
 from dairllm.kernels.records import ALWAYS_ROWS, Kind
 from dairllm.kernels.steps import columns, fields
 
-__all__ = ["activate_and_pack", "norm_and_pack", "pack"]
+__all__ = ["pack"]
 
-PACK, SILU_MUL_PACK = int(Kind.PACK), int(Kind.SILU_MUL_PACK)
+PACK_BLOCKS, RMS_NORM_PACK, SILU_MUL_PACK, GELU_MUL_PACK = (
+    int(kind) for kind in (Kind.PACK_BLOCKS, Kind.RMS_NORM_PACK, Kind.SILU_MUL_PACK, Kind.GELU_MUL_PACK)
+)
 _in_tiles = njit(nogil=True)(in_tiles)
 
 
 @njit(nogil=True)
-def _rows_in_tiles(tiles, first_row, end_row):
-    """Where the rows end that go into tile panels."""
-    return first_row + (_in_tiles(end_row - first_row) if tiles != 0 else 0)
-
-
-@njit(nogil=True)
-def _column(tiles, tile_stride, m):
-    return tiles + m // TILE_COLUMNS * tile_stride + 4 * (m % TILE_COLUMNS)
+def _compute(kind, record, plane, m, first, last):
+    """Blocks first..last - 1 of a row of x, by the ops that are done with it before it is packed."""
+    x, x_row, x_plane, source, source_row, more, more_row, weights = fields(record)[8:16]
+    o, n = 128 * first, 32 * (last - first)
+    out = x + plane * x_plane + m * x_row + o
+    if kind == RMS_NORM_PACK:
+        elementwise.norm(out, n, source + m * source_row + o, weights + o, load_f(more + m * more_row))
+    elif kind == SILU_MUL_PACK:
+        elementwise.silu_multiply(out, n, out, source + plane * more + m * source_row + o)
+    else:
+        elementwise.gelu_multiply(out, n, out, source + plane * more + m * source_row + o)
 
 
 @njit(nogil=True)
@@ -44,56 +47,35 @@ def pack(kind, record, first_row, end_row, thread, n_threads):
     n, planes, panels, panels_row, panels_plane, tiles, tile_stride, flags, x, x_row, x_plane = fields(record)[:11]
     a, z = columns(n, thread, n_threads)
     a, z = a // 32, z // 32
-    tiled = _rows_in_tiles(tiles, first_row, end_row)
+    tiled = first_row + (_in_tiles(end_row - first_row) if tiles != 0 else 0)
     for plane in range(planes):
-        for m in range(first_row, end_row):
-            source = x + plane * x_plane + m * x_row
-            if m >= tiled or flags & ALWAYS_ROWS:
-                panel = panels + plane * panels_plane + m * panels_row
-                if kind == PACK:
-                    values_to_row_panel(source, a, z, panel)
-                else:
-                    blocks_to_row_panel(source, a, z, panel)
-            if m < tiled:
-                column = _column(tiles, tile_stride, m)
-                if kind == PACK:
-                    values_to_tile_panel(source, a, z, column)
-                else:
-                    blocks_to_tile_panel(source, a, z, column)
-
-
-@njit(nogil=True)
-def norm_and_pack(record, first_row, end_row, thread, n_threads):
-    """RMS norm's second half, kept, and packed: each row into one panel."""
-    n, _, panels, panels_row, _, tiles, tile_stride, _, x, x_row, inverse, inverse_row, weights, y, y_row = fields(record)[:15]
-    a, z = columns(n, thread, n_threads)
-    a, z = a // 32, z // 32
-    tiled = _rows_in_tiles(tiles, first_row, end_row)
-    for m in range(first_row, end_row):
-        source, out, factor = x + m * x_row, y + m * y_row, load_f(inverse + m * inverse_row)
-        if m < tiled:
-            norm_to_tile_panel(out, a, z, _column(tiles, tile_stride, m), source, weights, factor)
-        else:
-            norm_to_row_panel(out, a, z, panels + m * panels_row, source, weights, factor)
-
-
-@njit(nogil=True)
-def activate_and_pack(kind, record, first_row, end_row, thread, n_threads):
-    """An activation times a multiplier, kept where the values were, and packed: each row into one panel."""
-    n, planes, panels, panels_row, panels_plane, tiles, tile_stride, _, x, x_row, x_plane, by, by_row, by_plane = fields(record)[:14]
-    a, z = columns(n, thread, n_threads)
-    a, z = a // 32, z // 32
-    tiled = _rows_in_tiles(tiles, first_row, end_row)
-    for plane in range(planes):
-        for m in range(first_row, end_row):
-            values, multiplier = x + plane * x_plane + m * x_row, by + plane * by_plane + m * by_row
-            panel, column = panels + plane * panels_plane + m * panels_row, _column(tiles, tile_stride, m)
-            if kind == SILU_MUL_PACK:
+        m = first_row
+        while m < end_row:
+            together = GROUP_BLOCKS if m + GROUP_BLOCKS <= tiled else 1
+            source, panel = x + plane * x_plane + m * x_row, panels + plane * panels_plane + m * panels_row
+            column = tiles + m // TILE_COLUMNS * tile_stride + 4 * (m % TILE_COLUMNS)
+            first = a
+            while first < z:
+                last = min(first // GROUP_BLOCKS * GROUP_BLOCKS + GROUP_BLOCKS, z)
+                if kind in (RMS_NORM_PACK, SILU_MUL_PACK, GELU_MUL_PACK):
+                    for i in range(m, m + together):
+                        _compute(kind, record, plane, i, first, last)
                 if m < tiled:
-                    silu_mul_to_tile_panel(values, a, z, column, values, multiplier)
-                else:
-                    silu_mul_to_row_panel(values, a, z, panel, values, multiplier)
-            elif m < tiled:
-                gelu_mul_to_tile_panel(values, a, z, column, values, multiplier)
-            else:
-                gelu_mul_to_row_panel(values, a, z, panel, values, multiplier)
+                    if kind == PACK_BLOCKS:
+                        for i in range(together):
+                            blocks_to_tile_panel(source + i * x_row, first, last, column + 4 * i)
+                    elif together == 1:
+                        values_to_tile_panel(source, first, last, column)
+                    else:
+                        for block in range(first, last):
+                            eight_to_tile_panel(source, x_row, block, column)
+                if m >= tiled or flags & ALWAYS_ROWS:
+                    for i in range(together):
+                        if kind == PACK_BLOCKS:
+                            blocks_to_row_panel(source + i * x_row, first, last, panel + i * panels_row)
+                        elif last - first == GROUP_BLOCKS:
+                            eight_to_row_panel(source + i * x_row, first, panel + i * panels_row)
+                        else:
+                            values_to_row_panel(source + i * x_row, first, last, panel + i * panels_row)
+                first = last
+            m += together

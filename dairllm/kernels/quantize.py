@@ -1,14 +1,13 @@
-"""F32 rows to Q80 and back: as plain blocks (what crosses the wire) or packed for the matmuls (panels.py), some together with what makes
-the values.
+"""F32 rows to Q80 and back: as plain blocks (what crosses the wire) or packed for the matmuls (panels.py).
 
 Q80: d = max|x| / 127, q = round(x * (1 / d)) with d as it is before it is rounded to half precision, ties to even
-(dairllm.formats.quants is the plain form).
+(dairllm.formats.quants is the plain form). Eight blocks take little more than twice the time of one: what is one number a block is a
+vector then.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from dairllm.kernels.elementwise import emit_gelu, emit_multiply, emit_norm, emit_silu
 from dairllm.kernels.half import emit_from_half, emit_to_half
 from dairllm.kernels.ir import (
     F32,
@@ -23,33 +22,28 @@ from dairllm.kernels.ir import (
     call,
     concat,
     const,
-    f32,
     for_range,
+    halves,
     i64,
     ir_function,
     k64,
-    lane_sum,
     load,
     shuffle,
     splat,
     store,
-    tree_max,
     vec,
     void,
 )
-from dairllm.kernels.panel_stores import emit_to_row_panel, emit_to_tile_panel
+from dairllm.kernels.panel_stores import emit_eight_to_row_panel, emit_eight_to_tile_panel, emit_to_row_panel, emit_to_tile_panel
 
 __all__ = [
     "add_blocks",
     "blocks_to_row_panel",
     "blocks_to_tile_panel",
     "blocks_to_values",
-    "gelu_mul_to_row_panel",
-    "gelu_mul_to_tile_panel",
-    "norm_to_row_panel",
-    "norm_to_tile_panel",
-    "silu_mul_to_row_panel",
-    "silu_mul_to_tile_panel",
+    "eight_to_blocks",
+    "eight_to_row_panel",
+    "eight_to_tile_panel",
     "values_to_blocks",
     "values_to_row_panel",
     "values_to_tile_panel",
@@ -57,35 +51,51 @@ __all__ = [
 
 BLOCK_BYTES = 34
 _MAGIC = 12582912.0  # 1.5 * 2^23: adding it rounds to an integer, ties to even, and leaves that in the low bits
-Store = Callable[[Builder, Value, Value, Value, Value, Value], None]
-Compute = Callable[..., Value]
+Store = Callable[[Builder, Value, Value, Value, Value], None]
 
 
-def _load_values(b: Builder, x: Value, block: Value) -> list[Value]:
-    """The 32 values of block number `block` of the row at x, in four vectors."""
-    p = b.add(x, b.mul(block, k64(128)))
-    return [load(b, at(b, p, 32 * i), V8, 4) for i in range(4)]
+def _fold(b: Builder, vectors: Sequence[Value], op: Callable[[Value, Value], Value]) -> Value:
+    """Lane i: the lanes of vectors[i], folded as lane_sum does. One vector of eight lanes, or eight."""
+    if len(vectors) == 1:
+        v = vectors[0]
+        while v.type.count > 1:
+            v = op(*halves(b, v))
+        return v
+    for first, second in (
+        ((0, 1, 2, 3, 8, 9, 10, 11), (4, 5, 6, 7, 12, 13, 14, 15)),
+        ((0, 1, 8, 9, 4, 5, 12, 13), (2, 3, 10, 11, 6, 7, 14, 15)),
+        ((0, 8, 2, 10, 4, 12, 6, 14), (1, 9, 3, 11, 5, 13, 7, 15)),
+    ):
+        half = len(vectors) // 2
+        pairs = zip(vectors[:half], vectors[half:], strict=True)
+        vectors = [op(shuffle(b, u, v, first), shuffle(b, u, v, second)) for u, v in pairs]
+    return vectors[0]
 
 
-def _quantize(b: Builder, values: list[Value]) -> tuple[Value, Value]:
-    """A block of values -> (<32 x i8>, the scale's half-precision bits)."""
+def _quantize(b: Builder, blocks: Sequence[Value]) -> tuple[list[Value], Value]:
+    """Addresses of n = 1 or 8 blocks of values -> (<32 x i8> of each, their scales as half-precision bits <n x i16>)."""
+    n = len(blocks)
+
+    def values(block: Value) -> list[Value]:
+        return [load(b, at(b, block, 32 * i), V8, 4) for i in range(4)]
 
     def larger(u: Value, v: Value) -> Value:
         return b.select(b.fcmp_ordered(">", u, v), u, v)
 
-    size = [call(b, "llvm.fabs.v8f32", V8, [v]) for v in values]
-    d = b.fdiv(tree_max(b, larger(larger(size[0], size[1]), larger(size[2], size[3]))), const(F32, 127.0))
-    zero = b.fcmp_ordered("==", d, const(F32, 0.0))
-    inverse = b.select(zero, const(F32, 0.0), b.fdiv(const(F32, 1.0), b.select(zero, const(F32, 1.0), d)))
-    inverse = broadcast(b, inverse)
-    q = [b.trunc(b.bitcast(b.fadd(b.fmul(v, inverse), splat(F32, 8, _MAGIC)), vec(I32, 8)), vec(I8, 8)) for v in values]
-    return concat(b, concat(b, q[0], q[1]), concat(b, q[2], q[3])), emit_to_half(b, d)
+    def largest(block: Value) -> Value:
+        size = [call(b, "llvm.fabs.v8f32", V8, [v]) for v in values(block)]
+        return larger(larger(size[0], size[1]), larger(size[2], size[3]))
 
-
-def _seed(b: Builder, q: Value) -> Value:
-    """-8 * the sum of the block's values."""
-    total = lane_sum(b, b.sext(q, vec(I16, 32)), b.add)  # |sum| <= 32 * 127
-    return b.mul(b.sext(total, I32), const(I32, -8))
+    d = b.fdiv(_fold(b, [largest(block) for block in blocks], larger), splat(F32, n, 127.0))
+    zero = b.fcmp_ordered("==", d, splat(F32, n, 0.0))
+    inverse = b.select(zero, splat(F32, n, 0.0), b.fdiv(splat(F32, n, 1.0), b.select(zero, splat(F32, n, 1.0), d)))
+    integers = []
+    for i, block in enumerate(blocks):
+        factor = shuffle(b, inverse, inverse, [i] * 8)
+        rounded = [b.bitcast(b.fadd(b.fmul(v, factor), splat(F32, 8, _MAGIC)), vec(I32, 8)) for v in values(block)]
+        q = [b.trunc(v, vec(I8, 8)) for v in rounded]
+        integers.append(concat(b, concat(b, q[0], q[1]), concat(b, q[2], q[3])))
+    return integers, emit_to_half(b, d)
 
 
 def _load_block(b: Builder, blocks: Value, block: Value) -> tuple[Value, Value]:
@@ -93,44 +103,30 @@ def _load_block(b: Builder, blocks: Value, block: Value) -> tuple[Value, Value]:
     return load(b, at(b, p, 2), vec(I8, 32)), load(b, p, I16)
 
 
+def _store_block(b: Builder, blocks: Value, block: Value, q: Value, half: Value) -> None:
+    p = b.add(blocks, b.mul(block, k64(BLOCK_BYTES)))
+    store(b, half, p)
+    store(b, q, at(b, p, 2))
+
+
+def _lane(b: Builder, v: Value, i: int) -> Value:
+    return b.extract_element(v, const(I32, i))
+
+
+def _block_of(b: Builder, x: Value, block: Value) -> Value:
+    """Address of block number `block` of the row at x."""
+    return b.add(x, b.mul(block, k64(128)))
+
+
 def _quantizer(emit_store: Store) -> Any:
     @ir_function(void, i64, i64, i64, i64)
     def quantize(b: Builder, x: Value, first: Value, last: Value, destination: Value) -> None:
         with for_range(b, b.sub(last, first)) as loop:
             block = b.add(first, loop.index)
-            q, half = _quantize(b, _load_values(b, x, block))
-            emit_store(b, destination, block, q, emit_from_half(b, half), _seed(b, q))
+            (q,), half = _quantize(b, [_block_of(b, x, block)])
+            emit_store(b, destination, block, q, _lane(b, emit_from_half(b, half), 0))
 
     return quantize
-
-
-def _computing_quantizer(emit_store: Store, compute: Compute, with_scalar: bool = False) -> Any:
-    """(y, first block, last block, destination, x, other[, scalar]): y = compute(x, other[, scalar]), and y quantized; y may be x."""
-
-    @ir_function(void, *[i64] * 6, *([f32] if with_scalar else []))
-    def compute_and_quantize(
-        b: Builder, y: Value, first: Value, last: Value, destination: Value, x: Value, other: Value, *scalar: Value
-    ) -> None:
-        scalars = [broadcast(b, s) for s in scalar]
-        with for_range(b, b.sub(last, first)) as loop:
-            block = b.add(first, loop.index)
-            inputs = zip(_load_values(b, x, block), _load_values(b, other, block), strict=True)
-            values = [compute(b, u, v, *scalars) for u, v in inputs]
-            p = b.add(y, b.mul(block, k64(128)))
-            for i, v in enumerate(values):
-                store(b, v, at(b, p, 32 * i), 4)
-            q, half = _quantize(b, values)
-            emit_store(b, destination, block, q, emit_from_half(b, half), _seed(b, q))
-
-    return compute_and_quantize
-
-
-def _silu_mul(b: Builder, x: Value, m: Value) -> Value:
-    return emit_multiply(b, emit_silu(b, x), m)
-
-
-def _gelu_mul(b: Builder, x: Value, m: Value) -> Value:
-    return emit_multiply(b, emit_gelu(b, x), m)
 
 
 def _packer(emit_store: Store) -> Any:
@@ -143,7 +139,7 @@ def _packer(emit_store: Store) -> Any:
             q, half = _load_block(b, blocks, block)
             least = splat(I8, 32, -127)
             q = b.select(b.icmp_signed("<", q, least), least, q)
-            emit_store(b, destination, block, q, emit_from_half(b, half), _seed(b, q))
+            emit_store(b, destination, block, q, emit_from_half(b, half))
 
     return pack
 
@@ -152,24 +148,41 @@ values_to_row_panel = _quantizer(emit_to_row_panel)
 """(x, first block, last block, panel): F32 row -> its row panel."""
 values_to_tile_panel = _quantizer(emit_to_tile_panel)
 """(x, first block, last block, column): F32 row -> a column of a tile panel."""
-norm_to_row_panel = _computing_quantizer(emit_to_row_panel, emit_norm, with_scalar=True)
-norm_to_tile_panel = _computing_quantizer(emit_to_tile_panel, emit_norm, with_scalar=True)
-silu_mul_to_row_panel = _computing_quantizer(emit_to_row_panel, _silu_mul)
-silu_mul_to_tile_panel = _computing_quantizer(emit_to_tile_panel, _silu_mul)
-gelu_mul_to_row_panel = _computing_quantizer(emit_to_row_panel, _gelu_mul)
-gelu_mul_to_tile_panel = _computing_quantizer(emit_to_tile_panel, _gelu_mul)
 blocks_to_row_panel = _packer(emit_to_row_panel)
 blocks_to_tile_panel = _packer(emit_to_tile_panel)
+
+
+@ir_function(void, i64, i64, i64)
+def eight_to_row_panel(b: Builder, x: Value, block: Value, panel: Value) -> None:
+    """Blocks block..block + 7 of the row at x, block being a multiple of 8, into its row panel."""
+    first = _block_of(b, x, block)
+    q, half = _quantize(b, [at(b, first, 128 * i) for i in range(8)])
+    emit_eight_to_row_panel(b, panel, block, q, emit_from_half(b, half))
+
+
+@ir_function(void, i64, i64, i64, i64)
+def eight_to_tile_panel(b: Builder, x: Value, x_row: Value, block: Value, column: Value) -> None:
+    """Block number `block` of eight rows, the first one at x, into eight columns of a tile panel."""
+    first = _block_of(b, x, block)
+    q, half = _quantize(b, [b.add(first, b.mul(x_row, k64(i))) for i in range(8)])
+    emit_eight_to_tile_panel(b, column, block, q, emit_from_half(b, half))
+
+
+@ir_function(void, i64, i64, i64)
+def eight_to_blocks(b: Builder, x: Value, block: Value, blocks: Value) -> None:
+    """Blocks block..block + 7 of the row at x."""
+    first = _block_of(b, x, block)
+    q, half = _quantize(b, [at(b, first, 128 * i) for i in range(8)])
+    for i in range(8):
+        _store_block(b, blocks, b.add(block, k64(i)), q[i], _lane(b, half, i))
 
 
 @ir_function(void, i64, i64, i64, i64)
 def values_to_blocks(b: Builder, x: Value, first: Value, last: Value, blocks: Value) -> None:
     with for_range(b, b.sub(last, first)) as loop:
         block = b.add(first, loop.index)
-        q, half = _quantize(b, _load_values(b, x, block))
-        p = b.add(blocks, b.mul(block, k64(BLOCK_BYTES)))
-        store(b, half, p)
-        store(b, q, at(b, p, 2))
+        (q,), half = _quantize(b, [_block_of(b, x, block)])
+        _store_block(b, blocks, block, q, _lane(b, half, 0))
 
 
 def _dequantizer(add: bool) -> Any:

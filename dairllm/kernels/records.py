@@ -65,8 +65,7 @@ class Kind(IntEnum):
 
 
 _MAP = ("x", "x_row", "x_plane", "y", "y_row", "y_plane", "n", "planes")
-_PANELS = ("n", "planes", "panels", "panels_row", "panels_plane", "tiles", "tile_stride", "flags")
-_PACK = (*_PANELS, "x", "x_row", "x_plane")
+_PACK = ("n", "planes", "panels", "panels_row", "panels_plane", "tiles", "tile_stride", "flags", "x", "x_row", "x_plane")
 _MATMUL = ("claimed", "d", "panels", "panels_row", "tiles", "tile_stride", "weights", "weights_row", "n_blocks", "y", "y_row")
 _EXPERTS = (
     "claimed",
@@ -135,7 +134,7 @@ FIELDS: dict[Kind, tuple[str, ...]] = {
     Kind.SOFTMAX: ("x", "x_row", "n"),
     Kind.GATE: ("x", "x_row", "n", "k", "normalise", "indexes", "weights", "weights_row", "weights_plane"),
     Kind.MERGE_SUM: ("x", "x_row", "x_plane", "planes", "y", "y_row", "n"),
-    Kind.RMS_NORM_PACK: (*_PANELS, "x", "x_row", "inverse", "inverse_row", "weights", "y", "y_row"),
+    Kind.RMS_NORM_PACK: (*_PACK, "source", "source_row", "inverse", "inverse_row", "weights"),
     Kind.SILU_MUL_PACK: (*_PACK, "m", "m_row", "m_plane"),
     Kind.GELU_MUL_PACK: (*_PACK, "m", "m_row", "m_plane"),
 }

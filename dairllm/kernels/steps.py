@@ -13,7 +13,7 @@ from dairllm.kernels.half import values_to_halves
 from dairllm.kernels.ir import load_f, load_i, store_f
 from dairllm.kernels.matmul_f32 import sum_squares
 from dairllm.kernels.moe import choose_experts, softmax
-from dairllm.kernels.quantize import add_blocks, blocks_to_values, values_to_blocks
+from dairllm.kernels.quantize import add_blocks, blocks_to_values, eight_to_blocks, values_to_blocks
 from dairllm.kernels.records import CLAIMS, UNIT, Kind
 from dairllm.kernels.rope import rotate_halves, rotate_neighbours
 from dairllm.kernels.threads import atomic_add, atomic_store
@@ -113,7 +113,10 @@ def map_columns(kind, record, first_row, end_row, thread, n_threads):
             if kind == COPY:
                 elementwise.copy(out + 4 * a, z - a, source + 4 * a)
             elif kind == TO_BLOCKS:
-                values_to_blocks(source, a // 32, z // 32, out)
+                eights = (z - a) // 256
+                for i in range(eights):
+                    eight_to_blocks(source, a // 32 + 8 * i, out)
+                values_to_blocks(source, a // 32 + 8 * eights, z // 32, out)
             elif kind == FROM_BLOCKS:
                 blocks_to_values(source, a // 32, z // 32, out)
             elif kind == SILU:

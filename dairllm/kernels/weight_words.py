@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from llvmlite import ir
 
 from dairllm.kernels.byte_dot import biased, nibbles
-from dairllm.kernels.ir import I8, I16, I32, I64, Builder, Value, at, broadcast, concat, const, k64, load, shuffle, splat, vec
+from dairllm.kernels.ir import I8, I16, I32, I64, Builder, Value, at, broadcast, const, k64, load, splat, vec
+from dairllm.kernels.transpose import transposed
 
 __all__ = ["Q40", "Q80", "WeightWords", "Words"]
 
@@ -16,24 +17,6 @@ Words = tuple[list[Value], Value]
 """The eight word vectors, and <8 x i16>: the scales."""
 Address = Callable[[int], Value]
 """Of block i."""
-
-
-def _interleaved(b: Builder, x: Value, y: Value, lanes: int, high: bool) -> Value:
-    """Of each 128 bits of x and y the lower half, or the higher, `lanes` of x and of y in turn: vpunpck."""
-    n, half = x.type.count, []
-    for first in range(0, n, 4):
-        for lane in range(2 if high else 0, 4 if high else 2, lanes):
-            for source in (0, n):
-                half += [source + first + lane + i for i in range(lanes)]
-    return shuffle(b, x, y, half)
-
-
-def _transposed(b: Builder, blocks: Sequence[Value]) -> list[Value]:
-    """16 bytes of each of eight blocks -> vector k: bytes 4k..4k+3 of each."""
-    words = [b.bitcast(block, vec(I32, 4)) for block in blocks]
-    lines = [concat(b, words[i], words[i + 4]) for i in range(4)]
-    low, high = ([_interleaved(b, x, y, 1, half) for x, y in (lines[:2], lines[2:])] for half in (False, True))
-    return [_interleaved(b, x, y, 2, half) for x, y in (low, high) for half in (False, True)]
 
 
 def _bytes(b: Builder, words: Value) -> Value:
@@ -52,13 +35,13 @@ def _scales(b: Builder, address: Address) -> Value:
 
 
 def _words_q40(b: Builder, address: Address) -> list[Value]:
-    packed = [_bytes(b, v) for v in _transposed(b, [load(b, at(b, address(i), 2), vec(I8, 16)) for i in range(8)])]
+    packed = [_bytes(b, v) for v in transposed(b, [load(b, at(b, address(i), 2), vec(I8, 16)) for i in range(8)])]
     low, high = zip(*(nibbles(b, v) for v in packed), strict=True)
     return [*low, *high]
 
 
 def _words_q80(b: Builder, address: Address) -> list[Value]:
-    halves = [_transposed(b, [load(b, at(b, address(i), offset), vec(I8, 16)) for i in range(8)]) for offset in (2, 18)]
+    halves = [transposed(b, [load(b, at(b, address(i), offset), vec(I8, 16)) for i in range(8)]) for offset in (2, 18)]
     return [biased(b, _bytes(b, v)) for half in halves for v in half]
 
 

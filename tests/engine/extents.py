@@ -55,7 +55,7 @@ def _operands(kind: Kind, f: dict[str, int], rows: int, seq_len: int) -> Iterato
         case Kind.PACK | Kind.PACK_BLOCKS | Kind.RMS_NORM_PACK | Kind.SILU_MUL_PACK | Kind.GELU_MUL_PACK:
             yield matrix("x", f["n"] // 32 * 34 if kind == Kind.PACK_BLOCKS else f["n"] * F32, f["planes"])
             if kind == Kind.RMS_NORM_PACK:
-                yield matrix("y", f["n"] * F32)
+                yield matrix("source", f["n"] * F32)
                 yield matrix("inverse", F32)
                 yield "weights", f["weights"], f["n"] * F32
             elif "m" in f:

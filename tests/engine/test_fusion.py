@@ -13,7 +13,7 @@ from dairllm.formats.random_model import small_spec
 from dairllm.graph.build import build_graph
 from dairllm.graph.model import Architecture, HiddenAct
 from dairllm.graph.types import FloatType
-from dairllm.kernels.records import ALWAYS_ROWS, FIELDS, Kind
+from dairllm.kernels.records import FIELDS, Kind
 
 X, Y, PANELS = ("PIPE", 1), ("BUFFER", 1), ("BUFFER", 2)
 DEAL = ("columns", 64)
@@ -51,7 +51,7 @@ def test_a_norm_takes_packing_with_it() -> None:
     step = fused([norm(), pack()])
     assert step is not None
     assert (step.kind, list(step.values)) == (Kind.RMS_NORM_PACK, list(FIELDS[Kind.RMS_NORM_PACK]))
-    assert (step.values["x"], step.values["y"], step.values["panels"]) == (1000, 3000, 8000)
+    assert (step.values["source"], step.values["x"], step.values["panels"]) == (1000, 3000, 8000)
     assert step.uses == [*norm().uses, *pack().uses]
 
 
@@ -71,7 +71,6 @@ def test_an_activation_takes_its_multiplication_and_packing_with_it(kind: Kind) 
         [norm(), pack(x_row=640)],
         [norm(width=32), pack()],
         [norm(n_columns=2, width=32), pack()],
-        [norm(), pack(flags=ALWAYS_ROWS)],
         [norm(), pack(planes=2)],
         [norm(), pack()._replace(kind=Kind.PACK_BLOCKS)],
         [silu(x=1000), mul(), pack()],
@@ -87,10 +86,6 @@ def test_an_activation_takes_its_multiplication_and_packing_with_it(kind: Kind) 
 )
 def test_what_is_not_the_same_values_in_one_place_stays_apart(steps: list[Step]) -> None:
     assert fused(steps) is None
-
-
-def test_rows_that_go_into_row_panels_alone_may_be_wanted_there() -> None:
-    assert fused([norm(), pack(flags=ALWAYS_ROWS, tiles=0)]) is not None
 
 
 def test_a_barrier_that_any_of_them_needs_stands_before_all() -> None:

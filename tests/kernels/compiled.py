@@ -302,7 +302,7 @@ def norm_and_pack(x: Floats, inverse: Floats, weight: Floats, threads: int = 1) 
     rows, n = x.shape
     weights, source, factors = _Area(weight[None, None], offset=3), _Area(x[None]), _Area(inverse[None])
     out, panels = _Area.empty(1, rows, n), _Panels(1, rows, n)
-    fields = source.fields("x") | factors.fields("inverse") | out.fields("y") | panels.fields()
+    fields = source.fields("source") | factors.fields("inverse") | out.fields("x", True) | panels.fields()
     _run(Kind.RMS_NORM_PACK, rows, threads, **fields, weights=weights.address)
     return out.rows(), panels.read()
 

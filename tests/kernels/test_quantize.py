@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from dairllm.formats import quants
 from dairllm.graph.types import FloatType
 from dairllm.kernels import reference
+from dairllm.kernels.panels import GROUP_BYTES, TILE_BLOCK_BYTES, in_tiles, row_panel_bytes
 from tests.kernels import compiled
 from tests.kernels.agreement import THREADS, assert_same_bits, check
 from tests.kernels.samples import arrays, floats, rows_of_blocks, seeds
@@ -27,7 +28,13 @@ def test_quantizing_rows(blocks, rows):
 @settings(max_examples=150, deadline=None)
 @given(x=arrays(1, 32, limit=3e38) | arrays(1, 32, limit=1e-30) | arrays(1, 32, limit=1e-36) | arrays(1, 32, limit=200))
 def test_quantizing_any_numbers(x):
-    assert_same_bits(compiled.quantize_q80(x), reference.quantize_q80(x))
+    want = reference.quantize_q80(x)
+    assert_same_bits(compiled.quantize_q80(x), want)
+    eight = np.tile(x, (1, 8))  # which is another kernel
+    eight[0, 32:64] *= np.float32(0.5)
+    got = compiled.quantize_q80(eight)
+    assert_same_bits(got, reference.quantize_q80(eight))
+    assert_same_bits(got[:, :34], want)
 
 
 def test_ties_go_to_even():
@@ -43,6 +50,44 @@ def test_scales_at_the_ends_of_what_there_is(size):
     x[0, ::2] *= -1
     x[0, 3] = 0
     assert_same_bits(compiled.quantize_q80(x), reference.quantize_q80(x))
+
+
+def unpacked(panels, rows, blocks):
+    """The panels' memory -> integers [rows, blocks, 32], seeds and scales [rows, blocks], by the layout that panels.py tells of."""
+    in_rows = panels[: rows * row_panel_bytes(blocks)].reshape(rows, -1, GROUP_BYTES)
+    in_columns = panels[in_rows.size :].reshape(-1, blocks, TILE_BLOCK_BYTES)
+    found = []
+    for row in range(rows):
+        for block in range(blocks):
+            if row < in_tiles(rows):
+                place, lanes, lane = in_columns[row // 16, block], 16, row % 16
+            else:
+                place, lanes, lane = in_rows[row, block // 8], 8, block % 8
+            found.append(place.reshape(10, lanes, 4)[:, lane])
+    words = np.array(found).reshape(rows, blocks, 40)
+    return words[..., :32].view(np.int8), words[..., 32:36].copy().view(np.int32)[..., 0], words[..., 36:].copy().view(np.float32)[..., 0]
+
+
+@pytest.mark.parametrize("blocks", [1, 8, 9, 16, 21])
+@pytest.mark.parametrize("rows", [1, 3, 13, 16, 21])
+def test_panels_hold_the_blocks(rows, blocks):
+    """Packed one by one and eight at a time, in rows and columns of tiles, as many of each as the threads' parts make."""
+    x = floats(blocks, rows, 32 * blocks)
+    x[0, 5] = np.inf
+    want = reference.quantize_q80(x).reshape(rows, blocks, 34)
+    for threads in THREADS:
+        integers, seeds, scales = unpacked(compiled.pack(x[None], threads), rows, blocks)
+        assert_same_bits(scales, want[..., :2].copy().view(np.float16)[..., 0].astype(np.float32))
+        assert_same_bits(integers, want[..., 2:].view(np.int8))
+        assert_same_bits(seeds, -8 * want[..., 2:].view(np.int8).sum(-1, dtype=np.int32))
+
+
+def test_a_nan_is_packed_alike_however_it_is_packed():
+    """One by one in a row of 7 blocks, else eight at a time; which integer stands for it is not defined."""
+    x = floats(7, 1, 7 * 32)
+    x[0, 40], x[0, 100] = np.nan, np.uint32(0x7FC00123).view(np.float32)
+    (want, *_), (got, *_) = unpacked(compiled.pack(x[None]), 1, 7), unpacked(compiled.pack(np.tile(x, (1, 8))[None]), 1, 56)
+    assert_same_bits(got.reshape(8, 7, 32), np.tile(want, (8, 1, 1)))
 
 
 def test_every_scale_is_read_and_written_as_ieee_says():
