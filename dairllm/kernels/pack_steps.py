@@ -31,15 +31,19 @@ _in_tiles = njit(nogil=True)(in_tiles)
 @njit(nogil=True)
 def _compute(kind, record, plane, m, first, last):
     """Blocks first..last - 1 of a row of x, by the ops that are done with it before it is packed."""
-    x, x_row, x_plane, source, source_row, more, more_row, weights = fields(record)[8:16]
+    x, x_row, x_plane = fields(record)[8:11]
     o, n = 128 * first, 32 * (last - first)
     out = x + plane * x_plane + m * x_row + o
     if kind == RMS_NORM_PACK:
-        elementwise.norm(out, n, source + m * source_row + o, weights + o, load_f(more + m * more_row))
-    elif kind == SILU_MUL_PACK:
-        elementwise.silu_multiply(out, n, out, source + plane * more + m * source_row + o)
+        source, source_row, inverse, inverse_row, weights = fields(record)[11:16]
+        elementwise.norm(out, n, source + m * source_row + o, weights + o, load_f(inverse + m * inverse_row))
+        return
+    other, other_row, other_plane = fields(record)[11:14]
+    multiplier = other + plane * other_plane + m * other_row + o
+    if kind == SILU_MUL_PACK:
+        elementwise.silu_multiply(out, n, out, multiplier)
     else:
-        elementwise.gelu_multiply(out, n, out, source + plane * more + m * source_row + o)
+        elementwise.gelu_multiply(out, n, out, multiplier)
 
 
 @njit(nogil=True)
