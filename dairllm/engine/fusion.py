@@ -20,10 +20,18 @@ MOST_STEPS = max(map(len, _FUSED))
 """That become one."""
 
 
-def fused(steps: Sequence[Step]) -> Step | None:
-    """One step that does what these do, one after the other; None: there is none."""
-    kind = _FUSED.get(tuple(step.kind for step in steps))
-    if kind is None or not all(_passes_on(step, following) for step, following in pairwise(steps)):
+def fused(recent: Sequence[Step], step: Step) -> tuple[int, Step] | None:
+    """How many of the last steps can be computed as one with the one that follows, and that one; None: it stays alone."""
+    for kinds, kind in _FUSED.items():
+        if step.kind == kinds[-1] and len(recent) >= len(kinds) - 1:
+            steps = [*recent[1 - len(kinds) :], step]
+            if tuple(each.kind for each in steps) == kinds and (whole := _joined(kind, steps)):
+                return len(kinds) - 1, whole
+    return None
+
+
+def _joined(kind: Kind, steps: Sequence[Step]) -> Step | None:
+    if not all(_passes_on(step, following) for step, following in pairwise(steps)):
         return None
     values = {name: value for step in steps for name, value in step.values.items()}
     if kind == Kind.RMS_NORM_PACK:

@@ -56,13 +56,14 @@ class Recorder:
 
     def _fuse(self, step: Step) -> Step:
         """The step, or one in its place and that of some before it, whose records are taken back."""
-        for i, (_, n_records, since_barrier) in enumerate(self._recent):
-            whole = fused([*(placed.step for placed in self._recent[i:]), step])
-            if whole is not None:
-                del self._records[n_records:], self._recent[i:]
-                self._since_barrier = list(since_barrier)
-                return whole
-        return step
+        found = fused([placed.step for placed in self._recent], step)
+        if found is None:
+            return step
+        count, whole = found
+        first = self._recent[-count]
+        del self._records[first.n_records :], self._recent[-count:]
+        self._since_barrier = list(first.since_barrier)
+        return whole
 
     def program(self) -> NDArray[np.int64]:
         """int64 [records, RECORD_WORDS]."""
