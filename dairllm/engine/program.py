@@ -95,7 +95,8 @@ class Program:
         self.addresses = (self.records.ctypes.data, state.ctypes.data, self.barrier.ctypes.data, self.scratch.ctypes.data)
         self.n_batches = layout.network.n_batches
         self.seq_len = self.n_batches if emitter.seq_len is None else emitter.seq_len
-        self._positions, self._position = layout.positions(), -1
+        self._positions = layout.positions()
+        self._first_position = self._positions[:1].data
         self._batch: tuple[int, int, int] | None = None
         self._rows: dict[int, tuple[NDArray[np.float32], NDArray[np.float32]]] = {}
         """By pipe: its slices [n, rows, width / n], and room for one row."""
@@ -178,9 +179,10 @@ class Program:
             raise EngineError(f"rows {first_row} to {rows - 1}: many rows begin at a multiple of {TILE_COLUMNS}")
         if position < 0 or position + rows > self.seq_len:
             raise EngineError(f"positions {position} to {position + rows - 1}; there is room for {self.seq_len}")
-        if position != self._position:
-            self._positions[:] = np.arange(position, position + len(self._positions))
-            self._position = position
+        if rows == 1:
+            self._first_position[0] = position
+        else:
+            self._positions[:rows] = np.arange(position, position + rows)
         self._state[State.FIRST_ROW], self._state[State.END_ROW] = first_row, rows
         self._batch = batch
 
