@@ -27,6 +27,7 @@ from dairllm.kernels.ir import (
     f32,
     float_zero,
     fma,
+    fold_eight,
     for_range,
     i64,
     ir_function,
@@ -34,7 +35,6 @@ from dairllm.kernels.ir import (
     load,
     load_f,
     prefetch,
-    shuffle,
     splat,
     store,
     store_f,
@@ -62,15 +62,7 @@ def _score_eight(b: Builder, q: Value, k: Value, head_bytes: Value, out: Value, 
         for key, total in zip(keys, acc, strict=True):
             b.store(fma(b, x, load(b, b.add(key, o), V8, 4), b.load(total)), total)
 
-    def folded(x: Value, y: Value, low: tuple[int, ...], high: tuple[int, ...]) -> Value:
-        return b.fadd(shuffle(b, x, y, low), shuffle(b, x, y, high))
-
-    # the tree of each accumulator, i + 4, i + 2, i + 1, of two at a time; so paired, the positions end in order and no step but the first
-    # crosses the halves of a register
-    a = [b.load(total) for total in acc]
-    fours = [folded(a[p], a[p + 4], (0, 1, 2, 3, 8, 9, 10, 11), (4, 5, 6, 7, 12, 13, 14, 15)) for p in range(4)]
-    pairs = [folded(fours[p], fours[p + 1], (0, 1, 8, 9, 4, 5, 12, 13), (2, 3, 10, 11, 6, 7, 14, 15)) for p in (0, 2)]
-    scores = folded(pairs[0], pairs[1], (0, 2, 8, 10, 4, 6, 12, 14), (1, 3, 9, 11, 5, 7, 13, 15))
+    scores = fold_eight(b, [b.load(total) for total in acc], b.fadd)
     store(b, b.fmul(scores, broadcast(b, scale)), out, 4)
 
 

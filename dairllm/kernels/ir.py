@@ -35,6 +35,7 @@ __all__ = [
     "f32",
     "float_zero",
     "fma",
+    "fold_eight",
     "for_range",
     "halves",
     "i64",
@@ -154,6 +155,20 @@ def lane_sum(b: Builder, v: Value, add: Callable[[Value, Value], Value]) -> Valu
     while v.type.count > 1:
         v = add(*halves(b, v))
     return b.extract_element(v, const(I32, 0))
+
+
+def fold_eight(b: Builder, vectors: Sequence[Value], op: Callable[[Value, Value], Value]) -> Value:
+    """Eight vectors of eight lanes -> lane i: those of vectors[i], folded as `lane_sum` does.
+
+    Two vectors at a time; so paired, they end in order and no step but the first crosses the halves of a register.
+    """
+
+    def folded(x: Value, y: Value, low: tuple[int, ...], high: tuple[int, ...]) -> Value:
+        return op(shuffle(b, x, y, low), shuffle(b, x, y, high))
+
+    fours = [folded(vectors[i], vectors[i + 4], (0, 1, 2, 3, 8, 9, 10, 11), (4, 5, 6, 7, 12, 13, 14, 15)) for i in range(4)]
+    pairs = [folded(fours[i], fours[i + 1], (0, 1, 8, 9, 4, 5, 12, 13), (2, 3, 10, 11, 6, 7, 14, 15)) for i in (0, 2)]
+    return folded(pairs[0], pairs[1], (0, 2, 8, 10, 4, 6, 12, 14), (1, 3, 9, 11, 5, 7, 13, 15))
 
 
 def tree_sum(b: Builder, v: Value) -> Value:

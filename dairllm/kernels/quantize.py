@@ -22,11 +22,12 @@ from dairllm.kernels.ir import (
     call,
     concat,
     const,
+    fold_eight,
     for_range,
-    halves,
     i64,
     ir_function,
     k64,
+    lane_sum,
     load,
     shuffle,
     splat,
@@ -54,24 +55,6 @@ _MAGIC = 12582912.0  # 1.5 * 2^23: adding it rounds to an integer, ties to even,
 Store = Callable[[Builder, Value, Value, Value, Value], None]
 
 
-def _fold(b: Builder, vectors: Sequence[Value], op: Callable[[Value, Value], Value]) -> Value:
-    """Lane i: the lanes of vectors[i], folded as lane_sum does. One vector of eight lanes, or eight."""
-    if len(vectors) == 1:
-        v = vectors[0]
-        while v.type.count > 1:
-            v = op(*halves(b, v))
-        return v
-    for first, second in (
-        ((0, 1, 2, 3, 8, 9, 10, 11), (4, 5, 6, 7, 12, 13, 14, 15)),
-        ((0, 1, 8, 9, 4, 5, 12, 13), (2, 3, 10, 11, 6, 7, 14, 15)),
-        ((0, 8, 2, 10, 4, 12, 6, 14), (1, 9, 3, 11, 5, 13, 7, 15)),
-    ):
-        half = len(vectors) // 2
-        pairs = zip(vectors[:half], vectors[half:], strict=True)
-        vectors = [op(shuffle(b, u, v, first), shuffle(b, u, v, second)) for u, v in pairs]
-    return vectors[0]
-
-
 def _quantize(b: Builder, blocks: Sequence[Value]) -> tuple[list[Value], Value]:
     """Addresses of n = 1 or 8 blocks of values -> (<32 x i8> of each, their scales as half-precision bits <n x i16>)."""
     n = len(blocks)
@@ -86,7 +69,9 @@ def _quantize(b: Builder, blocks: Sequence[Value]) -> tuple[list[Value], Value]:
         size = [call(b, "llvm.fabs.v8f32", V8, [v]) for v in values(block)]
         return larger(larger(size[0], size[1]), larger(size[2], size[3]))
 
-    d = b.fdiv(_fold(b, [largest(block) for block in blocks], larger), splat(F32, n, 127.0))
+    sizes = [largest(block) for block in blocks]
+    top = broadcast(b, lane_sum(b, sizes[0], larger), 1) if n == 1 else fold_eight(b, sizes, larger)
+    d = b.fdiv(top, splat(F32, n, 127.0))
     zero = b.fcmp_ordered("==", d, splat(F32, n, 0.0))
     inverse = b.select(zero, splat(F32, n, 0.0), b.fdiv(splat(F32, n, 1.0), b.select(zero, splat(F32, n, 1.0), d)))
     integers = []
