@@ -292,26 +292,30 @@ def _packed(x: Row, x_type: FloatType, threads: int, always_rows: bool = False) 
     return panels
 
 
-def pack(x: Floats, threads: int = 1) -> npt.NDArray[np.uint8]:
+def pack(x: Floats, threads: int = 1, always_rows: bool = False) -> npt.NDArray[np.uint8]:
     """[planes, rows, n] -> the memory of all panels."""
-    return _packed(x, FloatType.F32, threads).read()
+    return _packed(x, FloatType.F32, threads, always_rows).read()
 
 
-def norm_and_pack(x: Floats, inverse: Floats, weight: Floats, threads: int = 1) -> tuple[Floats, npt.NDArray[np.uint8]]:
+def norm_and_pack(
+    x: Floats, inverse: Floats, weight: Floats, threads: int = 1, always_rows: bool = False
+) -> tuple[Floats, npt.NDArray[np.uint8]]:
     """x [rows, n], inverse [rows, 1] -> what is kept, and the memory of all panels."""
     rows, n = x.shape
     weights, source, factors = _Area(weight[None, None], offset=3), _Area(x[None]), _Area(inverse[None])
     out, panels = _Area.empty(1, rows, n), _Panels(1, rows, n)
-    fields = source.fields("source") | factors.fields("inverse") | out.fields("x", True) | panels.fields()
+    fields = source.fields("source") | factors.fields("inverse") | out.fields("x", True) | panels.fields(always_rows)
     _run(Kind.RMS_NORM_PACK, rows, threads, **fields, weights=weights.address)
     return out.rows(), panels.read()
 
 
-def activate_and_pack(activation: str, x: Floats, y: Floats, threads: int = 1) -> tuple[Floats, npt.NDArray[np.uint8]]:
+def activate_and_pack(
+    activation: str, x: Floats, y: Floats, threads: int = 1, always_rows: bool = False
+) -> tuple[Floats, npt.NDArray[np.uint8]]:
     """The activation of x times y, both [planes, rows, n] -> what is kept, and the memory of all panels."""
     kind = {"silu": Kind.SILU_MUL_PACK, "gelu": Kind.GELU_MUL_PACK}[activation]
     area, other, panels = _Area(x), _Area(y), _Panels(*x.shape)
-    _run(kind, x.shape[1], threads, **area.fields("x", True), **other.fields("m", True), **panels.fields())
+    _run(kind, x.shape[1], threads, **area.fields("x", True), **other.fields("m", True), **panels.fields(always_rows))
     return area.read(), panels.read()
 
 
