@@ -1,7 +1,8 @@
 """Settings: YAML file, environment and flags -> one checked, frozen object, with the defaults and bounds of every key.
 
-Precedence: flag, environment variable ``DAIRLLM_<SECTION>__<KEY>``, file, default. Each value keeps where it came from, so an
-error names the file and line, the variable or the flag, and the key. What every key means to an operator stands in
+Precedence: flag, environment variable ``DAIRLLM_<SECTION>__<KEY>`` (or one of ``SHORT_NAMES``), file, default.
+Each value keeps where it came from, so an error names the file and line, the variable or the flag, and the key. What every key means to an
+operator stands in
 ``configs/worker.yaml`` and ``configs/root.yaml``; tests hold files and schemas together.
 """
 
@@ -19,6 +20,7 @@ from dairllm.units import format_duration, format_size, parse_duration, parse_si
 
 __all__ = [
     "MAX_ID",
+    "SHORT_NAMES",
     "Deadlines",
     "Keepalive",
     "Kernels",
@@ -92,6 +94,8 @@ class WorkerAddress:
     def parse(cls, text: str) -> "WorkerAddress":
         """Of ``"10.0.0.2:9990"``, ``"kitchen"`` (the default port), ``"[fe80::1%eth0]:9990"``; ValueError otherwise."""
         text = text.strip()
+        if "://" in text:
+            raise ValueError(f"expected a worker's host:port without a scheme, such as 10.0.0.2:{_DEFAULT_PORT}, found {text!r}")
         host, separator, port = text.rpartition(":")
         if not separator or text.endswith("]"):
             host, port = text, str(_DEFAULT_PORT)
@@ -366,6 +370,30 @@ class RootSettings(_Section):
     log: RootLog = RootLog()
 
 
+SHORT_NAMES: Mapping[type[BaseModel], Mapping[str, str]] = {
+    RootSettings: {
+        "MODEL": "model.file",
+        "MAX_SEQ_LEN": "model.max_seq_len",
+        "WORKERS": "cluster.workers",
+        "SHARES": "cluster.shares",
+        "THREADS": "engine.threads",
+        "KERNELS": "engine.kernels",
+        "KV_CACHE": "engine.kv_cache",
+        "MEMORY_LIMIT": "limits.memory",
+    },
+    WorkerSettings: {
+        "MODEL": "worker.model",
+        "THREADS": "worker.threads",
+        "KERNELS": "worker.kernels",
+        "KV_CACHE": "worker.kv_cache",
+        "MEMORY_LIMIT": "limits.memory",
+    },
+}
+"""What an environment variable of one word stands for, by what reads it: ``DAIRLLM_MODEL`` is ``--model``."""
+
+_NO_SETTINGS = frozenset(f"DAIRLLM_{name}" for name in ("CONFIG", "MODELS", "PORT", "ROOT_MEMORY", "WORKER_MEMORY"))
+"""`--config`'s variable, and those of docker-compose.yml, which a shell may hold as well."""
+
 Settings = TypeVar("Settings", bound=BaseModel)
 
 
@@ -380,4 +408,14 @@ def load_settings(
 
     Args and errors as `dairllm.config_sources.read_settings`.
     """
-    return read_settings(schema, file, environment=environment, flags=flags, others=(WorkerSettings, RootSettings))
+    short = SHORT_NAMES[schema]
+    theirs = frozenset(f"DAIRLLM_{name}" for names in SHORT_NAMES.values() for name in names if name not in short)
+    return read_settings(
+        schema,
+        file,
+        environment=environment,
+        flags=flags,
+        others=(WorkerSettings, RootSettings),
+        short=short,
+        no_settings=_NO_SETTINGS | theirs,
+    )

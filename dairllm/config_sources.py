@@ -15,6 +15,7 @@ from dairllm.errors import ConfigError
 __all__ = ["ENVIRONMENT_PREFIX", "read_settings"]
 
 ENVIRONMENT_PREFIX = "DAIRLLM_"
+_OF_TESTS = f"{ENVIRONMENT_PREFIX}TEST_"
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,8 @@ def read_settings(
     environment: Mapping[str, str] | None = None,
     flags: Mapping[str, tuple[str, object]] | None = None,
     others: Sequence[type[BaseModel]] = (),
+    short: Mapping[str, str] | None = None,
+    no_settings: Container[str] = (),
 ) -> Settings:
     """Settings from all their sources.
 
@@ -44,6 +47,9 @@ def read_settings(
         environment: os.environ by default. An empty variable counts as not given.
         flags: from a key such as ``"worker.port"`` to the flag's name and value; a value of None counts as not given.
         others: schemas of programs that may share an environment with this one: variables that only they know are passed over.
+        short: variables of one word, without the prefix, and the key that each is, such as ``"worker.model"``.
+        no_settings: variables with the prefix that are something else, and are passed over. One that begins with
+            ``DAIRLLM_TEST_`` always is.
 
     Raises:
         ConfigError: unknown key, wrong type or out of range, with its file and line, variable or flag; a file that cannot be read.
@@ -52,7 +58,10 @@ def read_settings(
     if file is not None:
         given.update(_File(schema, file).values())
     theirs = {path for other in others for path in _leaves(other)} - set(_leaves(schema))
-    given.update(_from_environment(schema, os.environ if environment is None else environment, theirs))
+    variables = os.environ if environment is None else environment
+    ours = {name: text for name, text in variables.items() if name.startswith(ENVIRONMENT_PREFIX) and text}
+    ours = {name: text for name, text in ours.items() if not name.startswith(_OF_TESTS) and name not in no_settings}
+    given.update(_from_environment(schema, ours, theirs, short or {}))
     for key, (name, value) in (flags or {}).items():
         if value is not None:
             given[tuple(key.split("."))] = _Given(value, f"flag {name}")
@@ -97,14 +106,24 @@ def _unknown(root: type[BaseModel], schema: type[BaseModel], name: str) -> str:
     return f"unknown key; {known}"
 
 
-def _from_environment(schema: type[BaseModel], environment: Mapping[str, str], theirs: Container[_Path]) -> dict[_Path, _Given]:
+def _from_environment(
+    schema: type[BaseModel], environment: Mapping[str, str], theirs: Container[_Path], short: Mapping[str, str]
+) -> dict[_Path, _Given]:
     given: dict[_Path, _Given] = {}
     loader = yaml.SafeLoader("")
-    for variable, text in environment.items():
-        path = tuple(variable.removeprefix(ENVIRONMENT_PREFIX).lower().split("__"))
-        if not variable.startswith(ENVIRONMENT_PREFIX) or len(path) < 2 or not text or path in theirs:
-            continue
+    # A short name gives way to the long one of the same key.
+    for variable in sorted(environment, key=lambda name: "__" in name):
+        text, name = environment[variable], variable.removeprefix(ENVIRONMENT_PREFIX)
         where = f"environment variable {variable}"
+        path = tuple((short.get(name) or name.lower().replace("__", ".")).split("."))
+        if path in theirs:
+            continue
+        if len(path) < 2:
+            known = [*short, *("__".join(leaf).upper() for leaf in _leaves(schema))]
+            near = difflib.get_close_matches(name, known, 1, 0.6)
+            form = "settings are DAIRLLM_<SECTION>__<KEY>, with two underscores between them"
+            hint = f"did you mean {ENVIRONMENT_PREFIX}{near[0]}?" if near else form
+            raise ConfigError(f"{where}: unknown; {hint}")
         section: type[BaseModel] | None = schema
         for depth, name in enumerate(path):
             if section is None or name not in section.model_fields:

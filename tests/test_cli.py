@@ -15,6 +15,7 @@ import dairllm
 
 DATA = Path(__file__).parent / "data" / "dllama"
 TINY = DATA / "tiny.t"
+GZIPPED = DATA / "llama31_q40.wire.gz"
 COMMANDS = (
     "demo", "worker", "health", "generate", "serve", "tokenize", "convert", "inspect", "plan", "prepare", "verify", "kernels", "bench",
 )  # fmt: skip
@@ -68,8 +69,61 @@ def test_help_imports_nothing_heavy() -> None:
     assert not {"numpy", "numba", "uvloop", "asyncio", "pydantic", "structlog", "rich", "tokenizers"} & set(done.stdout.split())
 
 
-def test_version() -> None:
-    assert call("--version") == (0, f"dairllm {dairllm.__version__}\n", "")
+@pytest.mark.parametrize("flag", ["--version", "-V"])
+def test_version(flag: str) -> None:
+    assert call(flag) == (0, f"dairllm {dairllm.__version__}\n", "")
+
+
+def test_short_flags() -> None:
+    assert call("-h") == call("--help")
+    assert call("generate", "-h") == call("generate", "--help")
+    code, _, err = call("generate", "-m", "nonesuch/a.m", "-p", "a")
+    assert code == 1
+    assert "nonesuch/a.m: " in one_line(err)
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_can_be_shown(shell: str) -> None:
+    code, out, err = call("--show-completion", shell, _TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION="1")
+    assert (code, err) == (0, "")
+    assert "DAIRLLM_COMPLETE" in out
+
+
+@pytest.mark.parametrize("words", [("--version",), ("--help",), ("tokenize", TINY, "on")])
+def test_a_closed_stdout_is_one_line(words: tuple[object, ...]) -> None:
+    """Whatever is opened next must not take stdout's place."""
+    done = subprocess.run(command(*words), capture_output=True, preexec_fn=lambda: os.close(1), timeout=120)
+    assert (done.returncode, done.stdout) == (1, b"")
+    assert one_line(done.stderr.decode()) == "stdout is closed: there is nowhere to write to"
+
+
+def test_closed_standard_streams_do_not_matter_where_they_are_not_used() -> None:
+    def close() -> None:
+        os.close(0)
+        os.close(2)
+
+    done = subprocess.run(command("tokenize", TINY, "on"), stdout=subprocess.PIPE, preexec_fn=close, timeout=120)
+    assert (done.returncode, done.stdout) == (0, b"262  'on'\n")
+
+
+def test_a_stdout_of_another_encoding() -> None:
+    code, out, err = call("tokenize", TINY, "日", "--json", PYTHONIOENCODING="latin-1")
+    assert (code, err) == (0, "")
+    assert json.loads(out)["ids"] == [0xE6, 0x97, 0xA5]
+
+
+@pytest.mark.parametrize(
+    ("variable", "message"),
+    [
+        ("DAIRLLM_ENGINE_THREADS", "unknown; did you mean DAIRLLM_ENGINE__THREADS?"),
+        ("DAIRLLM_MODLE", "unknown; did you mean DAIRLLM_MODEL?"),
+        ("DAIRLLM_XYZ", "unknown; settings are DAIRLLM_<SECTION>__<KEY>, with two underscores between them"),
+    ],
+)
+def test_an_unknown_variable_is_named(variable: str, message: str) -> None:
+    code, _, err = call("generate", "--model", "a.m", "--prompt", "a", **{variable: "3"})
+    assert code == 2
+    assert one_line(err) == f"environment variable {variable}: {message}"
 
 
 def test_the_installed_script_is_the_module() -> None:
@@ -101,7 +155,15 @@ def test_wrong_usage_is_2(words: tuple[str, ...], message: str) -> None:
     ("words", "code", "message"),
     [
         (("generate",), 2, "no model: name its file with --model"),
-        (("generate", "--model", "a.m"), 2, "nothing to generate from: give a --prompt, or --prompt-ids"),
+        (("generate", "--model", "a.m"), 2, "nothing to generate from: give a --prompt, a --prompt-file, or --prompt-ids"),
+        (("generate", "--model", "a.m", "--prompt", "a", "--prompt-file", "b"), 2, "--prompt and --prompt-file exclude each other"),
+        (("generate", "--model", "a.m", "--prompt-file", "nonesuch"), 2, "the prompt in nonesuch cannot be read: No such file"),
+        (("generate", "--model", "a.m", "--prompt-file", GZIPPED), 2, "is not UTF-8: byte 1 is 0x8b"),
+        (("generate", "--workers", "a", "b:x"), 2, "cluster.workers: expected a port from 1 to 65535 after b:, found 'x'"),
+        (("serve", "--workers", "a", "b,c", "a"), 2, "flag --workers: cluster.workers: a:9990 is named twice"),
+        (("generate", "--workers", "http://a:1"), 2, "expected a worker's host:port without a scheme, such as 10.0.0.2:9990"),
+        (("chat",), 2, "there is no command chat: dairllm generate --chat --prompt TEXT answers once"),
+        (("help",), 2, "there is no command help: dairllm --help lists the commands"),
         (
             ("generate", "--model", "a.m", "--prompt", "a", "--threads", "0"),
             2,

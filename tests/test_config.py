@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from dairllm.config import MemoryAmount, RootSettings, WorkerAddress, WorkerSettings, load_settings
+from dairllm.config import SHORT_NAMES, MemoryAmount, RootSettings, WorkerAddress, WorkerSettings, load_settings
 from dairllm.errors import ConfigError
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -132,7 +132,19 @@ def test_a_mistake_in_a_flag_names_the_flag() -> None:
 
 
 def test_variables_of_other_kinds_are_left_alone() -> None:
-    assert load(environment={"DAIRLLM_HOME": "x", "PATH": "y", "OTHER__WORKER": "z", "dairllm_worker__port": "5"}) == WorkerSettings()
+    assert (
+        load(
+            environment={
+                "DAIRLLM_TEST_DLLAMA": "x",
+                "DAIRLLM_MODELS": "m",
+                "DAIRLLM_EMPTY": "",
+                "PATH": "y",
+                "OTHER__WORKER": "z",
+                "dairllm_worker__port": "5",
+            }
+        )
+        == WorkerSettings()
+    )
 
 
 @pytest.mark.parametrize(("variable", "text", "key", "value"), [
@@ -146,6 +158,25 @@ def test_variables_of_other_kinds_are_left_alone() -> None:
 ])  # fmt: skip
 def test_the_environment_speaks_like_the_file(variable: str, text: str, key: str, value: object) -> None:
     assert leaves(load(environment={f"DAIRLLM_{variable}": text}))[key] == value
+
+
+def test_short_names_of_variables() -> None:
+    given = {"DAIRLLM_MODEL": "a.m", "DAIRLLM_THREADS": "3", "DAIRLLM_MEMORY_LIMIT": "1GiB", "DAIRLLM_WORKERS": "a,b"}
+    worker, server = load(environment=given), root(given)
+    assert (worker.worker.model, worker.worker.threads, worker.limits.memory.nbytes) == ("a.m", 3, 2**30)
+    assert (server.model.file, server.engine.threads, server.limits.memory.nbytes) == ("a.m", 3, 2**30)
+    assert server.cluster.workers == (WorkerAddress("a"), WorkerAddress("b"))
+
+
+def test_the_long_name_of_a_variable_comes_before_its_short_one() -> None:
+    names = {"DAIRLLM_THREADS": "3", "DAIRLLM_ENGINE__THREADS": "2"}
+    for order in (names, dict(reversed(names.items()))):
+        assert root(order).engine.threads == 2
+
+
+def test_short_names_are_settings() -> None:
+    for schema, names in SHORT_NAMES.items():
+        assert set(names.values()) <= set(leaves(schema()))
 
 
 @pytest.mark.parametrize("missing", ["nowhere.yaml", "."])

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from dairllm.cli.app import app
+from dairllm.cli.app import RootCommand, app
 from dairllm.cli.options import (
     ConfigFile,
     Kernels,
@@ -57,7 +57,8 @@ def worker(
     host: Annotated[str | None, typer.Option(help="Address to listen on.  [default: 0.0.0.0]")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on; 0: any free one.  [default: 9990]")] = None,
     model: Annotated[
-        Path | None, typer.Option(metavar="F.m", help="The root's model on a disk of this machine: no weights cross the network.")
+        Path | None,
+        typer.Option("--model", "-m", metavar="F.m", help="The root's model on a disk of this machine: no weights cross the network."),
     ] = None,
     kv_cache: KvCache = None,
     memory_limit: MemoryLimit = None,
@@ -101,11 +102,12 @@ def health(config: ConfigFile = None) -> None:
     command.run(config)
 
 
-@app.command()
+@app.command(cls=RootCommand)
 def generate(
     model: ModelPath = None,
     tokenizer: TokenizerPath = None,
-    prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="What to continue.")] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", metavar="TEXT|-", help="What to continue; - for stdin.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(metavar="FILE", help="What to continue, from a file.")] = None,
     config: ConfigFile = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt through the model's chat template.")] = False,
     prompt_ids: Annotated[
@@ -136,12 +138,13 @@ def generate(
 ) -> None:
     """Generate text with a model, on this machine or together with workers."""
     flags = root_flags(locals())
-    from dairllm.commands.generate_options import GenerateOptions
+    from dairllm.commands.generate_options import GenerateOptions, read_prompt
     from dairllm.config import RootSettings, load_settings
     from dairllm.telemetry import configure_logging
 
     settings = load_settings(RootSettings, config, flags=flags)
-    options = GenerateOptions.of(settings, prompt=prompt, prompt_ids=prompt_ids, chat=chat, ignore_eos=ignore_eos, json=json, logits=logits)
+    text = read_prompt(prompt, prompt_file)
+    options = GenerateOptions.of(settings, prompt=text, prompt_ids=prompt_ids, chat=chat, ignore_eos=ignore_eos, json=json, logits=logits)
     configure_logging(settings.log.format, settings.log.level_of(service=False))
 
     from dairllm.commands import generate as command  # heavy, so that a mistake above is told at once
@@ -149,7 +152,7 @@ def generate(
     command.run(options)
 
 
-@app.command()
+@app.command(cls=RootCommand)
 def serve(
     config: ConfigFile = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on.  [default: 127.0.0.1]")] = None,

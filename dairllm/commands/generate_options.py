@@ -7,7 +7,9 @@ from dairllm.config import MAX_ID, RootSettings
 from dairllm.errors import ConfigError
 from dairllm.graph.slicing import parse_shares
 
-__all__ = ["GenerateOptions", "parse_prompt_ids", "tokenizer_path"]
+__all__ = ["GenerateOptions", "parse_prompt_ids", "read_prompt", "tokenizer_path"]
+
+_MAX_PROMPT_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +59,7 @@ class GenerateOptions:
 
     def __post_init__(self) -> None:
         if self.prompt is None and self.prompt_ids is None:
-            raise ConfigError("nothing to generate from: give a --prompt, or --prompt-ids")
+            raise ConfigError("nothing to generate from: give a --prompt, a --prompt-file, or --prompt-ids")
         if self.prompt is not None and self.prompt_ids is not None:
             raise ConfigError("--prompt and --prompt-ids exclude each other")
         if self.prompt_ids is not None and self.chat:
@@ -106,6 +108,31 @@ class GenerateOptions:
             json=json,
             logits=logits,
         )
+
+
+def read_prompt(text: str | None, file: Path | None) -> str | None:
+    """The prompt of `--prompt` or `--prompt-file`; `-` is stdin. A text's own last line break is left out.
+
+    Raises:
+        ConfigError: both are given, a file cannot be read, or what is in it is not UTF-8 or is too large.
+    """
+    if text is not None and file is not None:
+        raise ConfigError("--prompt and --prompt-file exclude each other")
+    if text != "-" and file is None:
+        return text
+    name = "stdin" if file is None or str(file) == "-" else str(file)
+    try:
+        with open(0 if name == "stdin" else name, "rb", closefd=name != "stdin") as source:
+            content = bytes(source.read(_MAX_PROMPT_BYTES + 1))
+    except OSError as error:
+        raise ConfigError(f"the prompt in {name} cannot be read: {error.strerror or error}") from None
+    if len(content) > _MAX_PROMPT_BYTES:
+        raise ConfigError(f"the prompt in {name} is larger than {_MAX_PROMPT_BYTES >> 20} MiB")
+    try:
+        prompt = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"the prompt in {name} is not UTF-8: byte {error.start} is 0x{content[error.start]:02x}") from None
+    return prompt.removesuffix("\n").removesuffix("\r")
 
 
 def parse_prompt_ids(text: str) -> tuple[int, ...]:

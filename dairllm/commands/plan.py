@@ -9,6 +9,7 @@ from dairllm import machine
 
 # A plan counts what the process holds, and a server holds most: what it imports is imported here.
 from dairllm.commands import serve as _server  # noqa: F401
+from dairllm.commands.asked_too_much import tell_context
 from dairllm.commands.generate_options import tokenizer_path
 from dairllm.commands.plan_text import plan_lines, reading, reading_lines
 from dairllm.commands.root_node import plan_of
@@ -48,6 +49,7 @@ def run(
     if n_nodes is not None and n_nodes < 1:
         raise ConfigError(f"--nodes {n_nodes}: there must be one at least")
     with ModelFile.open(model, max_seq_len=settings.model.max_seq_len) as file:
+        tell_context(settings.model.max_seq_len, file.spec)
         beside = tokenizer_path(model, settings.model.tokenizer, needed=False)
         words = None if beside is None else Tokenizer.load(beside)
         peak = machine.peak_rss_bytes() + _ANOTHER_START

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dairllm import machine
+from dairllm.commands.asked_too_much import tell_context, tell_threads
 from dairllm.config import MemoryAmount, RootSettings
 from dairllm.engine.located_weights import LocatedWeights
 from dairllm.engine.paging import PagingSettings
@@ -44,7 +45,9 @@ def planned_model(settings: RootSettings, tokenizer: Path | None) -> Iterator[tu
     if settings.model.file is None:
         raise ConfigError("no model: name its file with --model, or as model.file in the configuration")
     path = Path(settings.model.file)
+    tell_threads(settings.engine.n_threads)
     with ModelFile.open(path, max_seq_len=settings.model.max_seq_len) as model:
+        tell_context(settings.model.max_seq_len, model.spec)
         words = None if tokenizer is None else Tokenizer.load(tokenizer)
         if words is not None and words.vocab_size > model.spec.vocab_size:
             raise ConfigError(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
+from dairllm.commands.asked_too_much import tell_threads
 from dairllm.commands.progress import COMPILING, TELLING_SECONDS, telling
 from dairllm.config import WorkerSettings, load_settings
 from dairllm.net.runner import Steps, in_thread
@@ -51,6 +52,7 @@ async def serve(settings: WorkerSettings) -> None:
         from dairllm.engine.executor import Executor
         from dairllm.nodes.worker import Worker
 
+        tell_threads(settings.worker.n_threads)
         executor = Executor(settings.worker.n_threads, settings.worker.kernels)
         async with telling(COMPILING):
             await steps.start("kernels", lambda: in_thread("kernels", executor.start), lambda: asyncio.to_thread(executor.close))

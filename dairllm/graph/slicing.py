@@ -293,16 +293,32 @@ def _wrong_ffn(spec: ModelSpec, ffn: Sequence[int]) -> str:
 
 
 def _nearest(spec: ModelSpec, rule: HeadRule, sizes: Sequence[ShareSize]) -> tuple[ShareSize, ...]:
-    """The sizes nearest to these that can be dealt."""
+    """The sizes nearest to these that can be dealt. Sizes of another model stand for their ratio."""
+    wanted_heads = _apportioned([size.heads for size in sizes], spec.n_heads)
+    wanted_ffn = _apportioned([size.ffn for size in sizes], spec.ff_dim)
 
     def distance(other: Sequence[ShareSize]) -> int:
-        return sum(abs(a.heads - b.heads) + abs(a.ffn - b.ffn) for a, b in zip(sizes, other, strict=True))
+        wanted = zip(wanted_heads, wanted_ffn, other, strict=True)
+        return sum(abs(heads - size.heads) + abs(ffn - size.ffn) for heads, ffn, size in wanted)
 
-    heads = nearest_heads(rule, [size.heads for size in sizes])
-    ffn = _ffn_widths(spec, [size.ffn for size in sizes], lambda found, wanted: abs(found - wanted))
+    heads = nearest_heads(rule, wanted_heads)
+    ffn = _ffn_widths(spec, wanted_ffn, lambda found, wanted: abs(found - wanted))
     dealt = tuple(map(ShareSize, heads, ffn))
     equal = _equal_sizes(spec, len(sizes))  # need not be in blocks
     return equal if equal and distance(equal) < distance(dealt) else dealt
+
+
+def _apportioned(wanted: Sequence[int], total: int) -> list[int]:
+    """`total` in the ratio of `wanted`, in whole numbers: what is left after rounding down goes to
+    the largest remainders, the first of equal ones first."""
+    asked = sum(wanted)
+    if asked in (0, total):
+        return list(wanted)
+    found = [size * total // asked for size in wanted]
+    by_remainder = sorted(range(len(wanted)), key=lambda node: -(wanted[node] * total % asked))
+    for node in by_remainder[: total - sum(found)]:
+        found[node] += 1
+    return found
 
 
 def _ffn_blocks(spec: ModelSpec) -> int:

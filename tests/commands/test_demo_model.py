@@ -1,6 +1,7 @@
 """How the demonstration gets its model: fetched once, checked, kept; and what it says when that cannot be."""
 
 import hashlib
+import shutil
 import subprocess
 import zipfile
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 
 from dairllm.commands import demo_model
-from dairllm.errors import ConfigError, FormatError, NetworkError
+from dairllm.errors import ConfigError, FormatError, LimitError, NetworkError
 from dairllm.graph.types import FloatType
 
 CONTENT = b"a model" * 1000
@@ -136,3 +137,11 @@ def test_no_home(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "home", homeless)
     with pytest.raises(ConfigError, match="name a folder as XDG_CACHE_HOME"):
         demo_model.cache_folder()
+
+
+def test_a_disk_without_room_is_told_before_anything_is_fetched(cache: Path, index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = shutil.disk_usage(cache.parent.parent)._replace(free=100 << 20)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: free)
+    with pytest.raises(LimitError, match=r"needs 450MiB there, and its disk has 100MiB free; name another folder as XDG_CACHE_HOME$"):
+        demo_model.demo_model()
+    assert index.calls == 0

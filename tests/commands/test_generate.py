@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -201,3 +202,28 @@ def test_a_reader_that_has_gone_is_no_error() -> None:
         err = process.stderr.read().decode()
         assert [line for line in err.splitlines() if not line.startswith("compiling")] == []
         assert process.wait(timeout=300) == 128 + signal.SIGPIPE
+
+
+def test_a_prompt_from_stdin_and_from_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "prompt.txt"
+    file.write_text(f"{PROMPT}\n", encoding="utf-8")
+    words = ("--json", "--steps", 1)
+    given = subprocess.run(command("-p", "-", *words), input=f"{PROMPT}\n".encode(), capture_output=True, timeout=300, check=True)
+    for out in (given.stdout.decode(), generate("--prompt-file", file, *words)[1]):
+        assert json.loads(out)["prompt_ids"] == PROMPT_IDS
+
+
+def test_a_context_that_the_model_has_not_is_told() -> None:
+    code, _, err = generate("--prompt", PROMPT, "--steps", 1, "--max-seq-len", 100_000)
+    told = json.loads(err)
+    assert (code, told["event"], told["asked"]) == (0, "the model has a shorter context than was asked for", 100_000)
+
+
+def test_the_speed_is_told_at_a_terminal() -> None:
+    main, other = os.openpty()
+    done = subprocess.run(command("--prompt", PROMPT, "--steps", 3, "--ignore-eos"), stdout=subprocess.PIPE, stderr=other, timeout=300)
+    os.close(other)
+    with open(main, "rb", buffering=0) as terminal:
+        said = terminal.read(65536).decode()
+    assert done.returncode == 0
+    assert re.search(rf"\[{len(PROMPT_IDS)} tokens of prompt at [\d.]+ tokens/s, 3 generated at [\d.]+ tokens/s\]\r\n$", said)

@@ -181,7 +181,10 @@ def test_a_last_block_that_is_short(llama: ModelSpec) -> None:
 @pytest.mark.parametrize(
     ("asked", "problem"),
     [
-        ("3/512,3/512,2/512", "they have 8 query heads, the model 9; the nearest that can be dealt: 3/512,3/512,3/512"),
+        ("3/512,3/512,2/512", "they have 8 query heads, the model 9; the nearest that can be dealt: 4/512,3/512,2/512"),
+        # sizes of another model: its ratio, 12:12:8 and 11:11:6
+        ("12/5632,12/5632,8/3072", "they have 32 query heads, the model 9; the nearest that can be dealt: 4/608,3/608,2/320"),
+        ("12/1536,12/1536,8/1000", "they have 32 query heads, the model 9; the nearest that can be dealt: 4/576,3/576,2/384"),
         ("9/768,0/768", "node 1 has no query head; the nearest that can be dealt: 8/768,1/768"),
         ("5/1536,4/0", "node 1 has no feed-forward columns; the nearest that can be dealt: 5/1504,4/32"),
         ("5/768,4/800", "they have 1568 feed-forward columns, the model 1536; the nearest that can be dealt: 5/768,4/768"),
