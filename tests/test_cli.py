@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import dairllm
+from tests.patience import PATIENCE
 
 DATA = Path(__file__).parent / "data" / "dllama"
 TINY = DATA / "tiny.t"
@@ -27,7 +28,7 @@ def command(*words: object) -> list[str]:
 
 def call(*words: object, stdin: bytes | None = None, **environment: str) -> tuple[int, str, str]:
     """Exit code, stdout, stderr."""
-    done = subprocess.run(command(*words), input=stdin or b"", capture_output=True, env=os.environ | environment, timeout=120)
+    done = subprocess.run(command(*words), input=stdin or b"", capture_output=True, env=os.environ | environment, timeout=PATIENCE)
     return done.returncode, done.stdout.decode(), done.stderr.decode()
 
 
@@ -92,7 +93,7 @@ def test_completion_can_be_shown(shell: str) -> None:
 @pytest.mark.parametrize("words", [("--version",), ("--help",), ("tokenize", TINY, "on")])
 def test_a_closed_stdout_is_one_line(words: tuple[object, ...]) -> None:
     """Whatever is opened next must not take stdout's place."""
-    done = subprocess.run(command(*words), capture_output=True, preexec_fn=lambda: os.close(1), timeout=120)
+    done = subprocess.run(command(*words), capture_output=True, preexec_fn=lambda: os.close(1), timeout=PATIENCE)
     assert (done.returncode, done.stdout) == (1, b"")
     assert one_line(done.stderr.decode()) == "stdout is closed: there is nowhere to write to"
 
@@ -102,7 +103,7 @@ def test_closed_standard_streams_do_not_matter_where_they_are_not_used() -> None
         os.close(0)
         os.close(2)
 
-    done = subprocess.run(command("tokenize", TINY, "on"), stdout=subprocess.PIPE, preexec_fn=close, timeout=120)
+    done = subprocess.run(command("tokenize", TINY, "on"), stdout=subprocess.PIPE, preexec_fn=close, timeout=PATIENCE)
     assert (done.returncode, done.stdout) == (0, b"262  'on'\n")
 
 
@@ -251,13 +252,13 @@ def test_a_reader_that_has_gone_is_no_error() -> None:
         assert process.stdout.readline() == b" 97  'a'\n"
         process.stdout.close()
         assert process.stderr.read() == b""
-        assert process.wait(timeout=60) == 128 + signal.SIGPIPE
+        assert process.wait(timeout=PATIENCE) == 128 + signal.SIGPIPE
 
 
 def test_help_to_a_reader_that_has_gone_is_no_error() -> None:
     read, write = os.pipe()
     os.close(read)
-    done = subprocess.run(command("--help"), stdout=write, stderr=subprocess.PIPE, timeout=60)
+    done = subprocess.run(command("--help"), stdout=write, stderr=subprocess.PIPE, timeout=PATIENCE)
     os.close(write)
     assert done.stderr == b""
 
@@ -269,7 +270,7 @@ def test_work_that_is_cut_short(number: signal.Signals, code: int) -> None:
         assert process.stderr is not None
         _wait_until_it_reads(process.pid)
         process.send_signal(number)
-        assert process.wait(timeout=60) == code
+        assert process.wait(timeout=PATIENCE) == code
         assert process.stderr.read() == b""
 
 

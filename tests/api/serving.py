@@ -28,6 +28,7 @@ from dairllm.nodes.report import NodeReport
 from dairllm.nodes.service import OpenModel, Service
 from dairllm.telemetry import Readiness, ServiceMeters
 from dairllm.text.tokenizer import Tokenizer
+from tests.patience import PATIENCE
 
 SEQ_LEN = 4096
 VOCAB = 320
@@ -152,7 +153,7 @@ class Serving:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    async def until(self, condition: Callable[[], bool], seconds: float = 20.0) -> None:
+    async def until(self, condition: Callable[[], bool], seconds: float = PATIENCE) -> None:
         async with asyncio.timeout(seconds):
             while not condition():  # noqa: ASYNC110 - what is waited for has no event
                 await asyncio.sleep(0.002)
@@ -212,7 +213,7 @@ async def serving(
         app = serve_app(served, service, readiness, meters, body_seconds=body_seconds)
         http = HttpServer(app, "127.0.0.1", 0, connections=connections, connection=connection)
         port = await http.start()
-        client = AsyncOpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="unused", max_retries=0, timeout=60)
+        client = AsyncOpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="unused", max_retries=0, timeout=PATIENCE)
         running = Serving(port, service, models, readiness, meters, tokenizer, client)
         await service.start()
         try:

@@ -10,6 +10,7 @@ import pytest
 
 from tests.api.conftest import Serve
 from tests.api.serving import VOCAB, Serving, dialled
+from tests.patience import PATIENCE
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 HELLO = [{"role": "user", "content": "hello"}]
@@ -154,7 +155,7 @@ BEGUN = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\
 
 async def test_a_body_that_does_not_come(serve: Serve) -> None:
     async with serve(body_seconds=0.2) as serving:
-        async with dialled(serving, BEGUN) as (reader, _), asyncio.timeout(20):
+        async with dialled(serving, BEGUN) as (reader, _), asyncio.timeout(PATIENCE):
             head = await reader.readuntil(b"\r\n\r\n")
             assert head.startswith(b"HTTP/1.1 408 ")
             error = json.loads(await reader.readuntil(b"}}"))["error"]
@@ -177,7 +178,7 @@ async def test_large_bodies_at_once_are_bounded_and_small_ones_come_through(serv
         async with contextlib.AsyncExitStack() as others:
             readers = [(await others.enter_async_context(dialled(serving, head + b" " * (most - 1))))[0] for _ in range(9)]
             waiting = [asyncio.create_task(reader.readuntil(b"\r\n")) for reader in readers]
-            (refused,), _ = await asyncio.wait(waiting, timeout=20, return_when=asyncio.FIRST_COMPLETED)
+            (refused,), _ = await asyncio.wait(waiting, timeout=PATIENCE, return_when=asyncio.FIRST_COMPLETED)
             assert refused.result().startswith(b"HTTP/1.1 503 ")
             assert (await client.post(COMPLETIONS, json=prompt())).status_code == 200
             error = checked(await client.post(COMPLETIONS, content=b" " * most), 503)

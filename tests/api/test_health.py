@@ -12,6 +12,7 @@ from dairllm.api.health import HealthServer
 from dairllm.errors import NetworkError
 from dairllm.net.addresses import listening_socket
 from dairllm.telemetry import Meters, Readiness
+from tests.patience import PATIENCE
 
 
 class Served:
@@ -24,7 +25,7 @@ class Served:
 
         def ask() -> tuple[int, str, str]:
             try:
-                with urllib.request.urlopen(request, timeout=5) as answer:  # noqa: S310 - our own server
+                with urllib.request.urlopen(request, timeout=PATIENCE) as answer:  # noqa: S310 - our own server
                     return answer.status, answer.headers["content-type"], answer.read().decode()
             except urllib.error.HTTPError as error:
                 with error:

@@ -14,6 +14,7 @@ import pytest
 from dairllm.api.connection import BoundedConnection
 from tests.api.conftest import Serve
 from tests.api.serving import Serving, dialled
+from tests.patience import PATIENCE
 
 MANY = 50
 
@@ -141,7 +142,7 @@ async def reluctant(serving: Serving, body: dict[str, Any]) -> AsyncIterator[asy
 async def until_closed(reader: asyncio.StreamReader) -> bytes:
     """All that comes before the other end closes the connection or breaks it off."""
     received = b""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE):
         with contextlib.suppress(ConnectionResetError):
             while piece := await reader.read(65536):
                 received += piece

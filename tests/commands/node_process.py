@@ -12,10 +12,13 @@ from typing import Any, ClassVar
 import openai
 
 from dairllm import machine
+from tests.patience import PATIENCE
 
-__all__ = ["NodeProcess", "ServeProcess", "WorkerProcess"]
+__all__ = ["IN_TIME", "NodeProcess", "ServeProcess", "WorkerProcess"]
 
-START_SECONDS = 180  # kernels may have to be compiled first
+IN_TIME = 8.0
+"""Seconds in which a process that was told to stop has stopped, unless it needed its deadline, 10 s by default, to be made to."""
+
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -41,7 +44,7 @@ class NodeProcess:
     def lines(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self.text().splitlines() if line.startswith("{")]
 
-    def wait_for(self, event: str, seconds: float = START_SECONDS) -> dict[str, Any]:
+    def wait_for(self, event: str, seconds: float = PATIENCE) -> dict[str, Any]:
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             for line in self.lines():
@@ -66,13 +69,13 @@ class NodeProcess:
         """Exit code, and seconds that it took."""
         start = time.monotonic()
         self.process.send_signal(signum)
-        return self.process.wait(30), time.monotonic() - start
+        return self.process.wait(PATIENCE), time.monotonic() - start
 
     def end(self) -> None:
         """At the end of a test, however that ended."""
         if self.process.poll() is None:
             self.process.kill()
-            self.process.wait(10)
+            self.process.wait(PATIENCE)
 
 
 class WorkerProcess(NodeProcess):
@@ -93,4 +96,4 @@ class ServeProcess(NodeProcess):
         return f"http://127.0.0.1:{self.port}"
 
     def client(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="unused", max_retries=0, timeout=60)
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="unused", max_retries=0, timeout=PATIENCE)

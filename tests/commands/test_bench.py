@@ -11,6 +11,7 @@ import pytest
 
 from dairllm.bench.busy import busy_processes
 from dairllm.formats.random_model import byte_vocabulary, small_spec, write_random_model
+from tests.patience import PATIENCE
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +24,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def bench(model: Path, *words: object) -> tuple[int, str, str]:
     command = [sys.executable, "-m", "dairllm", "bench", model, *words, "--threads", "1", "--rounds", "1", "--patience", "0"]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, timeout=300)
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, timeout=PATIENCE)
     return done.returncode, done.stdout, done.stderr
 
 

@@ -12,9 +12,9 @@ import pytest
 
 from dairllm.commands import demo
 from dairllm.formats.tokenizer_file import TokenizerFile
+from tests.patience import PATIENCE
 
 DATA = Path(__file__).parent.parent / "data" / "dllama"
-START_SECONDS = 180  # kernels may have to be compiled first
 
 ELSEWHERE = """
 import sys
@@ -81,13 +81,13 @@ def test_a_question_an_answer_and_figures(capfd: pytest.CaptureFixture[str], mon
 def test_its_workers_end_with_it(model: Path, signum: signal.Signals) -> None:
     process = subprocess.Popen([sys.executable, "-c", ELSEWHERE, str(model)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     with process:
-        deadline = time.monotonic() + START_SECONDS
+        deadline = time.monotonic() + PATIENCE
         while len(workers := children(process.pid)) < 2:
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.01)
         process.send_signal(signum)
-        code = process.wait(60)
+        code = process.wait(PATIENCE)
         assert code == (-signum if signum is signal.SIGKILL else 128 + signum)
         while any(is_alive(worker) for worker in workers):
             assert time.monotonic() < deadline

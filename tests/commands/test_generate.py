@@ -16,6 +16,7 @@ import pytest
 from dairllm.formats.tokenizer_file import TokenizerFile
 from dairllm.kernels.forms import FORMS
 from dairllm.text.tokenizer import Tokenizer
+from tests.patience import PATIENCE
 
 DATA = Path(__file__).parent.parent / "data" / "dllama"
 MODEL, TINY = DATA / "llama_f32.m", DATA / "tiny.t"
@@ -32,7 +33,7 @@ def command(*words: object, model: Path = MODEL, tokenizer: Path | None = TINY) 
 
 def generate(*words: object, model: Path = MODEL, tokenizer: Path | None = TINY) -> tuple[int, str, str]:
     """Exit code, stdout, and stderr without the line about compiling, which the first test to need kernels gets."""
-    done = subprocess.run(command(*words, model=model, tokenizer=tokenizer), capture_output=True, timeout=300)
+    done = subprocess.run(command(*words, model=model, tokenizer=tokenizer), capture_output=True, timeout=PATIENCE)
     lines = [line for line in done.stderr.decode().splitlines() if not line.startswith("compiling the kernels")]
     return done.returncode, done.stdout.decode(), "\n".join(lines)
 
@@ -167,7 +168,7 @@ def test_an_answer_that_is_cut_short(number: signal.Signals, code: int, wordy: P
         assert process.stderr is not None
         assert os.read(process.stdout.fileno(), 1)
         process.send_signal(number)
-        assert process.wait(timeout=60) == code
+        assert process.wait(timeout=PATIENCE) == code
         rest = process.stdout.read()
         assert rest is not None
         n_said = -(-len(rest) // 1000)
@@ -183,13 +184,13 @@ def test_a_slow_reader_gets_all_of_it(wordy: Path) -> None:
         assert process.stdout is not None
         time.sleep(0.5)  # to let the pipe fill, if it will; nothing hangs on it
         out = process.stdout.read()
-        assert process.wait(timeout=60) == 0
+        assert process.wait(timeout=PATIENCE) == 0
     assert len(out) == 200 * 1000 + 1
 
 
 def test_the_answer_may_go_into_a_file(tmp_path: Path) -> None:
     with (tmp_path / "out").open("wb") as file:
-        done = subprocess.run(command("--prompt-ids", "1,2", "--steps", 3, tokenizer=None), stdout=file, timeout=300)
+        done = subprocess.run(command("--prompt-ids", "1,2", "--steps", 3, tokenizer=None), stdout=file, timeout=PATIENCE)
     assert done.returncode == 0
     assert len((tmp_path / "out").read_text().split()) == 3
 
@@ -201,14 +202,14 @@ def test_a_reader_that_has_gone_is_no_error() -> None:
         process.stdout.close()
         err = process.stderr.read().decode()
         assert [line for line in err.splitlines() if not line.startswith("compiling")] == []
-        assert process.wait(timeout=300) == 128 + signal.SIGPIPE
+        assert process.wait(timeout=PATIENCE) == 128 + signal.SIGPIPE
 
 
 def test_a_prompt_from_stdin_and_from_a_file(tmp_path: Path) -> None:
     file = tmp_path / "prompt.txt"
     file.write_text(f"{PROMPT}\n", encoding="utf-8")
     words = ("--json", "--steps", 1)
-    given = subprocess.run(command("-p", "-", *words), input=f"{PROMPT}\n".encode(), capture_output=True, timeout=300, check=True)
+    given = subprocess.run(command("-p", "-", *words), input=f"{PROMPT}\n".encode(), capture_output=True, timeout=PATIENCE, check=True)
     for out in (given.stdout.decode(), generate("--prompt-file", file, *words)[1]):
         assert json.loads(out)["prompt_ids"] == PROMPT_IDS
 
@@ -221,7 +222,7 @@ def test_a_context_that_the_model_has_not_is_told() -> None:
 
 def test_the_speed_is_told_at_a_terminal() -> None:
     main, other = os.openpty()
-    done = subprocess.run(command("--prompt", PROMPT, "--steps", 3, "--ignore-eos"), stdout=subprocess.PIPE, stderr=other, timeout=300)
+    done = subprocess.run(command("--prompt", PROMPT, "--steps", 3, "--ignore-eos"), stdout=subprocess.PIPE, stderr=other, timeout=PATIENCE)
     os.close(other)
     with open(main, "rb", buffering=0) as terminal:
         said = terminal.read(65536).decode()

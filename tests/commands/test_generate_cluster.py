@@ -15,6 +15,7 @@ import pytest
 from dairllm.formats.model_file import ModelFile
 from dairllm.formats.tokenizer_file import TokenizerFile
 from tests.commands.node_process import WorkerProcess
+from tests.patience import PATIENCE
 
 DATA = Path(__file__).parent.parent / "data" / "dllama"
 MODEL = DATA / "llama_f32.m"
@@ -36,7 +37,7 @@ def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workers]:
     finally:
         for worker in made:
             worker.process.kill()
-            worker.process.wait(10)
+            worker.process.wait(PATIENCE)
 
 
 def address(worker: WorkerProcess) -> str:
@@ -49,7 +50,7 @@ def command(*words: object) -> list[str]:
 
 def generate(*words: object, **environment: str) -> tuple[int, str, str]:
     """Exit code, stdout, and stderr without the lines about what takes long."""
-    done = subprocess.run(command(*words), capture_output=True, timeout=300, env=os.environ | environment)
+    done = subprocess.run(command(*words), capture_output=True, timeout=PATIENCE, env=os.environ | environment)
     lines = [line for line in done.stderr.decode().splitlines() if not line.endswith(" ...")]
     return done.returncode, done.stdout.decode(), "\n".join(lines)
 
@@ -135,7 +136,7 @@ def test_a_root_that_is_cut_short_says_goodbye(workers: Workers, tmp_path: Path,
         assert process.stderr is not None
         assert os.read(process.stdout.fileno(), 1)
         process.send_signal(number)
-        assert process.wait(timeout=60) == code
+        assert process.wait(timeout=PATIENCE) == code
         assert [line for line in process.stderr.read().splitlines() if not line.endswith(b" ...")] == []
     assert report("--workers", address(workers[0]))["ids"] == IDS
     ended = [line for line in workers[0].lines() if line["event"].startswith("session")]
@@ -155,9 +156,9 @@ def test_a_worker_that_dies_is_named(tmp_path: Path) -> None:
             assert os.read(process.stdout.fileno(), 1)
             mortal.process.kill()
             process.stdout.read()
-            assert process.wait(timeout=60) == 1
+            assert process.wait(timeout=PATIENCE) == 1
             err = process.stderr.read().decode()
         assert address(mortal) in one_line("\n".join(line for line in err.splitlines() if not line.endswith(" ...")))
     finally:
         mortal.process.kill()
-        mortal.process.wait(10)
+        mortal.process.wait(PATIENCE)

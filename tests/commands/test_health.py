@@ -12,6 +12,7 @@ import pytest
 
 from dairllm.api.health import HealthServer
 from dairllm.telemetry import Meters, Readiness
+from tests.patience import PATIENCE
 
 
 @contextlib.asynccontextmanager
@@ -40,7 +41,7 @@ async def health(*arguments: str, worker: int, server: int, **environment: str) 
         stderr=asyncio.subprocess.PIPE,
         env={**os.environ, **{name: str(port) for name, port in ports.items() if port}, **environment},
     )  # fmt: skip
-    _, said = await asyncio.wait_for(process.communicate(), 60)
+    _, said = await asyncio.wait_for(process.communicate(), PATIENCE)
     assert process.returncode is not None
     return process.returncode, said.decode()
 

@@ -18,6 +18,7 @@ from dairllm.formats.random_model import byte_vocabulary, small_spec, write_rand
 from dairllm.graph.types import FloatType
 from dairllm.units import parse_size
 from tests.commands.node_process import WorkerProcess
+from tests.patience import PATIENCE
 
 MIB = 1 << 20
 CONTEXT = 512
@@ -47,7 +48,7 @@ def smallest(model: Path, *words: object) -> int:
     """The least limit that `generate` would take, as it says where it has less; and what one start differs from another by."""
     command = [sys.executable, "-m", "dairllm", "generate", "--model", str(model), "--prompt-ids", "5", "--max-seq-len", str(CONTEXT)]
     command += ["--memory-limit", "20MiB", *map(str, words)]
-    told = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False).stderr
+    told = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False).stderr
     found = re.search(r"; (\d+MiB) would do", told)
     assert found is not None, told
     return parse_size(found[1]) + MIB
@@ -72,7 +73,7 @@ def generate(model: Path, *words: object, limit: int | None = None) -> dict[str,
         command += ["--memory-limit", f"{limit}B"]
     with group_of(limit) if limit is not None else contextlib.nullcontext() as group:
         enter = None if group is None else group.enter
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, preexec_fn=enter, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, preexec_fn=enter, check=False)
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout)
     return found
@@ -104,11 +105,13 @@ def test_a_process_keeps_its_limit_from_the_smallest_on(
 def test_a_limit_below_the_smallest_is_refused_with_one_that_works(model: Path) -> None:
     limit = smallest(model)
     command = [sys.executable, "-m", "dairllm", "generate", "--model", str(model), "--prompt-ids", "5", "--max-seq-len", str(CONTEXT)]
-    refused = subprocess.run([*command, "--memory-limit", f"{limit - 4 * MIB}B"], capture_output=True, text=True, timeout=60, check=False)
+    refused = subprocess.run(
+        [*command, "--memory-limit", f"{limit - 4 * MIB}B"], capture_output=True, text=True, timeout=PATIENCE, check=False
+    )
     assert refused.returncode == 1
     assert f"the memory limit {limit - 4 * MIB}B = " in refused.stderr
     command += ["--memory-limit", f"{limit}B", "--steps", "1"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=True)
     assert "smallest limit" in done.stderr, "the plan is shown"
     assert "weights are read by the way" in done.stderr
 
@@ -131,6 +134,6 @@ def test_a_worker_with_the_model_keeps_its_limit(model: Path, expected: dict[str
 def test_a_limit_beyond_the_machine_is_told(model: Path) -> None:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     command = [sys.executable, "-m", "dairllm", "generate", "--model", str(model), "--prompt-ids", "5", "--steps", "1", "--json"]
-    done = subprocess.run([*command, "--memory-limit", f"{2 * memory}B"], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run([*command, "--memory-limit", f"{2 * memory}B"], capture_output=True, text=True, timeout=PATIENCE, check=True)
     assert "the memory limit is more than there is" in done.stderr
     assert json.loads(done.stdout)["memory_plan"]["limit_bytes"] <= memory

@@ -8,6 +8,7 @@ import pytest
 from dairllm.commands import prepare, verify
 from dairllm.errors import ConfigError, FormatError, GraphError
 from dairllm.formats.random_model import small_spec, write_random_model
+from tests.patience import PATIENCE
 
 Capture = pytest.CaptureFixture[str]
 
@@ -89,6 +90,6 @@ def test_a_torn_model_is_not_spread(path: Path) -> None:
 
 def test_the_command(path: Path) -> None:
     command = [sys.executable, "-m", "dairllm", "prepare", str(path), "--nodes", "2", "--node", "1", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads(done.stdout)["files"][0]["state"] == "written"

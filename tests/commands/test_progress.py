@@ -7,6 +7,7 @@ import pytest
 import structlog
 
 from dairllm.commands import progress
+from tests.patience import PATIENCE, comes, until
 
 
 @pytest.fixture(autouse=True)
@@ -15,7 +16,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_is_quick_is_silent(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(progress, "PATIENCE_SECONDS", 60.0)
+    monkeypatch.setattr(progress, "PATIENCE_SECONDS", PATIENCE)
     with progress.waiting("working"):
         pass
     assert capsys.readouterr() == ("", "")
@@ -23,15 +24,13 @@ def test_what_is_quick_is_silent(capsys: pytest.CaptureFixture[str], monkeypatch
 
 def test_what_takes_long_is_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     with progress.waiting("working"):
-        time.sleep(0.3)
-    assert capsys.readouterr() == ("", "working ...\n")
+        assert comes(lambda: capsys.readouterr() == ("", "working ...\n"))
 
 
 def test_a_bar_without_a_terminal_is_such_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     with progress.byte_bar("converting") as report:
         assert report is None
-        time.sleep(0.3)
-    assert capsys.readouterr() == ("", "converting ...\n")
+        assert comes(lambda: capsys.readouterr() == ("", "converting ...\n"))
 
 
 def test_a_few_things_are_a_line_each(capsys: pytest.CaptureFixture[str]) -> None:
@@ -58,17 +57,16 @@ async def test_a_service_tells_its_log(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "TELLING_SECONDS", 0.05)
     with structlog.testing.capture_logs() as logs:
         async with progress.telling("working"):
-            await asyncio.sleep(0.5)
+            await until(lambda: len(logs) >= 2)
         told = list(logs)
         await asyncio.sleep(0.2)
-    assert len(told) >= 2
     assert {entry["event"] for entry in told} == {"working"}
-    assert all(0 <= entry["seconds"] <= 60 for entry in told)
+    assert all(0 <= entry["seconds"] <= PATIENCE for entry in told)
     assert logs == told, "nothing is told when it is over"
 
 
 async def test_a_service_does_not_tell_what_is_quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(progress, "PATIENCE_SECONDS", 60.0)
+    monkeypatch.setattr(progress, "PATIENCE_SECONDS", PATIENCE)
     with structlog.testing.capture_logs() as logs:
         async with progress.telling("working"):
             await asyncio.sleep(0)

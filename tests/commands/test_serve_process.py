@@ -18,7 +18,8 @@ import pytest
 from dairllm.commands.progress import COMPILING
 from dairllm.formats.random_model import byte_vocabulary, small_spec, write_random_model
 from tests.api.serving import write_model
-from tests.commands.node_process import ServeProcess
+from tests.commands.node_process import IN_TIME, ServeProcess
+from tests.patience import PATIENCE
 
 Start = Callable[..., ServeProcess]
 
@@ -57,7 +58,7 @@ def test_a_server_from_start_to_end(model: Path, start: Start) -> None:
     assert "dairllm_generation_tokens_total 40.0" in httpx.get(f"{server.url}/metrics").text
     code, seconds = server.stop()
     assert code == 0
-    assert seconds < 5
+    assert seconds < IN_TIME
     assert [line["event"] for line in server.lines() if line["event"] != COMPILING] == [
         "listening", "memory plan", "kernels ready", "ready", "answered", "answered", "shutting down",
     ]  # fmt: skip
@@ -87,7 +88,7 @@ def test_a_signal_in_the_middle_of_an_answer(model: Path, start: Start) -> None:
         events += lines
     waiting.join()
     assert code == 0
-    assert seconds < 5
+    assert seconds < IN_TIME
     *pieces, last, done = [json.loads(event[6:]) if event != "data: [DONE]" else None for event in events if event]
     assert done is None
     assert last == {"error": {"message": "shutting down", "type": "server_error", "param": None, "code": "service_unavailable"}}
@@ -109,7 +110,7 @@ def test_a_signal_while_kernels_are_compiled(model: Path, start: Start, tmp_path
     assert refused.json()["error"]["message"] == "compiling kernels"
     code, seconds = server.stop(signal.SIGINT)
     assert code == 0
-    assert seconds < 5
+    assert seconds < IN_TIME
     assert "Traceback" not in server.text()
 
 
@@ -125,7 +126,7 @@ def test_a_worker_that_is_not_there_is_named_and_waited_for(model: Path, start: 
         assert [line["event"] for line in server.lines()].count("model not available") == 1, "told once"
         code, seconds = server.stop()
     assert code == 0
-    assert seconds < 5
+    assert seconds < IN_TIME
     assert "Traceback" not in server.text()
 
 
@@ -145,7 +146,7 @@ def test_memory_is_flat(model: Path, start: Start) -> None:
             with client.stream("POST", "/v1/completions", json={"prompt": "on", "max_tokens": 3000, "stream": True}) as answer:
                 next(answer.iter_lines())
 
-    with httpx.Client(base_url=server.url, timeout=60) as client:
+    with httpx.Client(base_url=server.url, timeout=PATIENCE) as client:
         assert client.post("/v1/completions", json={"prompt": [7] * 4000, "max_tokens": 100}).status_code == 200
         for _ in range(2):
             round_of_requests(client)
@@ -180,7 +181,7 @@ def test_a_mistake_is_one_line_before_anything_is_served(
     write_random_model(lone, small_spec())
     byte_vocabulary(400).write(wide)
     server = start(*(word.format(model=model, lone=lone, wide=wide) for word in arguments))
-    assert server.process.wait(60) == code, server.text()
+    assert server.process.wait(PATIENCE) == code, server.text()
     (line,) = [line for line in server.text().splitlines() if not line.startswith("{")]
     assert line.startswith("dairllm: error: ")
     assert message in line
@@ -191,7 +192,7 @@ def test_a_port_that_is_taken_is_one_line_and_code_1(model: Path, start: Start) 
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         server = start("--model", model, "--port", port)
-        assert server.process.wait(60) == 1
+        assert server.process.wait(PATIENCE) == 1
     assert server.text() == f"dairllm: error: cannot listen on 127.0.0.1 port {port}: Address already in use\n"
 
 

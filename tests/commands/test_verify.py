@@ -11,6 +11,7 @@ from dairllm.errors import FormatError
 from dairllm.formats.digest import digests_path
 from dairllm.formats.model_file import ModelFile
 from dairllm.formats.random_model import small_spec, write_random_model
+from tests.patience import PATIENCE
 
 Capture = pytest.CaptureFixture[str]
 
@@ -78,7 +79,7 @@ def test_many_torn_tensors_are_counted(path: Path) -> None:
 def test_the_command(path: Path) -> None:
     def verify(*arguments: str) -> "subprocess.CompletedProcess[str]":
         command = [sys.executable, "-m", "dairllm", "verify", str(path), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
 
     done = verify("--json")
     assert (done.returncode, done.stderr) == (0, "")

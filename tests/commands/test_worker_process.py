@@ -19,7 +19,8 @@ from dairllm.commands.progress import COMPILING
 from dairllm.formats.digest import compute_digests
 from dairllm.formats.model_file import ModelFile
 from dairllm.units import parse_size
-from tests.commands.node_process import WorkerProcess
+from tests.commands.node_process import IN_TIME, WorkerProcess
+from tests.patience import PATIENCE
 
 DATA = Path(__file__).parents[1] / "data" / "dllama"
 ACK = b"\xaa\xaag\x01"
@@ -55,7 +56,7 @@ def health(**environment: str) -> "subprocess.CompletedProcess[str]":
         capture_output=True,
         text=True,
         env={**os.environ, **environment},
-        timeout=60,
+        timeout=PATIENCE,
         check=False,
     )
 
@@ -82,7 +83,7 @@ def test_a_worker_from_start_to_end(start: Any) -> None:
     assert "dairllm_rows_computed_total 64.0" in metrics
     code, seconds = worker.stop()
     assert code == 0
-    assert seconds < 3
+    assert seconds < IN_TIME
     assert {"listening", "root connected", "memory plan", "weights received", "session finished", "shutting down"} <= {
         line["event"] for line in worker.lines()
     }
@@ -107,7 +108,7 @@ def test_a_worker_with_a_model_of_its_own(start: Any, tmp_path: Path) -> None:
 def test_a_model_that_is_none_is_told_in_a_line(start: Any, tmp_path: Path) -> None:
     (tmp_path / "m.m").write_bytes(bytes(100))
     worker = start("--model", str(tmp_path / "m.m"))
-    assert worker.process.wait(60) == 1
+    assert worker.process.wait(PATIENCE) == 1
     assert worker.text().splitlines()[-1].startswith(f"dairllm: error: {tmp_path / 'm.m'}, byte 0: expected ")
 
 
@@ -130,7 +131,7 @@ def test_a_signal_at_any_stage_ends_it_in_time_with_0(start: Any) -> None:
     for number, (stage, worker) in enumerate(workers.items()):
         code, seconds = worker.stop(signal.SIGINT if number % 2 else signal.SIGTERM)
         assert code == 0, stage
-        assert seconds < 3, stage
+        assert seconds < IN_TIME, stage
         assert "Traceback" not in worker.text()
     for root in roots:
         root.close()
@@ -149,7 +150,7 @@ def test_a_signal_in_the_middle_of_a_token_waits_for_it_in_vain_no_longer_than_t
         time.sleep(0.2)
         code, seconds = worker.stop()
     assert code == 0
-    assert 0.25 < seconds < 3
+    assert 0.25 < seconds < IN_TIME
     assert [line["stage"] for line in worker.lines() if line["event"] == "session stopped"] == ["pipe rows"]
 
 
@@ -165,7 +166,7 @@ def test_a_signal_while_kernels_are_compiled_ends_it_at_once(start: Any, tmp_pat
     assert worker.wait_for(COMPILING)["seconds"] >= 2, "the log shows that it lives"
     code, seconds = worker.stop()
     assert code == 0
-    assert seconds < 3
+    assert seconds < IN_TIME
 
 
 def test_who_answers_something_else_is_not_ready() -> None:
@@ -184,7 +185,7 @@ def test_who_answers_something_else_is_not_ready() -> None:
         connection.recv(1000)
         connection.sendall(b"SSH-2.0-x\r\n\r\n")
         connection.close()
-        assert asking.wait(30) == 1
+        assert asking.wait(PATIENCE) == 1
         assert asking.stderr is not None
         assert asking.stderr.read().startswith(f"dairllm: error: no worker answers on 127.0.0.1 port {port}: ")
 
@@ -202,7 +203,7 @@ def test_who_answers_something_else_is_not_ready() -> None:
 )
 def test_a_wrong_setting_is_one_line_and_code_2(start: Any, arguments: list[str], message: str) -> None:
     worker = start(*arguments)
-    assert worker.process.wait(60) == 2
+    assert worker.process.wait(PATIENCE) == 2
     assert worker.text() == f"dairllm: error: {message}\n"
 
 
@@ -210,5 +211,5 @@ def test_a_port_that_is_taken_is_one_line_and_code_1(start: Any) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         worker = start("--metrics-port", str(port))
-        assert worker.process.wait(60) == 1
+        assert worker.process.wait(PATIENCE) == 1
     assert worker.text() == f"dairllm: error: cannot listen on 127.0.0.1 port {port}: Address already in use\n"

@@ -25,6 +25,7 @@ from dairllm.formats.random_model import small_spec, write_random_model
 from dairllm.graph.build import build_graph
 from dairllm.graph.model import Architecture
 from dairllm.graph.types import FloatType, MatmulConfig, Op, OpCode, Pointer, PointerSource, PointerType, Size
+from tests.patience import PATIENCE
 
 BLOCK = 4096
 HUGE = 2 << 20
@@ -191,7 +192,7 @@ def come(pager: Pager, step: int) -> None:
     while pager.blocks.missing(needed, event.set):
         if not all(pager.blocks.asked(block) for block in needed):
             pager.look_ahead(step)
-        assert event.wait(20), "nothing comes"
+        assert event.wait(PATIENCE), "nothing comes"
         event.clear()
 
 

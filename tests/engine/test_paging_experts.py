@@ -17,6 +17,7 @@ from dairllm.engine.paging_slots import Slots
 from dairllm.engine.paging_steps import Block, Step
 from dairllm.engine.paging_window import Window, open_window
 from dairllm.formats.file_stamp import FileStamp
+from tests.patience import PATIENCE
 
 BLOCK = 64 << 10
 LAYERS, EXPERTS, LONG = 4, 8, 3
@@ -73,7 +74,7 @@ def read(policy: Policy, routing: list[list[set[int]]], room: int) -> list[int]:
                 pager.look_ahead(number)
                 pager.demand(number, experts)
                 while pager.blocks.missing(needed, event.set):
-                    assert event.wait(20)
+                    assert event.wait(PATIENCE)
                     event.clear()
                 assert set(needed) <= window.held
                 assert len(window.held) <= room

@@ -21,6 +21,7 @@ from dairllm.formats.share_writer import ShareWriter
 from dairllm.graph.model import Architecture, ModelSpec
 from dairllm.graph.slicing import deal_shares, nearly_equal_sizes, parse_shares
 from dairllm.graph.types import FloatType
+from tests.patience import PATIENCE
 
 SPEC = small_spec(dim=128, hidden_dim=256, n_layers=3)
 MOE = small_spec(Architecture.QWEN3_MOE, FloatType.Q80)
@@ -185,7 +186,7 @@ def test_it_goes_on_where_it_was_cut_short(path: Path, tmp_path: Path, name: str
     expected = prepared(reference).read_bytes()
     for part in ("0.4", "0.8"):
         command = [sys.executable, "-c", CHILD, str(path), part, name]
-        done = subprocess.run(command, capture_output=True, timeout=60, check=False, cwd=Path(__file__).parents[2])
+        done = subprocess.run(command, capture_output=True, timeout=PATIENCE, check=False, cwd=Path(__file__).parents[2])
         assert done.returncode == -getattr(signal, name), done.stderr
         assert share_paths(path) == []
     told: list[int] = []

@@ -20,12 +20,13 @@ from dairllm.kernels.object_code_cache import ObjectCodeCache, Objects, decode, 
 from dairllm.kernels.object_code_compiler import compile_objects
 from dairllm.kernels.targets import TARGETS
 from tests.kernels.start_kernels import own_objects
+from tests.patience import PATIENCE
 
 of_x86 = pytest.mark.skipif(platform.machine() not in MACHINES, reason="objects of x86-64")
 
 ROOT = Path(__file__).parents[2]
 OBJECTS: Objects = {"run_threads": ("symbol of one", bytes(range(256))), "ring": ("symbol of the other", b"\n\n\0")}
-PATIENCE = 60
+
 TARGET = TARGETS[0]
 
 

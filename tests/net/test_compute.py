@@ -12,13 +12,17 @@ import pytest
 
 from dairllm.errors import EngineError
 from dairllm.net.compute import BRIEF_SECONDS, Compute
+from tests.patience import PATIENCE, until
 
 
 class Work:
-    """A program: how long it takes, in seconds."""
+    """A program: how long it takes, in seconds; what it waits for then."""
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, seconds: float, until: threading.Event | None = None) -> None:
         self.seconds = seconds
+        self.until = until or threading.Event()
+        if until is None:
+            self.until.set()
 
 
 class SlowComputer:
@@ -34,10 +38,11 @@ class SlowComputer:
     def submit(self, program: Work, first_segment: int, end_segment: int, position: int, rows: int, first_row: int = 0) -> None:
         self.beside.append((first_segment, end_segment, position, rows, first_row))
         self.busy = True
-        threading.Thread(target=self._work, args=(program.seconds,), daemon=True).start()
+        threading.Thread(target=self._work, args=(program.seconds, program.until), daemon=True).start()
 
-    def _work(self, seconds: float) -> None:
+    def _work(self, seconds: float, until: threading.Event) -> None:
         time.sleep(seconds)
+        until.wait(PATIENCE)
         os.eventfd_write(self.eventfd, 1)
 
     def finish(self) -> None:
@@ -73,20 +78,19 @@ async def compute(computer: SlowComputer, brief_seconds: float) -> AsyncIterator
 
 
 async def test_the_loop_goes_on_meanwhile(computer: SlowComputer, compute: Compute[Work]) -> None:
-    ticks = 0
+    """The work ends only when the loop has gone on beside it."""
+    slow = Work(0.0, threading.Event())
 
     async def tick() -> None:
-        nonlocal ticks
         while True:
-            ticks += 1
             await asyncio.sleep(0.005)
+            if computer.busy:
+                slow.until.set()
 
     ticking = asyncio.create_task(tick())
-    slow = Work(0.1)
-    await compute.run(slow, 0, 3, 7, 1)
-    assert ticks >= 5
-    await compute.run(slow, 0, 3, 8, 1)
-    assert ticks >= 10
+    for position in (7, 8):
+        slow.until.clear()
+        await compute.run(slow, 0, 3, position, 1)
     assert computer.beside == [(0, 3, 7, 1, 0), (0, 3, 8, 1, 0)]
     assert computer.here == []
     ticking.cancel()
@@ -138,13 +142,15 @@ async def test_an_error_is_raised_where_it_is_waited_for(computer: SlowComputer,
 
 
 async def test_who_is_cancelled_waits_until_the_threads_have_left(computer: SlowComputer, compute: Compute[Work]) -> None:
-    running = asyncio.create_task(compute.run(Work(0.2), 0, 1, 0, 1))
-    await asyncio.sleep(0.02)
+    work = Work(0.0, threading.Event())
+    running = asyncio.create_task(compute.run(work, 0, 1, 0, 1))
+    await until(lambda: computer.busy)
     for _ in range(2):  # even when told twice
         running.cancel()
         await asyncio.sleep(0.02)
         assert computer.busy
         assert not running.done()
+    work.until.set()
     with pytest.raises(asyncio.CancelledError):
         await running
     assert not computer.busy

@@ -16,6 +16,7 @@ from dairllm.net.compute import Compute
 from dairllm.nodes.generation import Generation, Model
 from dairllm.nodes.local import LocalNode
 from dairllm.nodes.root import Cluster
+from tests.patience import PATIENCE
 
 __all__ = ["MakeCluster", "compute", "ids_of", "make_cluster", "one_node"]
 
@@ -50,7 +51,7 @@ async def make_cluster(compute: Compute[Program]) -> AsyncIterator[MakeCluster]:
 
 
 async def ids_of(model: Model, prompt: Sequence[int], steps: int) -> list[int]:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE):
         return [token async for token in Generation(model, Sampler(0.0, 1.0, 0), prompt, steps).run()]
 
 

@@ -47,6 +47,7 @@ from dairllm.protocol.dllama.events import Event
 from dairllm.protocol.dllama.worker import Stage, WorkerSession
 from dairllm.telemetry import Meters
 from tests.nodes.clusters import compute, make_cluster  # noqa: F401 - fixtures
+from tests.patience import PATIENCE
 
 DATA = Path(__file__).parents[1] / "data" / "dllama"
 Log = list[dict[str, Any]]
@@ -339,7 +340,7 @@ class Root:
         self.streams[index][1].write(data)
 
     async def hear_ack(self, index: int) -> None:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE):
             assert await self.streams[index][0].readexactly(4) == encode_ack()
 
     async def close(self) -> None:

@@ -20,13 +20,14 @@ from dairllm.formats.random_model import small_spec, write_random_model
 from dairllm.graph.build import build_graph
 from dairllm.net.compute import Compute
 from dairllm.nodes.local import LocalNode, default_sync
+from tests.patience import PATIENCE
 
 DISK_BYTES, LEFT_BYTES = 64 << 20, 12 << 20
 BLOCK = 64 << 10
 
 
 def done(*words: object) -> str:
-    return subprocess.run([str(word) for word in words], check=True, capture_output=True, text=True, timeout=60).stdout.strip()
+    return subprocess.run([str(word) for word in words], check=True, capture_output=True, text=True, timeout=PATIENCE).stdout.strip()
 
 
 @pytest.fixture

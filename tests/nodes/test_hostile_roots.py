@@ -25,6 +25,7 @@ from dairllm.protocol.dllama.codec import (
     encode_weights_end,
 )
 from dairllm.protocol.dllama.worker import Stage
+from tests.patience import PATIENCE
 
 MIB = 1 << 20
 SHORT = dict.fromkeys(("handshake", "mesh", "configuration", "weights", "exchange"), "50ms")
@@ -38,7 +39,7 @@ def graph() -> tuple[NetworkConfig, NodeConfig]:
 
 async def failure(worker: Any, play: Any, logged: Any, said: bytes) -> dict[str, Any]:
     """How the session ended that these bytes began."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE):
         await play(worker.address, said)
     (failed,) = (entry for entry in logged if entry["event"] == "session failed")
     logged.clear()
@@ -46,10 +47,13 @@ async def failure(worker: Any, play: Any, logged: Any, said: bytes) -> dict[str,
 
 
 async def serves(worker: Any, recording: Any, play: Any) -> None:
-    async with asyncio.timeout(10):
-        while worker.meters.sessions_running:  # noqa: ASYNC110 - a meter, which nobody can wait for
-            await asyncio.sleep(0.01)
-        assert len(await play(worker.address, recording.said)) == len(recording.answered)
+    async with asyncio.timeout(PATIENCE):
+        # Where the processors are busy a short deadline may end a session that is in order: the root comes again.
+        heard = b""
+        while len(heard) != len(recording.answered):
+            while worker.meters.sessions_running:  # noqa: ASYNC110 - a meter, which nobody can wait for
+                await asyncio.sleep(0.01)
+            heard = await play(worker.address, recording.said)
 
 
 def with_pipe(network: NetworkConfig, number: int, size: Size) -> NetworkConfig:
@@ -138,7 +142,7 @@ async def test_spoilt_bytes_at_any_place_cost_one_session(make_worker: Any, play
         end = configuration if number % 4 else len(said)
         for _ in range(dice.choice((1, 1, 3))):
             said[dice.randrange(end)] = dice.choice((0, 1, 0x7F, 0xFF, dice.randrange(256)))
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE):
             await play(worker.address, bytes(said))
             while worker.meters.sessions_running:  # noqa: ASYNC110 - a meter, which nobody can wait for
                 await asyncio.sleep(0.005)
@@ -151,7 +155,7 @@ async def test_random_bytes_after_a_greeting_cost_one_session(make_worker: Any, 
     worker = await make_worker(deadlines=SHORT)
     dice = random.Random(6)  # noqa: S311 - test data
     for _ in range(20):
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE):
             await play(worker.address, HELLO + encode_ack() + dice.randbytes(2000))
     assert worker.meters.sessions["bug"] == 0
     await serves(worker, recording, play)

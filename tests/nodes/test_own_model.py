@@ -39,6 +39,7 @@ from dairllm.protocol.dllama.codec import (
 )
 from dairllm.protocol.dllama.references import write_references
 from tests.nodes.clusters import MakeCluster, ids_of, one_node
+from tests.patience import PATIENCE
 
 MIB = 1 << 20
 IDS = [(7 * place + 3) % 320 for place in range(37)]
@@ -61,7 +62,7 @@ def events(logged: list[dict[str, Any]], event: str) -> list[dict[str, Any]]:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE):
         while not condition():  # noqa: ASYNC110 - what a worker counts wakes nobody
             await asyncio.sleep(0.01)
 
@@ -311,7 +312,7 @@ async def test_a_root_that_misuses_references_loses_its_session(
 ) -> None:
     write_random_model(tmp_path / "m.m", SPEC)
     worker = await make_worker(own=tmp_path / "m.m", deadlines=dict.fromkeys(("handshake", "configuration", "weights"), "200ms"))
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE):
         await play(worker.address, BEFORE + said)
         await until(lambda: not worker.meters.sessions_running)
     (failed,) = events(logged, "session failed")
@@ -333,7 +334,7 @@ async def test_spoilt_references_cost_one_session(make_worker: Any, play: Any, r
         end = len(references) if number % 4 else len(said)
         for _ in range(dice.choice((1, 1, 3))):
             said[dice.randrange(end)] = dice.choice((0, 1, 0x7F, 0xFF, dice.randrange(256)))
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE):
             await play(worker.address, BEFORE + bytes(said))
             await until(lambda: not worker.meters.sessions_running)
     assert worker.meters.sessions["bug"] == 0

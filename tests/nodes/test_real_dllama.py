@@ -34,6 +34,7 @@ from dairllm.nodes.root import Cluster
 from dairllm.units import parse_size
 from tests.commands.node_process import WorkerProcess
 from tests.nodes.clusters import ids_of, one_node
+from tests.patience import PATIENCE
 
 DLLAMA = os.environ.get("DAIRLLM_TEST_DLLAMA", "")
 DATA = Path(__file__).parents[1] / "data" / "dllama"
@@ -73,7 +74,7 @@ def cpp_worker(cpp_processes: list[subprocess.Popen[bytes]]) -> Iterator[Any]:
         port = free_port()
         arguments = [DLLAMA, "worker", "--port", str(port), "--nthreads", "1", "--net-turbo", "0"]
         made.append(subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))  # noqa: ASYNC220 - returns at once
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE):
             while not listens(port):  # noqa: ASYNC110 - another process
                 await asyncio.sleep(0.02)
         return port
@@ -81,7 +82,7 @@ def cpp_worker(cpp_processes: list[subprocess.Popen[bytes]]) -> Iterator[Any]:
     yield start
     for process in made:
         process.kill()
-        process.wait(10)
+        process.wait(PATIENCE)
 
 
 async def generate(model: Path, tokenizer: Path, sync: str, ports: list[int], steps: int = 64) -> list[str]:
@@ -94,7 +95,7 @@ async def generate(model: Path, tokenizer: Path, sync: str, ports: list[int], st
         stderr=asyncio.subprocess.STDOUT,
     )
     try:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE):
             out, _ = await process.communicate()
     finally:
         with contextlib.suppress(ProcessLookupError):
@@ -189,7 +190,7 @@ async def test_their_roots_weights_take_little_memory_where_they_are_here(tmp_pa
             held.append(most - before)
         finally:
             worker.process.kill()
-            worker.process.wait(10)
+            worker.process.wait(PATIENCE)
     assert pieces[0] == pieces[1]
     assert held[1] > share * 0.9
     assert held[0] < share * 0.55, "columns alone are copied together"
@@ -245,7 +246,7 @@ async def our_root(compute: Compute[Program], path: Path, ports: Sequence[int], 
     with ModelFile.open(path) as model:
         cluster = Cluster(model, [WorkerAddress("127.0.0.1", port) for port in ports], compute, n_threads=1, sizes=sizes)
         try:
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(PATIENCE):
                 await cluster.open()
             yield cluster
         finally:

@@ -28,6 +28,7 @@ from dairllm.protocol.dllama.events import NodeReceived
 from dairllm.protocol.dllama.worker import Stage, WorkerSession
 from tests.nodes.clusters import MakeCluster, ids_of, one_node
 from tests.nodes.conftest import Recording, Running, load_recording
+from tests.patience import PATIENCE
 
 DATA = Path(__file__).parents[1] / "data" / "dllama"
 GOLDEN = json.loads((DATA / "golden.json").read_text())["models"]
@@ -233,7 +234,7 @@ async def same_as_one_node(
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE):
         while not condition():  # noqa: ASYNC110 - what a worker counts wakes nobody
             await asyncio.sleep(0.01)
 

@@ -17,6 +17,7 @@ from dairllm.nodes.service import QueueFullError, Service, UnavailableError
 from dairllm.telemetry import Readiness, ServiceMeters
 from dairllm.text.tokenizer import Tokenizer
 from tests.api.serving import Models, write_model
+from tests.patience import PATIENCE
 
 PROMPT = tuple(range(40, 60))
 BRIEF = Order(PROMPT, 4)
@@ -31,7 +32,7 @@ class Serviced:
     meters: ServiceMeters
 
     async def until(self, condition: Callable[[], bool]) -> None:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE):
             while not condition():  # noqa: ASYNC110 - what is waited for has no event
                 await asyncio.sleep(0.002)
 
