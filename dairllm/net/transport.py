@@ -5,7 +5,9 @@ A :class:`Connection` only moves bytes. What they mean, and where the next ones 
 the question whether it completed an event. Bulk data costs no copy and wakes no task before its last byte.
 
 **Nothing is dropped.** What comes while nobody waits (a peer may be ahead of our own control packet) is kept by the link; when that is
-full, reading pauses and TCP holds the sender back.
+full, reading pauses and TCP holds the sender back. One method pauses and resumes, `_read_or_pause`, by one rule: reading goes on
+exactly while the link has room. It is called wherever that may have changed: after bytes came in, and after an event was taken.
+Whoever waits for an event of a link that is full and holds none would wait for ever, and is told so.
 
 **Writing.** :meth:`Connection.send` takes views of memory that lives on, such as pipe rows. uvloop sends what the kernel takes at once
 and keeps *references* to the rest (asyncio's own loop copies it). Hence an invariant that all callers keep: memory that was sent is not
@@ -15,8 +17,7 @@ written again, by a computation or by received bytes, until :meth:`Connection.fl
 longer than the message. So whoever awaits an event looks for it a moment before it leaves the matter to the loop, giving the processor to
 whoever else wants it. A connection that has been slow of late is not lingered for.
 
-**Deadlines** count from the last byte that came (or, while flushing, that went). A connection has one timer, re-armed only when it
-fires: a wait that ends in time costs none.
+**Deadlines** count from the last byte that came for who reads, from the last that went for who flushes (`dairllm.net.silence`).
 """
 
 import asyncio
@@ -30,8 +31,9 @@ from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar, cast
 
 from dairllm.config import Keepalive
-from dairllm.errors import NetworkError, RemoteProtocolError
+from dairllm.errors import LocalProtocolError, NetworkError, ProtocolError, RemoteProtocolError
 from dairllm.net.addresses import Address, address_of
+from dairllm.net.silence import Silence
 from dairllm.units import format_duration
 
 __all__ = ["Connection", "Incoming", "dial"]
@@ -73,9 +75,13 @@ class Connection(asyncio.BufferedProtocol):
         self._error: NetworkError | None = None
         self._eof = self._paused = self._full = False
         self._reader: asyncio.Future[object] | None = None
+        self._unclaimed: asyncio.Future[object] | None = None
+        """What came in the very moment in which its reader was cancelled: the next one's."""
         self._writer: asyncio.Future[None] | None = None
-        self._timer: asyncio.TimerHandle | None = None
-        self._silence, self._since, self._unsent = math.inf, 0.0, 0
+        self._received_at = self._taken_at = 0.0
+        self._unsent = 0
+        self._read_silence = Silence(self._loop, lambda: self._received_at, self._give_up)
+        self._write_silence = Silence(self._loop, self._last_taken_at, self._give_up)
         self._readable, self._fileno, self._patience = select.poll(), -1, 0.0
         self._closed = self._loop.create_future()
         self.on_early: Callable[[Connection], None] | None = None
@@ -112,6 +118,7 @@ class Connection(asyncio.BufferedProtocol):
     def attach(self, incoming: Incoming[object]) -> None:
         """From now on, what comes is for `incoming`."""
         self._incoming = incoming
+        self._read_or_pause()
 
     async def next_event(self, incoming: Incoming[EventT], silence: float = math.inf) -> EventT:
         """The next event of the link attached, which is `incoming` (named for its type).
@@ -122,26 +129,37 @@ class Connection(asyncio.BufferedProtocol):
         Raises:
             RemoteProtocolError: the peer broke the protocol, or ended in the middle of it.
             NetworkError: it is gone, was silent, or closed the connection where it may.
+            LocalProtocolError: the link is full and holds no event: its owner has to act first.
         """
+        if self._unclaimed is not None:
+            unclaimed, self._unclaimed = self._unclaimed, None
+            return cast(EventT, unclaimed.result())
         event = incoming.next_event()
+        self._read_or_pause()
         if event is not None:
             return event
         if self.has_ended:
             raise self._end_of(incoming)
-        if self._paused and incoming.wants_data and self._transport is not None:
-            self._paused = False
-            self._transport.resume_reading()
         begun = time.perf_counter()
         event = self._look_for(incoming, begun + self._patience)
+        self._read_or_pause()
         if event is not None:
             self._patience = LINGER_SECONDS
             return event
-        self._reader = self._loop.create_future()
-        self._watch(silence)
+        if not incoming.wants_data:
+            raise self._stuck(incoming)
+        self._reader = reader = self._loop.create_future()
+        self._read_silence.begin(silence)
         try:
-            return cast(EventT, await self._reader)
+            return cast(EventT, await reader)
+        except asyncio.CancelledError:
+            if reader.done() and not reader.cancelled():
+                self._unclaimed = reader
+                reader.exception()  # it is known, whether or not somebody comes for it
+            raise
         finally:
             self._reader = None
+            self._read_silence.end()
             soon = time.perf_counter() - begun < LINGER_SECONDS
             self._patience = LINGER_SECONDS if soon else self._patience / 2
 
@@ -177,11 +195,12 @@ class Connection(asyncio.BufferedProtocol):
         if sent is not None and self.bytes_sent - self._unsent >= sent:
             return
         self._writer = self._loop.create_future()
-        self._watch(silence)
+        self._write_silence.begin(silence)
         try:
             await self._writer
         finally:
             self._writer = None
+            self._write_silence.end()
 
     def close(self) -> None:
         """End the connection once all that was sent has gone out."""
@@ -220,21 +239,15 @@ class Connection(asyncio.BufferedProtocol):
         return buffer or memoryview(bytearray(64))
 
     def buffer_updated(self, nbytes: int) -> None:
-        self._since = self._loop.time()
+        self._received_at = self._loop.time()
         self.bytes_received += nbytes
         if self._incoming is None:
             self._notice_early()
             return
         self._incoming.buffer_updated(nbytes)
         if self._reader is not None and not self._reader.done():
-            try:
-                event = self._incoming.next_event()
-            except RemoteProtocolError as error:
-                self._reader.set_exception(error)
-            else:
-                if event is not None:
-                    self._reader.set_result(event)
-        self._pause_if_full()
+            self._serve_reader(self._reader, self._incoming)
+        self._read_or_pause()
 
     def eof_received(self) -> bool:
         self._eof = True
@@ -271,7 +284,6 @@ class Connection(asyncio.BufferedProtocol):
                         return None
                     self.bytes_received += nbytes
                     incoming.buffer_updated(nbytes)
-                    self._pause_if_full()
                     event = incoming.next_event()
                     if event is not None or not incoming.wants_data:
                         return event
@@ -286,10 +298,31 @@ class Connection(asyncio.BufferedProtocol):
             self.abort()
             raise self._end_of(incoming) from None
 
-    def _pause_if_full(self) -> None:
-        if self._incoming is not None and not self._incoming.wants_data and self._transport is not None:
-            self._paused = True
+    def _read_or_pause(self) -> None:
+        """Read while the link has room, pause while it has none. Nobody else pauses or resumes."""
+        full = self._incoming is not None and not self._incoming.wants_data
+        if full == self._paused or self._transport is None or self._transport.is_closing():
+            return
+        self._paused = full
+        if full:
             self._transport.pause_reading()
+        else:
+            self._transport.resume_reading()
+
+    def _serve_reader(self, reader: asyncio.Future[object], incoming: Incoming[object]) -> None:
+        """Bytes have come: hand over the event that they complete, if they do."""
+        try:
+            event = incoming.next_event()
+            if event is None and not incoming.wants_data:
+                raise self._stuck(incoming)
+        except ProtocolError as error:
+            reader.set_exception(error)
+        else:
+            if event is not None:
+                reader.set_result(event)
+
+    def _stuck(self, incoming: Incoming[object]) -> LocalProtocolError:
+        return LocalProtocolError(f"{self.peer}: waited for, but full, and its owner has to act first; expecting {incoming.expecting}")
 
     def _notice_early(self) -> None:
         if self._incoming is None and self.on_early is not None:
@@ -310,30 +343,15 @@ class Connection(asyncio.BufferedProtocol):
         if self._reader is not None and not self._reader.done() and self._incoming is not None:
             self._reader.set_exception(self._end_of(self._incoming))
 
-    def _watch(self, silence: float) -> None:
-        self._silence, self._since = silence, self._loop.time()
-        due = self._since + silence
-        if math.isfinite(due) and (self._timer is None or self._timer.when() > due):
-            if self._timer is not None:
-                self._timer.cancel()
-            self._timer = self._loop.call_at(due, self._look)
+    def _last_taken_at(self) -> float:
+        """The loop's time at which the kernel was last seen to have taken something of what was sent."""
+        unsent = 0 if self._transport is None else self._transport.get_write_buffer_size()
+        if unsent != self._unsent:
+            self._unsent, self._taken_at = unsent, self._loop.time()
+        return self._taken_at
 
-    def _look(self) -> None:
-        """The timer fired: is anybody still waiting, and has nothing moved?"""
-        self._timer = None
-        if self._reader is None and self._writer is None:
-            return
-        now = self._loop.time()
-        if self._writer is not None and self._transport is not None:
-            unsent = self._transport.get_write_buffer_size()
-            if unsent != self._unsent:
-                self._unsent, self._since = unsent, now
-        due = self._since + self._silence
-        if now < due:
-            if math.isfinite(due):
-                self._timer = self._loop.call_at(due, self._look)
-            return
-        self._fail(NetworkError(f"{self.peer} was silent for {format_duration(self._silence)}"))
+    def _give_up(self, silence: float) -> None:
+        self._fail(NetworkError(f"{self.peer} was silent for {format_duration(silence)}"))
         self.abort()
 
     def _fail(self, error: NetworkError) -> None:
@@ -342,9 +360,8 @@ class Connection(asyncio.BufferedProtocol):
         self._settle_reader()
         if self._writer is not None and not self._writer.done():
             self._writer.set_exception(self._end_of(self._incoming))
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        self._read_silence.cancel()
+        self._write_silence.cancel()
 
 
 async def dial(address: Address, port: int, keepalive: Keepalive, within: float, source: Address | None = None) -> Connection:

@@ -17,7 +17,7 @@ from dairllm.engine.located_weights import LocatedWeights
 from dairllm.engine.paging import PagingSettings
 from dairllm.engine.program import Program
 from dairllm.engine.weights import WireWeights
-from dairllm.errors import DairllmError, LocalProtocolError, NetworkError, RemoteProtocolError
+from dairllm.errors import DairllmError, LocalProtocolError, NetworkError, ProtocolError, RemoteProtocolError
 from dairllm.graph.plan import ROOT, Exchange, Run
 from dairllm.graph.references import NO_MODEL
 from dairllm.graph.types import FloatType
@@ -220,7 +220,7 @@ class TensorSession:
         """Tell a root of ours why, and stay until it leaves: the other workers would miss us in the mesh that they still make."""
         told = self._wire.refuse(reason)
         if told:
-            with contextlib.suppress(NetworkError, RemoteProtocolError):
+            with contextlib.suppress(NetworkError, ProtocolError):  # it may also say more than anybody will hear
                 self._root.send([told])
                 await self._next(self._settings.deadlines.handshake)
 

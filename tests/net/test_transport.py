@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from dairllm.config import Keepalive
-from dairllm.errors import NetworkError, RemoteProtocolError
+from dairllm.errors import LocalProtocolError, NetworkError, RemoteProtocolError
 from dairllm.net.addresses import address_of, listening_socket, resolve
 from dairllm.net.transport import Connection, Incoming, dial
 from dairllm.protocol.stream import READ_AHEAD
@@ -121,6 +121,57 @@ async def test_silence_ends_the_wait_and_the_connection(pair: Pair, feed: Feedin
     assert await reader.read() == b""
     with pytest.raises(NetworkError, match="was silent"):
         await connection.next_event(feed)
+
+
+async def test_who_reads_and_who_writes_have_each_their_own_patience(pair: Pair, feed: Feeding) -> None:
+    """What comes does not excuse a peer that takes nothing."""
+    connection, _, writer = pair
+    connection.attach(feed)
+    connection.send([memoryview(bytearray(20_000_000))])
+    flushing = asyncio.create_task(connection.flushed(0.3))
+    await asyncio.sleep(0)
+    feed.want(memoryview(bytearray(1_000_000)))
+    reading = asyncio.create_task(connection.next_event(feed, 60))
+    async with asyncio.timeout(30):
+        while not flushing.done():
+            writer.write(b"x")
+            await asyncio.sleep(0.02)
+    for waiting in (flushing, reading):
+        with pytest.raises(NetworkError, match="was silent for 300ms"):
+            await waiting
+
+
+async def test_an_event_that_comes_as_its_reader_is_cancelled_is_kept(pair: Pair, feed: Feeding) -> None:
+    connection, _, _ = pair
+    connection.attach(feed)
+    piece = memoryview(bytearray(4))
+    feed.want(piece)
+    waiting = asyncio.create_task(connection.next_event(feed, 5))
+    await asyncio.sleep(0.01)
+    connection.get_buffer(-1)[:4] = b"here"
+    connection.buffer_updated(4)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    assert await connection.next_event(feed, 5) == "full"
+    assert bytes(piece) == b"here"
+
+
+async def test_who_waits_for_an_event_of_a_full_link_is_told(pair: Pair, feed: Feeding) -> None:
+    """Before its bytes come and after: nobody but the owner of the link can go on."""
+    connection, _, writer = pair
+    connection.attach(feed)
+    waiting = asyncio.create_task(connection.next_event(feed, 60))
+    await asyncio.sleep(0)
+    writer.write(bytes(2 * READ_AHEAD))
+    for _ in range(2):
+        with pytest.raises(LocalProtocolError, match="waited for, but full"):
+            await waiting
+        waiting = asyncio.create_task(connection.next_event(feed, 60))
+    waiting.cancel()
+    piece = memoryview(bytearray(2 * READ_AHEAD))
+    feed.want(piece)
+    assert await connection.next_event(feed, 5) == "full"
 
 
 async def test_a_slow_peer_is_not_a_silent_one(pair: Pair, feed: Feeding) -> None:

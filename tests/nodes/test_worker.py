@@ -11,6 +11,8 @@ import pytest
 from dairllm.graph.types import FloatType
 from dairllm.protocol.dllama.codec import Greeting, Peer, encode_greeting
 from dairllm.protocol.dllama.worker import Stage
+from dairllm.protocol.stream import READ_AHEAD
+from tests.nodes.conftest import load_recording
 from tests.patience import PATIENCE, until
 
 ACKS = 4 * b"\xaa\xaag\x01"
@@ -64,6 +66,18 @@ async def test_recorded_roots_one_after_the_other(worker: Any, recordings: Any, 
     assert worker.meters.sessions == {"finished": len(recordings)}
     assert worker.meters.rows == 64 * len(recordings)
     assert worker.meters.sessions_running == 0
+
+
+async def test_a_root_whose_configuration_is_longer_than_what_is_read_ahead(make_worker: Any, logged: Any, play: Any) -> None:
+    """64 layers, recorded as far as their weights. All of it has come before the worker looks, as on a busy machine."""
+    worker = await make_worker(deadlines={"configuration": "5s"})
+    recording = load_recording("deep64")
+    assert len(recording.said) > 2 * READ_AHEAD
+    async with asyncio.timeout(60):
+        assert await play(worker.address, recording.said, hang_up=True) == recording.answered == ACKS[:12]
+    (failed,) = events(logged, "session failed")
+    assert failed["stage"] == "weights"
+    assert "closed the connection; expecting " in failed["error"]
 
 
 @pytest.mark.parametrize("faults", [{"chunk": 5}, {"chunk": 1000, "pause": 0.001}])
