@@ -6,17 +6,18 @@ business. So nothing below ``api`` knows Prometheus, and counting costs an addit
 """
 
 import logging
-import os
 import sys
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol, TextIO
+from typing import TYPE_CHECKING, Literal, Protocol, TextIO, cast
 
 import structlog
 
 from dairllm import __version__, machine
+from dairllm.log_lines import LogLines
+from dairllm.log_sink import LogSink
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
@@ -48,44 +49,41 @@ def configure_logging(
 ) -> None:
     """Send all logs, ours and those of libraries, to `stream` (stderr by default).
 
-    `auto` is `console` where the stream is a terminal, else `json`: one line an event. Colours need a terminal and no NO_COLOR.
+    `auto` is `console` where the stream is a terminal, else `json`: one line an event. Colours need a terminal and no NO_COLOR. From now on
+    no log call raises: what cannot be shown is named, what cannot be written is dropped and counted (dairllm.log_sink).
     """
-    out = stream or sys.stderr
-    terminal = out.isatty()
+
+    def told_lost(lines: int) -> str:
+        return render(None, "warning", {"event": "log lines were lost: they could not be written", "lines": lines}) + "\n"
+
+    sink = LogSink(stream or sys.stderr, told_lost)
+    terminal = sink.isatty()
     minimum = getattr(logging, level.upper())
-    shared: list[structlog.typing.Processor] = [
-        structlog.contextvars.merge_contextvars,
-        structlog.processors.add_log_level,
-        structlog.processors.StackInfoRenderer(),
-        structlog.processors.TimeStamper(fmt="iso", utc=True),
-    ]
-    if format == "console" or (format == "auto" and terminal):
-        renderer: structlog.typing.Processor = structlog.dev.ConsoleRenderer(
-            colors=terminal and not os.environ.get("NO_COLOR"), exception_formatter=structlog.dev.plain_traceback
-        )
-    else:
-        shared += [structlog.processors.dict_tracebacks, _what_first]
-        renderer = structlog.processors.JSONRenderer()
+    render = LogLines(console=format == "console" or (format == "auto" and terminal), colors=terminal, private=level == "debug")
     structlog.configure(
-        processors=[*shared, renderer],
+        processors=[render],
         wrapper_class=structlog.make_filtering_bound_logger(minimum),
-        logger_factory=structlog.WriteLoggerFactory(out),
+        logger_factory=structlog.WriteLoggerFactory(cast(TextIO, sink)),  # which only writes and flushes
         cache_logger_on_first_use=False,
     )
-    handler = logging.StreamHandler(out)
-    handler.setFormatter(
-        structlog.stdlib.ProcessorFormatter(
-            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer], foreign_pre_chain=shared
-        )
-    )
     root = logging.getLogger()
-    root.handlers[:] = [handler]
+    root.handlers[:] = [_OfLibraries(sink, render)]
     root.setLevel(max(minimum, logging.WARNING))  # libraries say at most what an operator must know
 
 
-def _what_first(_logger: object, _method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
-    """When, how bad and what, before the details: people read JSON lines too."""
-    return {**{key: event[key] for key in ("timestamp", "level", "event") if key in event}, **event}
+class _OfLibraries(logging.Handler):
+    """What libraries log by Python's own means becomes a line like ours."""
+
+    def __init__(self, sink: LogSink, render: LogLines) -> None:
+        super().__init__()
+        self._sink, self._render = sink, render
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            message = record.getMessage()
+        except Exception:  # arguments that do not fit, or cannot be shown
+            message = str(record.msg)
+        self._sink.write(self._render(None, record.levelname.lower(), {"event": message, "exc_info": record.exc_info}) + "\n")
 
 
 @dataclass(slots=True)

@@ -4,12 +4,14 @@ import io
 import json
 import logging
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import structlog
 from prometheus_client.exposition import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
+from dairllm.errors import DairllmError
 from dairllm.telemetry import Histogram, LinkBytes, Meters, PagingTotals, ServiceMeters, configure_logging, registry
 
 
@@ -74,15 +76,121 @@ def test_colours_need_a_terminal_and_no_objection(monkeypatch: pytest.MonkeyPatc
     assert "\x1b[" not in objected.getvalue()
 
 
-def test_an_exception_is_part_of_its_line() -> None:
+PROMPT = "mein Kolibri"
+
+
+def failing(prompt: str) -> None:
+    words = prompt.split()
+    raise LookupError(f"no token for {words[-1]}")
+
+
+@pytest.mark.parametrize("form", ["json", "console"])
+@pytest.mark.parametrize("level", ["info", "warning", "error"])
+def test_an_exception_is_part_of_its_event_without_what_a_request_said(form: Any, level: Any) -> None:
+    """No local variables, no source but ours, and not its text, which may quote a prompt."""
+    out = io.StringIO()
+    configure_logging(form, level, out)
+    try:
+        try:
+            failing(PROMPT)
+        except LookupError as error:
+            raise DairllmError("the answer failed") from error
+    except DairllmError:
+        structlog.get_logger().exception("request failed", peer="10.0.0.2")
+    told = out.getvalue()
+    assert "Kolibri" not in told
+    assert "LookupError" in told
+    assert "the answer failed" in told
+    assert "failing" in told, "where it happened"
+    assert told.endswith("\n")
+    if form == "json":
+        (line,) = told.splitlines()
+        last, first = json.loads(line)["exception"]
+        assert (last["exc_type"], last["exc_value"]) == ("DairllmError", "the answer failed")
+        assert first["exc_type"] == "LookupError"
+        assert set(first["frames"][0]) == {"filename", "lineno", "name"}
+
+
+def test_a_library_that_logs_an_exception_tells_no_more() -> None:
     out = io.StringIO()
     configure_logging("json", "info", out)
     try:
-        raise ValueError("broken")
-    except ValueError:
+        failing(PROMPT)
+    except LookupError:
+        logging.getLogger("uvicorn.error").exception("Exception in ASGI application")
+    (line,) = out.getvalue().splitlines()
+    assert "Kolibri" not in line
+    assert json.loads(line)["exception"][0]["frames"][-1]["name"] == "failing"
+
+
+def test_who_asks_for_all_details_is_told_what_an_exception_says() -> None:
+    out = io.StringIO()
+    configure_logging("json", "debug", out)
+    try:
+        failing(PROMPT)
+    except LookupError:
         structlog.get_logger().exception("failed")
     (line,) = out.getvalue().splitlines()
-    assert json.loads(line)["exception"][0]["exc_value"] == "broken"
+    assert json.loads(line)["exception"][0]["exc_value"] == "no token for Kolibri"
+    assert line.count("Kolibri") == 1
+
+
+def test_exceptions_of_a_group_and_of_a_circle_are_told_once() -> None:
+    out = io.StringIO()
+    configure_logging("json", "info", out)
+    first, second = OSError(28, "No space left on device"), DairllmError("second")
+    first.__context__, second.__context__ = second, first
+    structlog.get_logger().error("failed", exc_info=ExceptionGroup("two", [first, second]))
+    (line,) = out.getvalue().splitlines()
+    told = [(one["exc_type"], one["exc_value"]) for one in json.loads(line)["exception"]]
+    assert told[1:] == [("OSError", "[Errno 28] No space left on device"), ("DairllmError", "second")]
+
+
+class Unshowable:
+    def __repr__(self) -> str:
+        raise RuntimeError("no")
+
+    __str__ = __repr__
+
+
+class UnshowableError(DairllmError):
+    __str__ = Unshowable.__repr__
+
+
+@pytest.mark.parametrize("form", ["json", "console"])
+def test_no_log_call_raises(form: Any) -> None:
+    out = io.StringIO()
+    configure_logging(form, "debug", out)
+    log = structlog.get_logger()
+    endless: list[object] = []
+    endless.append(endless)
+    log.info("a value", value=Unshowable(), peer="10.0.0.2")
+    log.info("within others", values=[{"x": (1, Unshowable())}, {Unshowable(): 2}])
+    log.info("a circle", values=endless)
+    log.info("too many digits", value=10**5000)
+    log.info(Unshowable())
+    log.info("half a letter", value="\ud800")
+    log.error("an exception", exc_info=UnshowableError("x"))
+    log.exception("none is being handled")
+    logging.getLogger("asyncio").error("%d arguments of %s", 1)
+    logging.getLogger("asyncio").error("%s", Unshowable())
+    lines = out.getvalue().splitlines()
+    if form == "json":
+        assert len([json.loads(line) for line in lines]) == 10
+        assert json.loads(lines[0])["value"] == "<Unshowable that cannot be shown>"
+        assert json.loads(lines[0])["peer"] == "10.0.0.2"
+        assert json.loads(lines[3])["of"] == "too many digits"
+    else:
+        assert "<Unshowable that cannot be shown>" in lines[0]
+
+
+def test_a_terminal_obeys_nothing_of_a_value() -> None:
+    terminal = Terminal()
+    configure_logging("console", "info", terminal)
+    structlog.get_logger().info("refused", name="\x1b]0;owned\x07\r\n[info] ready")
+    (line,) = terminal.getvalue().splitlines()
+    assert "\x1b]0" not in line
+    assert "x1b]0;owned" in line
 
 
 def test_libraries_speak_in_the_same_form_and_only_of_trouble() -> None:
