@@ -59,6 +59,18 @@ class HttpServer:
         port: int = sock.getsockname()[1]
         return port
 
+    async def ended(self) -> None:
+        """Wait until it serves no more.
+
+        Raises:
+            NetworkError: nobody has closed it.
+        """
+        if self._task is not None:
+            await asyncio.wait({self._task})
+            if not self._server.should_exit:
+                cause = None if self._task.cancelled() else self._task.exception()
+                raise NetworkError(f"the server on {self._host} port {self._port} has ended by itself") from cause
+
     async def close(self) -> None:
         if self._task is not None:
             self._server.should_exit = True

@@ -1,7 +1,7 @@
 """The command line without its commands: how each outcome ends the process.
 
-Exit codes: 0 done; 1 it failed, and one line on stderr says why; 2 wrong usage or configuration; 130 and 143 cut short by Ctrl-C and
-SIGTERM; 141 whoever read stdout has gone away (no message: they know).
+Exit codes: 0 done; 1 it failed, and one line on stderr says why; 2 wrong usage or configuration; 129, 130 and 143 cut short by SIGHUP,
+Ctrl-C and SIGTERM; 141 whoever read stdout has gone away (no message: they know).
 """
 
 import contextlib
@@ -111,7 +111,8 @@ def _drop_output() -> None:
 
 
 def _failure(message: str, code: int = 1) -> SystemExit:
-    sys.stderr.write(f"dairllm: error: {message}\n")
+    with contextlib.suppress(AttributeError, OSError):  # there is none, or it is full: the exit code says it
+        sys.stderr.write(f"dairllm: error: {message}\n")
     return SystemExit(code)
 
 

@@ -66,7 +66,7 @@ def run(*, threads: int | None, kernels: str) -> None:
         await say(f"SmolLM2-135M-Instruct, 135 million parameters, shared out to a root and {_WORKERS} workers\n\n> {QUESTION}\n")
         figures.append(await _ask(model, threads, kernels))
 
-    run_on_loop(ask, service=False)
+    run_on_loop(ask, service=False, shutdown=_PATIENCE_SECONDS)
     for each in figures:
         _show(each)
 
@@ -82,7 +82,7 @@ async def _ask(path: Path, threads: int, kernels: str) -> _Figures:
 
     async def end_threads() -> None:
         compute.close()
-        await asyncio.to_thread(executor.close)
+        await in_thread("kernels", executor.close)
 
     async def stop_workers() -> None:
         await asyncio.gather(*(worker.stop() for worker in workers))

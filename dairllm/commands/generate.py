@@ -53,7 +53,8 @@ def run(options: GenerateOptions) -> None:
         check_prompt(prompt_ids, vocab_size=model.spec.vocab_size, seq_len=model.spec.seq_len)
         if not options.json and _is_of_interest(plan, options.root):
             _note(plan_lines(plan))
-        run_on_loop(lambda: _generate(options, model, plan, tokenizer, prompt_ids), service=False)
+        shutdown = options.root.deadlines.shutdown
+        run_on_loop(lambda: _generate(options, model, plan, tokenizer, prompt_ids), service=False, shutdown=shutdown)
 
 
 def _is_of_interest(plan: MemoryPlan, settings: RootSettings) -> bool:
@@ -93,7 +94,7 @@ async def _generate(
 
     async def end_threads() -> None:
         compute.close()
-        await asyncio.to_thread(executor.close)
+        await in_thread("kernels", executor.close)
 
     with LogitsFile(options.logits, model.spec.vocab_size) if options.logits else nullcontext() as logits:
         async with Steps(settings.deadlines.shutdown + 2.0) as steps:

@@ -1,6 +1,5 @@
 """`dairllm serve`: a model behind OpenAI's API, on this machine or with workers."""
 
-import asyncio
 from pathlib import Path
 
 import structlog
@@ -18,7 +17,7 @@ from dairllm.engine.program import Program
 from dairllm.errors import ConfigError
 from dairllm.formats.model_file import ModelFile
 from dairllm.net.compute import Compute
-from dairllm.net.runner import Steps, in_thread
+from dairllm.net.runner import Steps, in_thread, until_one_ends
 from dairllm.net.runner import run as run_service
 from dairllm.nodes.local import LocalNode
 from dairllm.nodes.memory_plan import MemoryPlan
@@ -51,7 +50,7 @@ def run(settings: RootSettings) -> None:
         assert tokenizer is not None  # noqa: S101 - for the type checker: its file was needed
         if tokenizer.chat_template is None:
             log.warning("no chat template: /v1/chat/completions cannot be used with this model", tokenizer=str(tokenizer_file))
-        run_service(lambda: _serve(settings, model, plan, tokenizer))
+        run_service(lambda: _serve(settings, model, plan, tokenizer), shutdown=settings.deadlines.shutdown)
 
 
 async def _serve(settings: RootSettings, model: ModelFile, plan: MemoryPlan, tokenizer: Tokenizer) -> None:
@@ -70,7 +69,7 @@ async def _serve(settings: RootSettings, model: ModelFile, plan: MemoryPlan, tok
 
     async def end_threads() -> None:
         compute.close()
-        await asyncio.to_thread(executor.close)
+        await in_thread("kernels", executor.close)
 
     server = settings.server
     service = Service(
@@ -104,4 +103,4 @@ async def _serve(settings: RootSettings, model: ModelFile, plan: MemoryPlan, tok
         workers = ", ".join(map(str, settings.cluster.workers))
         readiness.reason = f"connecting to {workers}" if workers else "loading the model"
         await steps.start("service", service.start, service.close)
-        await service.ended()
+        await until_one_ends(service.ended(), http.ended())

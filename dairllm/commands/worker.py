@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,12 +34,13 @@ def run(config: Path | None, flags: Mapping[str, tuple[str, object]]) -> None:
     """
     settings = load_settings(WorkerSettings, config, flags=flags)
     configure_logging(settings.log.format, settings.log.level)
-    run_service(lambda: serve(settings))
+    run_service(lambda: serve(settings), shutdown=settings.deadlines.shutdown)
 
 
 async def serve(settings: WorkerSettings) -> None:
     """A worker with its health server; ends when it is cancelled."""
     readiness, meters = Readiness("starting"), Meters()
+    ended: Callable[[], Awaitable[None]] = asyncio.get_running_loop().create_future  # never
     async with Steps(settings.deadlines.shutdown + 2.0) as steps:
         if settings.metrics.enabled:
             from dairllm.api.health import HealthServer
@@ -47,6 +48,7 @@ async def serve(settings: WorkerSettings) -> None:
             health = HealthServer(settings.metrics.host, settings.metrics_port, readiness, meters)
             port = await steps.start("health server", health.start, health.close)
             log.info("health and metrics", host=settings.metrics.host, port=port)
+            ended = health.ended
 
         readiness.reason = "compiling kernels"
         from dairllm.engine.executor import Executor
@@ -55,7 +57,7 @@ async def serve(settings: WorkerSettings) -> None:
         tell_threads(settings.worker.n_threads)
         executor = Executor(settings.worker.n_threads, settings.worker.kernels)
         async with telling(COMPILING):
-            await steps.start("kernels", lambda: in_thread("kernels", executor.start), lambda: asyncio.to_thread(executor.close))
+            await steps.start("kernels", lambda: in_thread("kernels", executor.start), lambda: in_thread("kernels", executor.close))
         meters.kernel_form = executor.form
         log.info("kernels ready", form=executor.form, threads=executor.n_threads)
 
@@ -68,7 +70,7 @@ async def serve(settings: WorkerSettings) -> None:
         await steps.start("listener", worker.start, worker.close)
         readiness.reason = None
         try:
-            await asyncio.get_running_loop().create_future()  # until it is cancelled
+            await ended()
         finally:
             readiness.reason = "shutting down"
 

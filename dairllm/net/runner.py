@@ -1,8 +1,11 @@
 """A program's life: an event loop, signals, startup and shutdown as ordered steps.
 
-run(main)          main() is one coroutine on uvloop. SIGTERM or SIGINT cancels it once, and it ends in good order;
-                   a second signal ends the process at once. A service has then done its work; a command was cut short.
+run(main)          main() is one coroutine on uvloop. SIGTERM, SIGINT or SIGHUP cancels it once, and it ends
+                   in good order, or is ended: whatever hangs, the process is gone `shutdown` seconds and a few
+                   later; a second signal ends it at once. A service has then done its work; a command was
+                   cut short.
 Steps              startup is a list of named steps; leaving undoes them in reverse, each within a deadline
+until_one_ends     a program's parts, none of which may end unnoticed
 in_thread          a blocking call that must not keep the process alive when it is not wanted any more
 """
 
@@ -20,42 +23,48 @@ from typing import Any, TypeVar
 import structlog
 import uvloop
 
+from dairllm.net.signals import Signals
 from dairllm.units import format_duration
 
-__all__ = ["Steps", "in_thread", "run"]
+__all__ = ["Steps", "in_thread", "run", "until_one_ends"]
 
 log = structlog.get_logger()
 ONE_TELLING = 0.5
 """Seconds in which further signals count as the first: a terminal and `timeout` tell the process and its whole group."""
+SPARE_SECONDS = 4.0
+"""Beyond `shutdown`, for what comes after the work in hand: connections are closed, threads and the interpreter end."""
 
 T = TypeVar("T")
 
 
-def run(main: Callable[[], Coroutine[Any, Any, None]], *, service: bool = True) -> None:
+def run(main: Callable[[], Coroutine[Any, Any, None]], *, service: bool = True, shutdown: float | None = None) -> None:
     """Run `main` to its end, or until a signal has ended it in good order.
 
     Args:
         service: a signal is how it ends. Otherwise a signal cuts it short, which the exit code says: 128 and the signal's number.
+        shutdown: seconds that the work in hand may take after a signal. Some more, and the process is ended whatever it does.
 
     Raises:
         SystemExit: a signal cut short what is no service.
         whatever `main` raises, but not the cancellation that a signal caused.
     """
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        told = runner.run(_until_told(main))
+        told = runner.run(_until_told(main, None if shutdown is None else shutdown + SPARE_SECONDS))
     code = 0 if service or told is None else 128 + told
     if any(thread.name.startswith(_ABANDONED) for thread in threading.enumerate()):
         # A call that nobody waits for is still inside native code (a compiler, say), which does not survive the interpreter's own end.
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in sys.stdout, sys.stderr:
+            with contextlib.suppress(AttributeError, OSError, ValueError):  # there is none, or none who reads it
+                stream.flush()
         os._exit(code)
     if code:
         raise SystemExit(code)
 
 
-async def _until_told(main: Callable[[], Coroutine[Any, Any, None]]) -> signal.Signals | None:
+async def _until_told(main: Callable[[], Coroutine[Any, Any, None]], deadline: float | None) -> signal.Signals | None:
     """The signal that ended it, or None."""
     loop = asyncio.get_running_loop()
+    loop.set_exception_handler(_unexpected)
     task = asyncio.ensure_future(main())
     told: signal.Signals | None = None
     told_at = 0.0
@@ -64,27 +73,38 @@ async def _until_told(main: Callable[[], Coroutine[Any, Any, None]]) -> signal.S
         nonlocal told, told_at
         if told is None:
             told, told_at = signum, loop.time()
-            log.info("shutting down", signal=signum.name)
             task.cancel()
+            log.info("shutting down", signal=signum.name)
         elif loop.time() - told_at > ONE_TELLING:
             log.warning("second signal, ending at once", signal=signum.name)
             signal.signal(signum, signal.SIG_DFL)
             signal.raise_signal(signum)
 
-    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)}
-    for signum in handlers:
-        loop.add_signal_handler(signum, tell, signum)
-    try:
-        await task
-    except asyncio.CancelledError:
-        if told is None:
-            raise
-    finally:
-        for signum, handler in handlers.items():
-            loop.remove_signal_handler(signum)
-            if handler is not None:
-                signal.signal(signum, handler)
+    with Signals(tell, deadline=deadline):
+        try:
+            await task
+        except asyncio.CancelledError:
+            if told is None:
+                raise
     return told
+
+
+def _unexpected(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """What a callback or a task raised that nobody waits for. Its message alone: what else there is would show the exception's text."""
+    log.error("unexpected error in the event loop", what=context.get("message"), exc_info=context.get("exception"))
+
+
+async def until_one_ends(*parts: Coroutine[Any, Any, None]) -> None:
+    """Until the first part of a program ends, which ends the others. Raises what it raised."""
+    tasks = [asyncio.ensure_future(part) for part in parts]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+    for task in done:
+        task.result()
 
 
 class Steps:

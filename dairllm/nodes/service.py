@@ -230,9 +230,10 @@ class Service:
                 if (trouble := model.trouble) is not None:
                     return trouble
                 continue
-            self._at_hand = reply = self._line.popleft()
-            self._count()
+            reply = self._line.popleft()
             try:
+                self._at_hand = reply
+                self._count()
                 await self._answer(held, reply)
             finally:
                 self._at_hand = None
@@ -244,11 +245,12 @@ class Service:
     async def _answer(self, held: HeldModel, reply: Reply) -> None:
         """All of one answer; whatever goes wrong is the reply's, and is told to its reader."""
         order, begun = reply.order, time.perf_counter()
-        reply.cached_tokens = held.serve(reply)
-        sampler = Sampler(order.temperature, order.top_p, order.seed)
-        generation = Generation(held, sampler, order.prompt_ids, order.steps, self._tokenizer.eos_ids, held=reply.cached_tokens)
-        answer = Answer(generation, self._tokenizer, order.stop)
+        generation: Generation | None = None
         try:
+            reply.cached_tokens = held.serve(reply)
+            sampler = Sampler(order.temperature, order.top_p, order.seed)
+            generation = Generation(held, sampler, order.prompt_ids, order.steps, self._tokenizer.eos_ids, held=reply.cached_tokens)
+            answer = Answer(generation, self._tokenizer, order.stop)
             async with contextlib.aclosing(answer.pieces()) as pieces:
                 async for piece in pieces:
                     reply.n_ids = len(generation.ids)
@@ -266,7 +268,8 @@ class Service:
                 log.exception("request failed by a defect of this program")
             reply.stop(error if isinstance(error, DairllmError) else DairllmError(_reason(error)))
         finally:
-            self._record(reply, generation, begun)
+            if generation is not None:
+                self._record(reply, generation, begun)
 
     def _record(self, reply: Reply, generation: Generation, begun: float) -> None:
         meters, n_ids, n_prompt = self._meters, len(generation.ids), len(reply.order.prompt_ids)

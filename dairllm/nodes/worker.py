@@ -133,46 +133,55 @@ class Worker:
 
     async def _serve(self, root: Connection, wire: WorkerSession, greeting: Greeting) -> None:
         """One session, however it ends."""
-        self._root, self._serving = root, (task := asyncio.current_task())
-        assert task is not None  # noqa: S101 - for the type checker: we are in one
-        self._strangers.discard(task)
-        self._meters.sessions_running = 1
-        outcome = "finished"
-        log.info("root connected", peer=root.peer, node=greeting.node, nodes=greeting.n_workers + 1)
+        outcome = "bug"
         try:
+            self._root, self._serving = root, (task := asyncio.current_task())
+            assert task is not None  # noqa: S101 - for the type checker: we are in one
+            self._strangers.discard(task)
+            self._meters.sessions_running = 1
+            outcome = await self._run(root, wire, greeting)
+        finally:
+            self._meters.sessions[outcome] += 1
+            await self._dismiss(root, in_peace=outcome == "finished")
+
+    async def _run(self, root: Connection, wire: WorkerSession, greeting: Greeting) -> str:
+        """Returns how the session ended, for the meters: finished, stopped, or by which kind of error."""
+        try:
+            log.info("root connected", peer=root.peer, node=greeting.node, nodes=greeting.n_workers + 1)
             self._mesh = await Mesh.of(greeting, self._settings.keepalive, self._settings.deadlines.mesh, self._refuse)
             self._session = TensorSession(
                 root, wire, self._mesh, settings=self._settings, compute=self._compute, meters=self._meters, own=self._own
             )
             await self._session.run()
             log.info("session finished", peer=root.peer, rows=self._session.rows)
+            return "finished"
         except asyncio.CancelledError:
-            outcome = "stopped"
             log.info("session stopped", peer=root.peer, stage=self._stage(wire))
+            return "stopped"
         except (DairllmError, MemoryError) as error:
-            outcome = type(error).__name__
-            log.warning("session failed", peer=root.peer, stage=self._stage(wire), kind=outcome, error=str(error) or "out of memory")
+            kind = type(error).__name__
+            log.warning("session failed", peer=root.peer, stage=self._stage(wire), kind=kind, error=str(error) or "out of memory")
+            return kind
         except Exception:
-            outcome = "bug"
             log.exception("session failed by a defect of this program", peer=root.peer, stage=self._stage(wire))
-        finally:
-            self._meters.sessions[outcome] += 1
-            await self._dismiss(root, in_peace=outcome == "finished")
+            return "bug"
 
     def _stage(self, wire: WorkerSession) -> str:
         return wire.stage.value if self._session is None else self._session.stage
 
     async def _dismiss(self, root: Connection, *, in_peace: bool) -> None:
-        """End the connections of a session and forget it, and with it its memory."""
-        if in_peace:
-            root.close()
-        else:
+        """End the connections of a session and forget it, and with it its memory. Whatever fails here, the next root is welcome."""
+        try:
+            if in_peace:
+                root.close()
+            else:
+                root.abort()
+            if self._mesh is not None:
+                (self._mesh.close if in_peace else self._mesh.abort)()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(CLOSING_SECONDS):
+                    await root.closed()
             root.abort()
-        if self._mesh is not None:
-            (self._mesh.close if in_peace else self._mesh.abort)()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(CLOSING_SECONDS):
-                await root.closed()
-        root.abort()
-        self._mesh = self._session = self._root = self._serving = None
-        self._meters.sessions_running = 0
+        finally:
+            self._mesh = self._session = self._root = self._serving = None
+            self._meters.sessions_running = 0

@@ -15,7 +15,7 @@ import pytest
 import structlog
 
 from dairllm.errors import NetworkError
-from dairllm.net.runner import Steps, in_thread, run
+from dairllm.net.runner import Steps, in_thread, run, until_one_ends
 from tests.patience import PATIENCE
 
 
@@ -43,7 +43,10 @@ def test_an_error_of_the_service_is_raised() -> None:
         run(main)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+ENDING = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
+
+
+@pytest.mark.parametrize("signum", ENDING)
 def test_a_signal_lets_the_service_end_in_good_order(signum: signal.Signals) -> None:
     order: list[str] = []
 
@@ -67,7 +70,7 @@ def test_a_cancellation_that_no_signal_caused_is_raised() -> None:
         run(main)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("signum", ENDING)
 def test_a_signal_cuts_a_command_short(signum: signal.Signals) -> None:
     order: list[str] = []
 
@@ -99,12 +102,31 @@ def test_handlers_of_signals_are_what_they_were() -> None:
     def ours(_signum: int, _frame: object) -> None:
         pass
 
-    before = signal.signal(signal.SIGTERM, ours), signal.getsignal(signal.SIGINT)
+    before = [signal.signal(signal.SIGTERM, ours), *map(signal.getsignal, ENDING[1:])]
+    threads, descriptors = threading.active_count(), len(os.listdir("/proc/self/fd"))
     try:
         run(main)
-        assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == (ours, before[1])
+        assert list(map(signal.getsignal, ENDING)) == [ours, *before[1:]]
+        assert threading.active_count() == threads
+        assert len(os.listdir("/proc/self/fd")) == descriptors
     finally:
         signal.signal(signal.SIGTERM, before[0])
+
+
+def test_a_hangup_that_is_ignored_stays_ignored() -> None:
+    """As under nohup."""
+    seen: list[object] = []
+
+    async def main() -> None:
+        seen.append(signal.getsignal(signal.SIGHUP))
+        os.kill(os.getpid(), signal.SIGHUP)
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        run(main, service=False)
+        assert seen == [signal.SIG_IGN]
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @contextlib.contextmanager
@@ -159,6 +181,83 @@ def test_a_blocking_call_does_not_keep_the_process_alive(how: str, code: int) ->
         start = time.monotonic()
         assert blocked.wait(PATIENCE) == code
         assert time.monotonic() - start < 30  # the call takes 60
+
+
+HANGS = {
+    "a task": "while True:\n    try:\n        await asyncio.sleep(600)\n    except asyncio.CancelledError: pass",
+    "the loop": "while True: time.sleep(600)",
+    "the loop, busy": "while True: pass",
+    "the loop, in native code": "import ctypes; ctypes.CDLL(None).sleep(600)",
+    "the loop, in native code that keeps the interpreter": "import ctypes; ctypes.PyDLL(None).sleep(2); ctypes.CDLL(None).sleep(600)",
+    "a thread of the loop's": "try:\n    await asyncio.to_thread(time.sleep, 600)\nfinally: pass",
+    "a thread of the interpreter's": "import threading\nthreading.Thread(target=time.sleep, args=(600,)).start()\nawait asyncio.sleep(600)",
+    "the log": "import structlog\nstructlog.configure(processors=[lambda *_: time.sleep(600)])\nawait asyncio.sleep(600)",
+}
+
+
+@pytest.mark.parametrize("body", HANGS.values(), ids=HANGS)
+def test_whatever_hangs_a_signal_ends_the_process(body: str) -> None:
+    """Where it was is the last that it says."""
+    with process(body, "shutdown=-3") as hung:  # and the four seconds beyond
+        hung.send_signal(signal.SIGTERM)
+        assert hung.wait(60) == 1
+        assert hung.stderr is not None
+        assert "(most recent call first)" in hung.stderr.read()
+
+
+def test_a_signal_ends_a_process_whose_last_words_nobody_reads() -> None:
+    """The pipe is full, so that saying where it hangs would hang too."""
+    fill = "import os, fcntl\nos.set_blocking(2, False)\ntry:\n    while True: os.write(2, bytes(4096))\n"
+    with process(
+        f"{fill}except BlockingIOError: os.set_blocking(2, True)\nprint('full', flush=True)\ntime.sleep(600)", "shutdown=-3"
+    ) as mute:
+        wait_for(mute, "full")
+        mute.send_signal(signal.SIGTERM)
+        assert mute.wait(60) == -signal.SIGALRM
+
+
+def test_a_failing_log_does_not_swallow_a_signal() -> None:
+    body = "import structlog\ndef fail(*_): raise OSError(28, 'full')\nstructlog.configure(processors=[fail])\nawait asyncio.sleep(600)"
+    with process(body) as told:
+        told.send_signal(signal.SIGTERM)
+        assert told.wait(60) == 0
+
+
+async def test_the_first_part_that_ends_ends_the_others() -> None:
+    order: list[str] = []
+
+    async def endless() -> None:
+        try:
+            await asyncio.sleep(600)
+        finally:
+            order.append("ended")
+
+    async def fail() -> None:
+        raise NetworkError("taken")
+
+    await until_one_ends(endless(), asyncio.sleep(0))
+    with pytest.raises(NetworkError, match="taken"):
+        await until_one_ends(endless(), fail(), endless())
+    waiting = asyncio.ensure_future(until_one_ends(endless(), endless()))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    assert order == ["ended"] * 5
+
+
+def test_what_a_callback_raises_is_logged_without_its_text() -> None:
+    async def main() -> None:
+        asyncio.get_running_loop().call_soon([].index, "my prompt")
+        await asyncio.sleep(0)
+
+    with structlog.testing.capture_logs() as logged:
+        run(main)
+    (entry,) = logged
+    assert entry["event"] == "unexpected error in the event loop"
+    assert "my prompt" not in str(entry["what"])
+    assert isinstance(entry["exc_info"], ValueError)
 
 
 async def test_a_call_in_a_thread_gives_its_result_or_its_error() -> None:
