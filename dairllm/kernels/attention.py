@@ -11,7 +11,6 @@ and then goes the same way.
 from typing import Any
 
 import numpy as np
-from numba import njit
 
 from dairllm.graph.types import FloatType
 from dairllm.kernels.elementwise import exp_one
@@ -43,6 +42,7 @@ from dairllm.kernels.ir import (
     var,
     void,
 )
+from dairllm.kernels.kernel import kernel
 from dairllm.kernels.quantize import blocks_to_values
 from dairllm.kernels.sizes import CHUNK
 
@@ -143,7 +143,7 @@ def _fma_one(b: Builder, x: Value, y: Value, z: Value) -> Value:
 _NEG_INF = np.float32(-np.inf)
 
 
-@njit(nogil=True)
+@kernel
 def _score_chunk(q, keys, head_bytes, heads, count, scale, scores, stats):
     """scores[head][position] = exp(score - maximum), stats[head] = (maximum, sum). Keys are read up to the next multiple of 8 positions."""
     stride, vectors = CHUNK * 4, (count + 7) // 8
@@ -160,7 +160,7 @@ def _score_chunk(q, keys, head_bytes, heads, count, scale, scores, stats):
         store_f(stats + 8 * h + 4, _vector_exp(s, vectors, top))
 
 
-@njit(nogil=True)
+@kernel
 def _weigh_chunk(scores, values, head_bytes, heads, count, out):
     """out[head][head_dim] = sum over positions of score * value."""
     stride = CHUNK * 4
@@ -187,13 +187,13 @@ def _weigh_chunk(scores, values, head_bytes, heads, count, out):
         h += taken
 
 
-@njit(nogil=True)
+@kernel
 def _count(positions, row, first):
     """How many positions of the chunk that begins at `first` a row attends to; none is 0 or less."""
     return min(int(load_f(positions + 4 * row)) + 1 - first, CHUNK)
 
 
-@njit(nogil=True)
+@kernel
 def _as_values(cache, cache_type, count, head_bytes, room):
     """Address of `count` positions' rows as F32: where they lie, or in `room`, as which they are read."""
     if cache_type == Q80:
@@ -205,7 +205,7 @@ def _as_values(cache, cache_type, count, head_bytes, room):
     return cache
 
 
-@njit(nogil=True)
+@kernel
 def attend_chunk(
     q, q_row, rows, positions, keys, values, cache_type, first, head_bytes, heads, scale, scores, room, out, out_row, stats, stats_row
 ):
@@ -232,7 +232,7 @@ def attend_chunk(
             _weigh_chunk(scores + i * row_scores, v, head_bytes, heads, count, out + i * out_row)
 
 
-@njit(nogil=True)
+@kernel
 def fold_head(parts, part_stride, stats, stats_stride, chunks, head_bytes, coefficients, out):
     """The chunks of one query head -> its attention output. coefficients: scratch of `chunks` floats."""
     top = _NEG_INF

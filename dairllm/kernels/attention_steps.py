@@ -5,11 +5,11 @@ they claim pairs of some rows and a KV head, the last rows first, which attend t
 """
 
 import numpy as np
-from numba import njit
 
 from dairllm.graph.types import FloatType
 from dairllm.kernels.attention import attend_chunk, fold_head
 from dairllm.kernels.ir import load_f
+from dairllm.kernels.kernel import kernel
 from dairllm.kernels.sizes import CHUNK, attention_rows_together
 from dairllm.kernels.steps import claim, fields, part
 
@@ -18,10 +18,10 @@ __all__ = ["attend", "fold"]
 F16, Q80 = int(FloatType.F16), int(FloatType.Q80)
 _RUNS = 8
 """Runs of chunks that a thread claims, if all are equally fast."""
-_rows_together = njit(nogil=True)(attention_rows_together)
+_rows_together = kernel(attention_rows_together)
 
 
-@njit(nogil=True)
+@kernel
 def _head_bytes(cache_type, head_dim):
     """Of one position's row in a cache."""
     if cache_type == Q80:
@@ -29,7 +29,7 @@ def _head_bytes(cache_type, head_dim):
     return 2 * head_dim if cache_type == F16 else 4 * head_dim
 
 
-@njit(nogil=True)
+@kernel
 def attend(record, first_row, end_row, n_threads, scratch):
     q, q_row, n_heads, group, head_dim, keys, values, head_stride, positions, y, y_row, parts, stats, max_chunks = fields(record)[:14]
     cache_type = fields(record)[14]
@@ -121,7 +121,7 @@ def attend(record, first_row, end_row, n_threads, scratch):
                 )
 
 
-@njit(nogil=True)
+@kernel
 def fold(record, first_row, end_row, thread, n_threads, scratch):
     _, _, n_heads, group, head_dim, _, _, _, positions, y, y_row, parts, stats, max_chunks = fields(record)[:14]
     if end_row - first_row != 1:

@@ -100,13 +100,14 @@ def _compiled_here(why: str) -> Entry:
     from numba.core import config
 
     from dairllm.kernels import interpreter
+    from dairllm.kernels.kernel import OPTIONS
 
     folder = numba_folder()
     if folder is not None:
         numba: Any = config  # it sets its attributes dynamically
         numba.CACHE_DIR = str(folder)
     functions = {
-        name: njit([signature], nogil=True, cache=folder is not None)(getattr(interpreter, name)) for name, signature in SIGNATURES.items()
+        name: njit([signature], cache=folder is not None, **OPTIONS)(getattr(interpreter, name)) for name, signature in SIGNATURES.items()
     }
     give_back_libraries()  # numba and LLVM have done what they were loaded for
     return Entry(functions["run_threads"], functions["ring"], why)

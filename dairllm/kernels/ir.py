@@ -1,7 +1,7 @@
 """LLVM IR by hand: what the kernels are written in where numba's scalar loops do not become vectors.
 
 An *emitter* is a Python function that takes an ``ir.IRBuilder`` and values and appends instructions; `ir_function`
-makes one callable from ``@njit`` code. Addresses are int64. Vectors of floats have 8 lanes everywhere: the order of
+makes one callable from kernels. Addresses are int64. Vectors of floats have 8 lanes everywhere: the order of
 sums is defined by lanes (docs/arithmetic.md), not by the width of a register. No fast-math flag is ever set, so LLVM
 keeps that order, and neither fuses nor splits a multiply and an add.
 """
@@ -51,6 +51,7 @@ __all__ = [
     "store",
     "store_f",
     "store_i",
+    "to_integer",
     "tree_max",
     "tree_sum",
     "tree_sum_of",
@@ -217,7 +218,7 @@ def emit_exp(b: Builder, x: Value) -> Value:
 
 
 def ir_function(returns: Any, *arg_types: Any) -> Callable[[Callable[..., Value]], Any]:
-    """Decorator: an emitter ``f(b, *values)`` becomes callable from @njit code with these numba types."""
+    """Decorator: an emitter ``f(b, *values)`` becomes callable from kernels with these numba types."""
 
     def wrap(emit: Callable[..., Value]) -> Any:
         def typed(*_: Any) -> tuple[Any, Any]:
@@ -264,3 +265,9 @@ def load_i(b: Builder, p: Value) -> Value:
 @ir_function(void, i64, i64)
 def store_i(b: Builder, p: Value, v: Value) -> None:
     store(b, v, p, 8)
+
+
+@ir_function(i64, f32)
+def to_integer(b: Builder, v: Value) -> Value:
+    """Towards 0. NaN is 0, and what no int64 can be the nearest that is: `int` leaves those undefined."""
+    return call(b, "llvm.fptosi.sat.i64.f32", I64, [v])

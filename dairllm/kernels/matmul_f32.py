@@ -7,7 +7,6 @@ to a multiple of 16, then halves: i + 8, + 4, + 2, + 1.
 from collections.abc import Sequence
 
 from llvmlite import ir
-from numba import njit
 from numba.core import cgutils
 
 from dairllm.kernels.ir import (
@@ -32,6 +31,7 @@ from dairllm.kernels.ir import (
     var,
     void,
 )
+from dairllm.kernels.kernel import kernel
 from dairllm.kernels.matmul_row import PREFETCH_BYTES
 
 __all__ = ["emit_dot_products", "matmul_f32", "sum_squares"]
@@ -90,7 +90,7 @@ def sum_squares(b: Builder, x: Value, n: Value) -> Value:
     return emit_dot_products(b, x, [x], n)[0]
 
 
-@njit(nogil=True)
+@kernel
 def matmul_f32(out, out_stride, x, x_stride, n_rows, weights, row_stride, n, first, last):
     """out[row][first..last] = weight rows times n_rows rows of x."""
     for r in range(first, last):

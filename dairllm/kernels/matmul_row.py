@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from llvmlite import ir
-from numba import njit
 from numba.core import cgutils
 
 from dairllm.kernels.byte_dot import ACCUMULATORS, ROWS_TOGETHER, dot_words, word_sums
@@ -41,6 +40,7 @@ from dairllm.kernels.ir import (
     vec,
     void,
 )
+from dairllm.kernels.kernel import kernel
 from dairllm.kernels.panels import GROUP_BYTES
 from dairllm.kernels.weight_words import Q40, Q80, WeightWords, Words
 
@@ -210,7 +210,7 @@ def _matmul_rows(kind: WeightWords) -> Any:
     single = _row_times(kind)
     one, two, four, eight = (_strip_times(kind, n_columns) for n_columns in (1, 2, 4, 8))
 
-    @njit(nogil=True)
+    @kernel
     def matmul_rows(out, out_row, panels, panels_row, n_rows, weights, weights_row, n_blocks, count):
         """out[row][0..count] = weight rows times n_rows rows of the batch.
 

@@ -3,10 +3,9 @@
 Of a matmul `part` of `n_parts` is computed: what is dealt to a thread, or one of more that threads claim (`parts_claimed`).
 """
 
-from numba import njit
-
 from dairllm.kernels.elementwise import copy
 from dairllm.kernels.ir import load_i, store_i
+from dairllm.kernels.kernel import kernel
 from dairllm.kernels.matmul_f32 import matmul_f32
 from dairllm.kernels.matmul_row import matmul_rows_q40, matmul_rows_q80
 from dairllm.kernels.matmul_tile import TILE_ROWS, tile_strip_q40, tile_strip_q80
@@ -23,11 +22,11 @@ _CLAIMS, _CLAIMS_OF_EXPERTS = 8, 2
 """Parts that a thread claims, if all are equally fast. Of experts in a batch fewer: for each part their rows are put together anew."""
 PASS_BYTES = 360_000
 """Bytes of tile panels that one pass over the weight rows uses: part of a second-level cache."""
-_in_tiles = njit(nogil=True)(in_tiles)
-_row_panel_bytes = njit(nogil=True)(row_panel_bytes)
+_in_tiles = kernel(in_tiles)
+_row_panel_bytes = kernel(row_panel_bytes)
 
 
-@njit(nogil=True)
+@kernel
 def parts_claimed(kind, record, n_rows, n_threads):
     """Into how many parts a matmul is cut for threads to claim; 0: one is dealt to each."""
     claimed, d = fields(record)[:2]
@@ -37,7 +36,7 @@ def parts_claimed(kind, record, n_rows, n_threads):
     return min(n_threads * (_CLAIMS_OF_EXPERTS if few else _CLAIMS), (d + UNIT - 1) // UNIT)
 
 
-@njit(nogil=True)
+@kernel
 def matmul(kind, record, first_row, end_row, part, n_parts, scratch):
     """Weight rows in strips: each is taken times the tiles of a pass, then, in the last pass, times the rows that are in no tile."""
     _, d, panels, panels_row, tiles, tile_stride, weights, weights_row, n_blocks, y, y_row = fields(record)[:11]
@@ -75,14 +74,14 @@ def matmul(kind, record, first_row, end_row, part, n_parts, scratch):
             return
 
 
-@njit(nogil=True)
+@kernel
 def matmul_float(record, first_row, end_row, part, n_parts):
     _, d, x, x_row, weights, weights_row, n, y, y_row = fields(record)[:9]
     a, z = columns(d, part, n_parts)
     matmul_f32(y + first_row * y_row, y_row, x + first_row * x_row, x_row, end_row - first_row, weights, weights_row, n, a, z)
 
 
-@njit(nogil=True)
+@kernel
 def _expert_rows(kind, out, out_row, x, x_row, n_rows, weights, weights_row, n, count):
     if kind == EXPERTS_Q40:
         matmul_rows_q40(out, out_row, x, x_row, n_rows, weights, weights_row, n, count)
@@ -92,7 +91,7 @@ def _expert_rows(kind, out, out_row, x, x_row, n_rows, weights, weights_row, n, 
         matmul_f32(out, out_row, x, x_row, n_rows, weights, weights_row, n, 0, count)
 
 
-@njit(nogil=True)
+@kernel
 def experts(kind, record, first_row, end_row, part, n_parts, scratch):
     """Plane e of row m goes through expert indexes[m][e]; what goes through the same one together, so that its weights are read once.
 

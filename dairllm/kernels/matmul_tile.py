@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
-from numba import njit
 from numba.core import cgutils
 
 from dairllm.kernels.byte_dot import TILE_LANES, TILE_ROWS, biased, dot_words, nibbles, word_sums
@@ -38,6 +37,7 @@ from dairllm.kernels.ir import (
     vec,
     void,
 )
+from dairllm.kernels.kernel import kernel
 from dairllm.kernels.panels import TILE_BLOCK_BYTES, TILE_COLUMNS
 
 __all__ = ["TILE_ROWS", "tile_strip_q40", "tile_strip_q80"]
@@ -136,7 +136,7 @@ def _tile(signed: bool) -> Any:
 
 
 def _tile_strip(unpack: Any, tile: Any) -> Any:
-    @njit(nogil=True)
+    @kernel
     def tile_strip(out, out_row, tiles, tile_stride, n_tiles, weights, weights_row, n_blocks, scratch):
         """out[column][0..TILE_ROWS] = TILE_ROWS weight rows times the columns of n_tiles tiles."""
         scales = scratch + n_blocks * 32 * TILE_ROWS

@@ -4,15 +4,15 @@ softmax over their scores and the choice of the k best. Rows of some hundred val
 """
 
 import numpy as np
-from numba import njit
 
 from dairllm.kernels.elementwise import exp_one
 from dairllm.kernels.ir import load_f, load_i, store_f, store_i
+from dairllm.kernels.kernel import kernel
 
 __all__ = ["choose_experts", "softmax"]
 
 
-@njit(nogil=True)
+@kernel
 def softmax(x, n):
     """In place: exp(x - max), then times 1 / their sum in index order."""
     top = load_f(x)
@@ -28,9 +28,9 @@ def softmax(x, n):
         store_f(x + 4 * i, load_f(x + 4 * i) * inverse)
 
 
-@njit(nogil=True)
+@kernel
 def choose_experts(x, n, k, normalise, indexes, weights, weight_stride):
-    """The k largest of x[n], ties to the lower index:
+    """The k largest of x[n], ties to the lower index, NaN after all numbers:
 
     int64 indexes[k], F32 weights at weight_stride. With `normalise` the weights are divided by their sum, in the order
     chosen.
@@ -40,7 +40,7 @@ def choose_experts(x, n, k, normalise, indexes, weights, weight_stride):
         best, value = -1, np.float32(0)
         for i in range(n):
             v = load_f(x + 4 * i)
-            if best >= 0 and not v > value:
+            if best >= 0 and not (v > value or (value != value and v == v)):
                 continue
             taken = False
             for t in range(j):

@@ -81,9 +81,10 @@ def main(form: str, parent: str) -> None:
     from numba import njit
 
     from dairllm.kernels import interpreter
+    from dairllm.kernels.kernel import OPTIONS
 
     # What numba wraps around a function, so that Python can call it, would need numba at hand.
-    bare: Any = {"nogil": True, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+    bare: Any = OPTIONS | {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
     objects = {}
     for name, signature in SIGNATURES.items():
         dispatcher = njit(**bare)(getattr(interpreter, name))

@@ -4,10 +4,9 @@ Rows that fill tiles go into tile panels, the others into row panels. A thread t
 many rows of a tile, while it is in the first-level cache: it is computed where the values go in any case, then packed, all at once.
 """
 
-from numba import njit
-
 from dairllm.kernels import elementwise
 from dairllm.kernels.ir import load_f
+from dairllm.kernels.kernel import kernel
 from dairllm.kernels.panels import GROUP_BLOCKS, TILE_COLUMNS, in_tiles
 from dairllm.kernels.quantize import (
     blocks_to_row_panel,
@@ -25,10 +24,10 @@ __all__ = ["pack"]
 PACK_BLOCKS, RMS_NORM_PACK, SILU_MUL_PACK, GELU_MUL_PACK = (
     int(kind) for kind in (Kind.PACK_BLOCKS, Kind.RMS_NORM_PACK, Kind.SILU_MUL_PACK, Kind.GELU_MUL_PACK)
 )
-_in_tiles = njit(nogil=True)(in_tiles)
+_in_tiles = kernel(in_tiles)
 
 
-@njit(nogil=True)
+@kernel
 def _compute(kind, record, plane, m, first, last):
     """Blocks first..last - 1 of a row of x, by the ops that are done with it before it is packed."""
     x, x_row, x_plane = fields(record)[8:11]
@@ -46,7 +45,7 @@ def _compute(kind, record, plane, m, first, last):
         elementwise.gelu_multiply(out, n, out, multiplier)
 
 
-@njit(nogil=True)
+@kernel
 def pack(kind, record, first_row, end_row, thread, n_threads):
     n, planes, panels, panels_row, panels_plane, tiles, tile_stride, flags, x, x_row, x_plane = fields(record)[:11]
     a, z = columns(n, thread, n_threads)

@@ -1,8 +1,8 @@
 """F32 rows to Q80 and back: as plain blocks (what crosses the wire) or packed for the matmuls (panels.py).
 
 Q80: d = max|x| / 127, q = round(x * (1 / d)) with d as it is before it is rounded to half precision, ties to even
-(dairllm.formats.quants is the plain form). Eight blocks take little more than twice the time of one: what is one number a block is a
-vector then.
+(dairllm.formats.quants is the plain form). Where an x is NaN d is too, and every q is 0. Eight blocks take little more than twice
+the time of one: what is one number a block is a vector then.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +19,6 @@ from dairllm.kernels.ir import (
     Value,
     at,
     broadcast,
-    call,
     concat,
     const,
     fold_eight,
@@ -51,6 +50,7 @@ __all__ = [
 ]
 
 BLOCK_BYTES = 34
+_INFINITE = 0x7F800000
 _MAGIC = 12582912.0  # 1.5 * 2^23: adding it rounds to an integer, ties to even, and leaves that in the low bits
 Store = Callable[[Builder, Value, Value, Value, Value], None]
 
@@ -63,15 +63,17 @@ def _quantize(b: Builder, blocks: Sequence[Value]) -> tuple[list[Value], Value]:
         return [load(b, at(b, block, 32 * i), V8, 4) for i in range(4)]
 
     def larger(u: Value, v: Value) -> Value:
-        return b.select(b.fcmp_ordered(">", u, v), u, v)
+        """Of bits: those of sizes are in order, and a NaN's are above all others."""
+        return b.select(b.icmp_signed(">", u, v), u, v)
 
     def largest(block: Value) -> Value:
-        size = [call(b, "llvm.fabs.v8f32", V8, [v]) for v in values(block)]
+        size = [b.and_(b.bitcast(v, vec(I32, 8)), splat(I32, 8, 0x7FFFFFFF)) for v in values(block)]
         return larger(larger(size[0], size[1]), larger(size[2], size[3]))
 
     sizes = [largest(block) for block in blocks]
     top = broadcast(b, lane_sum(b, sizes[0], larger), 1) if n == 1 else fold_eight(b, sizes, larger)
-    d = b.fdiv(top, splat(F32, n, 127.0))
+    numbers = b.sext(b.icmp_signed("<=", top, splat(I32, n, _INFINITE)), vec(I32, n))  # all bits where there is no NaN
+    d = b.fdiv(b.bitcast(top, vec(F32, n)), splat(F32, n, 127.0))
     zero = b.fcmp_ordered("==", d, splat(F32, n, 0.0))
     inverse = b.select(zero, splat(F32, n, 0.0), b.fdiv(splat(F32, n, 1.0), b.select(zero, splat(F32, n, 1.0), d)))
     integers = []
@@ -79,7 +81,8 @@ def _quantize(b: Builder, blocks: Sequence[Value]) -> tuple[list[Value], Value]:
         factor = shuffle(b, inverse, inverse, [i] * 8)
         rounded = [b.bitcast(b.fadd(b.fmul(v, factor), splat(F32, 8, _MAGIC)), vec(I32, 8)) for v in values(block)]
         q = [b.trunc(v, vec(I8, 8)) for v in rounded]
-        integers.append(concat(b, concat(b, q[0], q[1]), concat(b, q[2], q[3])))
+        kept = b.bitcast(shuffle(b, numbers, numbers, [i] * 8), vec(I8, 32))
+        integers.append(b.and_(concat(b, concat(b, q[0], q[1]), concat(b, q[2], q[3])), kept))
     return integers, emit_to_half(b, d)
 
 

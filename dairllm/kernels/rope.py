@@ -4,7 +4,6 @@ z0 = x0 * c - x1 * s, z1 = x1 * c + x0 * s, each product and sum rounded. The ta
 """
 
 from llvmlite import ir
-from numba import njit
 
 from dairllm.kernels.ir import (
     V8,
@@ -21,6 +20,7 @@ from dairllm.kernels.ir import (
     store_f,
     void,
 )
+from dairllm.kernels.kernel import kernel
 
 __all__ = ["rotate_halves", "rotate_neighbours"]
 
@@ -37,7 +37,7 @@ def _rotate_vectors(b: Builder, x: Value, table: Value, vectors: Value) -> None:
         store(b, b.fadd(b.fmul(v, c), b.fmul(other, b.fmul(s, signs))), b.add(x, o), 4)
 
 
-@njit(nogil=True)
+@kernel
 def rotate_neighbours(x, table, head_dim, first, last):
     """LLAMA: pairs (2i, 2i + 1). Columns first..last of a row of heads, first even; `table` is the position's row."""
     c = first
@@ -53,7 +53,7 @@ def rotate_neighbours(x, table, head_dim, first, last):
         c += run
 
 
-@njit(nogil=True)
+@kernel
 def rotate_halves(x, table, head_dim):
     """FALCON: pairs (j, j + head_dim / 2) of one head at x."""
     half = head_dim // 2

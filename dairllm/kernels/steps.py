@@ -5,12 +5,12 @@ program needs barriers (dairllm.engine.ops). The order of the sums within an out
 """
 
 import numpy as np
-from numba import njit
 
 from dairllm.graph.types import FloatType
 from dairllm.kernels import elementwise
 from dairllm.kernels.half import values_to_halves
-from dairllm.kernels.ir import load_f, load_i, store_f
+from dairllm.kernels.ir import load_f, load_i, store_f, to_integer
+from dairllm.kernels.kernel import kernel
 from dairllm.kernels.matmul_f32 import sum_squares
 from dairllm.kernels.moe import choose_experts, softmax
 from dairllm.kernels.quantize import add_blocks, blocks_to_values, eight_to_blocks, values_to_blocks
@@ -42,20 +42,20 @@ F16, Q80 = int(FloatType.F16), int(FloatType.Q80)
 MERGE_ADD_BLOCKS, ROPE_HALVES = int(Kind.MERGE_ADD_BLOCKS), int(Kind.ROPE_HALVES)
 
 
-@njit(nogil=True)
+@kernel
 def part(n, thread, n_threads):
     """This thread's contiguous part of n things."""
     return n * thread // n_threads, n * (thread + 1) // n_threads
 
 
-@njit(nogil=True)
+@kernel
 def columns(n, thread, n_threads):
     """This thread's part of n columns, in whole UNITs."""
     first, last = part((n + UNIT - 1) // UNIT, thread, n_threads)
     return first * UNIT, min(last * UNIT, n)
 
 
-@njit(nogil=True)
+@kernel
 def fields(record):
     """All fields of a record; take as many as its kind has (records.FIELDS)."""
     r = record
@@ -79,7 +79,7 @@ def fields(record):
     )
 
 
-@njit(nogil=True)
+@kernel
 def claim(record, n, n_threads):
     """Which of a record's n parts this thread is to compute next; n or more: all are taken.
 
@@ -92,16 +92,16 @@ def claim(record, n, n_threads):
     return taken
 
 
-@njit(nogil=True)
+@kernel
 def embed(record, first_row, end_row, thread, n_threads):
     tokens, table, vocab, n, y, y_row = fields(record)[:6]
     a, z = columns(n, thread, n_threads)
     for m in range(first_row, end_row):
-        token = min(max(int(load_f(tokens + 4 * m)), 0), vocab - 1)
+        token = min(max(to_integer(load_f(tokens + 4 * m)), 0), vocab - 1)
         elementwise.copy(y + m * y_row + 4 * a, z - a, table + 4 * (token * n + a))
 
 
-@njit(nogil=True)
+@kernel
 def map_columns(kind, record, first_row, end_row, thread, n_threads):
     """Copies, conversions and activations: column by column."""
     x, x_row, x_plane, y, y_row, y_plane, n, planes, other, other_row, other_plane = fields(record)[:11]
@@ -129,7 +129,7 @@ def map_columns(kind, record, first_row, end_row, thread, n_threads):
                 elementwise.scale(out + 4 * a, z - a, source + 4 * a, load_f(other + plane * other_plane + m * other_row))
 
 
-@njit(nogil=True)
+@kernel
 def merge_add(kind, record, first_row, end_row, thread, n_threads):
     x, x_row, x_slice, n_slices, y, y_row, n = fields(record)[:7]
     a, z = columns(n, thread, n_threads)
@@ -143,7 +143,7 @@ def merge_add(kind, record, first_row, end_row, thread, n_threads):
                 elementwise.add(out + 4 * a, z - a, out + 4 * a, source + 4 * a)
 
 
-@njit(nogil=True)
+@kernel
 def merge_sum(record, first_row, end_row, thread, n_threads):
     x, x_row, x_plane, planes, y, y_row, n = fields(record)[:7]
     a, z = columns(n, thread, n_threads)
@@ -154,18 +154,20 @@ def merge_sum(record, first_row, end_row, thread, n_threads):
             elementwise.add(out, z - a, out, source + plane * x_plane)
 
 
-@njit(nogil=True)
+@kernel
 def inv_rms(record, first_row, end_row, thread, n_threads):
     """Rows and their parts are dealt out in turn."""
     x, x_row, y, y_row, n_columns, width, epsilon_bits = fields(record)[:7]
     epsilon = np.int32(epsilon_bits).view(np.float32)
-    for unit in range(first_row * n_columns + thread, end_row * n_columns, n_threads):
+    unit = first_row * n_columns + thread
+    while unit < end_row * n_columns:
         m, c = unit // n_columns, unit % n_columns
         mean = sum_squares(x + m * x_row + 4 * c * width, width) / np.float32(width)
         store_f(y + m * y_row + 4 * c, np.float32(1) / np.sqrt(mean + epsilon))
+        unit += n_threads
 
 
-@njit(nogil=True)
+@kernel
 def rms_norm(record, first_row, end_row, thread, n_threads):
     x, x_row, inverse, inverse_row, weights, y, y_row, n_columns, width = fields(record)[:9]
     a, z = columns(n_columns * width, thread, n_threads)
@@ -180,7 +182,7 @@ def rms_norm(record, first_row, end_row, thread, n_threads):
             c += run
 
 
-@njit(nogil=True)
+@kernel
 def rope(kind, record, first_row, end_row, thread, n_threads):
     x, x_row, n, head_dim, table, positions = fields(record)[:6]
     a, z = columns(n, thread, n_threads)
@@ -194,7 +196,7 @@ def rope(kind, record, first_row, end_row, thread, n_threads):
             rotate_neighbours(x + m * x_row, row, head_dim, a, z)
 
 
-@njit(nogil=True)
+@kernel
 def shift(record, first_row, end_row, thread, n_threads):
     """A row of K or V into the cache, [head][position][head_dim], of values, halves or blocks: then UNITs are whole blocks."""
     x, x_row, n, head_dim, cache, head_stride, positions, cache_type = fields(record)[:8]
@@ -215,15 +217,19 @@ def shift(record, first_row, end_row, thread, n_threads):
             c += run
 
 
-@njit(nogil=True)
+@kernel
 def soft_max(record, first_row, end_row, thread, n_threads):
     x, x_row, n = fields(record)[:3]
-    for m in range(first_row + thread, end_row, n_threads):
+    m = first_row + thread
+    while m < end_row:
         softmax(x + m * x_row, n)
+        m += n_threads
 
 
-@njit(nogil=True)
+@kernel
 def gate(record, first_row, end_row, thread, n_threads):
     x, x_row, n, k, normalise, indexes, weights, weights_row, weights_plane = fields(record)[:9]
-    for m in range(first_row + thread, end_row, n_threads):
+    m = first_row + thread
+    while m < end_row:
         choose_experts(x + m * x_row, n, k, normalise, indexes + 8 * k * m, weights + m * weights_row, weights_plane)
+        m += n_threads

@@ -8,10 +8,10 @@ for a whole time slice; a sleeper is put back as soon as it is woken.
 import platform
 
 from llvmlite import ir
-from numba import njit
 from numba.core import cgutils
 
 from dairllm.kernels.ir import I32, I64, VOID, Builder, Value, call, i64, ir_function, k64, void
+from dairllm.kernels.kernel import kernel
 
 __all__ = [
     "SPINS",
@@ -76,7 +76,7 @@ def signal_eventfd(b: Builder, fd: Value) -> Value:
     return b.call(f, [b.trunc(fd, I32), b.ptrtoint(one, I64), k64(8)])
 
 
-@njit(nogil=True)
+@kernel
 def sleep_while(word, sleepers, value):
     """Sleeps while the low 32 bits at `word` are those of `value`; may wake without a reason."""
     atomic_add(sleepers, 1)
@@ -84,14 +84,14 @@ def sleep_while(word, sleepers, value):
     atomic_add(sleepers, -1)
 
 
-@njit(nogil=True)
+@kernel
 def wake(word, sleepers):
     """Wakes all who sleep on `word`; a system call only when someone does."""
     if atomic_load(sleepers) != 0:
         _futex(word, _WAKE, 1 << 30)
 
 
-@njit(nogil=True)
+@kernel
 def barrier(counter, n_threads):
     """Returns when all n_threads have called it. `counter`: BARRIER_BYTES (sizes.py) of zeros at first, shared by all."""
     if n_threads > 1:

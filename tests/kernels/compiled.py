@@ -13,7 +13,6 @@ from typing import cast as cast_type
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
 from dairllm.engine.executor import Executor
 from dairllm.engine.memory import aligned
@@ -21,6 +20,7 @@ from dairllm.engine.program import Program
 from dairllm.graph.types import FloatType, RopeType, row_bytes
 from dairllm.kernels.elementwise import exp_one
 from dairllm.kernels.ir import load_f, store_f
+from dairllm.kernels.kernel import kernel
 from dairllm.kernels.panels import TILE_COLUMNS, row_panel_bytes, tile_panel_bytes
 from dairllm.kernels.records import ALWAYS_ROWS, CLAIMS, FIELDS, RECORD_WORDS, Kind, State
 from dairllm.kernels.reference import Floats, Row
@@ -427,7 +427,7 @@ def moe_gate(x: Floats, k: int, normalise: bool, threads: int = 1) -> tuple[npt.
     return indexes, np.ascontiguousarray(weights.read()[..., 0].T)
 
 
-@njit(nogil=True)
+@kernel
 def _exp_each(x, n, out):  # type: ignore[no-untyped-def]  # addresses: numba reads the types off the call
     for i in range(n):
         store_f(out + 4 * i, exp_one(load_f(x + 4 * i)))

@@ -18,7 +18,7 @@ import numpy as np
 
 from dairllm.graph.types import FloatType, RopeType, row_bytes
 from dairllm.kernels import forms, reference
-from tests.kernels.samples import floats, rows_of_blocks
+from tests.kernels.samples import defined_blocks, floats, hostile, hostile_blocks, rows_of_blocks
 
 __all__ = ["cases", "digests"]
 
@@ -79,6 +79,48 @@ def cases() -> Iterator[tuple[str, tuple[Any, ...]]]:
         yield "attention", (q, *halves, np.arange(140 - rows, 140), 40, 3, FloatType.F16)
         blocks = (reference.quantize_q80(floats(seed, 140, 2 * 96, special=0)) for seed in (2, 3))
         yield "attention", (floats(1, rows, 5 * 96, special=0), *blocks, np.arange(140 - rows, 140), 96, 3, Q80)
+    yield from hostile_cases()
+
+
+def hostile_cases() -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """All ops with zeros, infinities, NaN, the largest and the smallest numbers."""
+    for rows, n in ((1, 32), (20, 9 * 32)):
+        yield "quantize_q80", (hostile(rows, rows, n),)
+        yield "merge_add", (hostile(1, rows, n), hostile(2, rows, 2 * n), F32)
+        yield "merge_add", (hostile(1, rows, n), hostile_blocks(2, Q80, rows, 2 * n // 32), Q80)
+        yield "cast", (hostile_blocks(3, Q80, rows, n // 32), Q80, F32)
+        yield "merge_sum", (hostile(4, 3 * rows, n).reshape(3, rows, n),)
+        for epsilon in (0.0, 1e-5, -1.0, np.inf, np.nan):
+            yield "inv_rms", (hostile(5, rows, n), epsilon, n // 32)
+        yield "rms_norm", (hostile(6, rows, n), hostile(7, rows, n // 32), hostile(8, 1, 32)[0])
+        for name in ("silu", "gelu", "softmax"):
+            yield name, (hostile(9, rows, n),)
+        yield "mul", (hostile(10, rows, n), hostile(11, rows, n))
+        yield "scale", (hostile(12, 2 * rows, n).reshape(2, rows, n), hostile(13, 2, rows))
+        for k, normalise in ((1, True), (4, True), (4, False)):
+            yield "moe_gate", (hostile(14, rows, n), k, normalise)
+        yield "matmul", (hostile(15, 9, n), F32, hostile(16, rows, n), F32)
+        for weight_type in (Q40, Q80):
+            weights = hostile_blocks(17, weight_type, 40, n // 32)
+            yield "matmul", (weights, weight_type, hostile(18, rows, n), F32)
+            yield "matmul", (weights, weight_type, hostile_blocks(19, Q80, rows, n // 32), Q80)
+            active = np.random.default_rng(20).integers(0, 4, (rows, 2))
+            x = hostile_blocks(21, Q80, 2 * rows, n // 32).reshape(2, rows, -1)
+            yield "expert_matmul", (weights.reshape(4, 10, -1), weight_type, x, Q80, active)
+        table = reference.rope_table(reference.rope_frequencies(32, 10000.0), np.arange(rows))
+        for rope_type in (RopeType.LLAMA, RopeType.FALCON):
+            yield "rope", (hostile(22, rows, n), table, rope_type)
+    for rows in (1, 4):
+        q, k, v = hostile(23, rows, 5 * 32), hostile(24, 140, 2 * 32), hostile(25, 140, 2 * 32)
+        places = np.arange(140 - rows, 140)
+        some = floats(26, 140, 2 * 32, special=0)
+        yield "attention", (q, some, some, places, 32, 3)
+        yield "attention", (q[:, ::-1].copy(), k, v, places, 32, 3)
+        yield "attention", (floats(27, rows, 5 * 32), some, v, places, 32, 3)
+        yield "attention", (floats(27, rows, 5 * 32), k, some, places, 32, 3)
+        with np.errstate(over="ignore"):
+            yield "attention", (q, some.astype(np.float16), v.astype(np.float16), places, 32, 3, FloatType.F16)
+        yield "attention", (floats(28, rows, 5 * 32), *(hostile_blocks(seed, Q80, 140, 2) for seed in (29, 30)), places, 32, 3, Q80)
 
 
 def digests(arithmetic: ModuleType, products_alone: bool = False) -> dict[str, str]:
@@ -92,11 +134,14 @@ def digests(arithmetic: ModuleType, products_alone: bool = False) -> dict[str, s
     for number, (name, args) in enumerate(cases()):
         if products_alone and not (name.endswith("matmul") and args[1] != F32):
             continue
-        results = getattr(arithmetic, name)(*args)
+        with np.errstate(all="ignore"):
+            results = getattr(arithmetic, name)(*args)
         digest = hashlib.sha256()
         for result in results if isinstance(results, tuple) else (results,):
             if result.dtype == np.float32:
                 result = np.where(np.isnan(result), np.float32(np.nan), result)
+            elif name == "quantize_q80":
+                result = defined_blocks(result)
             digest.update(np.ascontiguousarray(result).tobytes())
         found[f"{number} {name} {' '.join(str(getattr(a, 'shape', a)) for a in args)}"] = digest.hexdigest()[:16]
     return found
@@ -109,10 +154,9 @@ def emulate_vnni(form: str) -> None:
     """
     forms._NEEDS[form] = forms._NEEDS["avx2"]
     forms.select(form)
-    from numba import njit
-
     from dairllm.kernels import byte_dot, matmul_steps, pack_steps
     from dairllm.kernels.ir import I8, I16, Builder, Value, concat, load_i, shuffle, vec
+    from dairllm.kernels.kernel import kernel
     from dairllm.kernels.records import RECORD_WORDS, Kind
     from tests.kernels import compiled
 
@@ -131,7 +175,7 @@ def emulate_vnni(form: str) -> None:
     byte_dot._quads_vnni = quads
     packs, experts = (int(Kind.PACK), int(Kind.PACK_BLOCKS)), (int(Kind.EXPERTS_Q40), int(Kind.EXPERTS_Q80))
 
-    @njit
+    @kernel
     def step(record, rows, scratch):  # type: ignore[no-untyped-def]  # addresses: numba reads the types off the call
         kind = load_i(record)
         if kind in packs:

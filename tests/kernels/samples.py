@@ -7,11 +7,49 @@ from hypothesis.extra import numpy as hnp
 
 from dairllm.graph.types import FloatType, row_bytes
 
-__all__ = ["arrays", "floats", "rows_of_blocks", "seeds"]
+__all__ = ["HOSTILE", "arrays", "defined_blocks", "floats", "hostile", "hostile_blocks", "rows_of_blocks", "seeds"]
 
 seeds = st.integers(0, 2**32 - 1)
 
 _SPECIAL = np.array([0.0, -0.0, 1e-45, -1e-45, 1e-38, 1.1754944e-38, 1e-20, 1.0, -1.0, 3e4, -6e8, 1e12], np.float32)
+
+HOSTILE = np.array([0.0, -0.0, np.inf, -np.inf, np.nan, 3.4e38, -3.4e38, 1e-45, -1e-45, 1e-40, 1.1754944e-38, 2e19, 1.0], np.float32)
+"""Zeros, infinities, NaN, numbers whose squares or sums are too large, and subnormal ones."""
+
+
+def hostile(seed: int, rows: int, n: int) -> npt.NDArray[np.float32]:
+    """float32 [rows, n]: rows of one hostile value alone, of several, and of ordinary values with one among them."""
+    rng = np.random.default_rng(seed)
+    values = rng.standard_normal((rows, n)).astype(np.float32)
+    for row in values:
+        match rng.integers(0, 4):
+            case 0:
+                row[:] = rng.choice(HOSTILE)
+            case 1:
+                row[:] = rng.choice(rng.choice(HOSTILE, 3), n)
+            case 2:
+                row[:] = np.where(rng.random(n) < 0.1, rng.choice(HOSTILE, n), row)
+            case _:
+                row[rng.integers(0, n)] = rng.choice(HOSTILE)
+    return values
+
+
+def hostile_blocks(seed: int, float_type: FloatType, rows: int, blocks: int) -> npt.NDArray[np.uint8]:
+    """As `rows_of_blocks`, with scales that are infinite, NaN, subnormal or the largest."""
+    raw = rows_of_blocks(seed, float_type, rows, blocks).reshape(rows, blocks, -1)
+    rng = np.random.default_rng(seed)
+    scales = rng.choice(np.array([np.inf, -np.inf, np.nan, 65504, 6e-8, 0, -0.0, 1], np.float16), (rows, blocks))
+    where = rng.random((rows, blocks)) < rng.choice([0.05, 0.5], (rows, 1))
+    raw[where, :2] = scales[where][..., None].view(np.uint8)
+    return raw.reshape(rows, -1)
+
+
+def defined_blocks(raw: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """Q80 blocks with one NaN for all, whose sign and payload are not defined."""
+    blocks = raw.reshape(*raw.shape[:-1], -1, row_bytes(FloatType.Q80, 32)).copy()
+    nan = np.isnan(np.ascontiguousarray(blocks[..., :2]).view(np.float16)[..., 0])
+    blocks[nan, :2] = np.float16([np.nan]).view(np.uint8)
+    return blocks.reshape(raw.shape)
 
 
 def floats(seed: int, *shape: int, spread: float = 1.0, special: float = 0.1) -> npt.NDArray[np.float32]:

@@ -26,7 +26,7 @@ def quantize_q80(x: Floats) -> npt.NDArray[np.uint8]:
     """float32 [..., n] -> Q80 blocks, uint8 [..., n / 32 * 34].
 
     d = max|x| / 127; q = x * (1 / d) to the nearest integer, ties to even, with d as it is before it is stored in half precision.
-    Where d is zero, so small that 1 / d is infinite, or infinite itself, every q is 0.
+    Where d is zero, so small that 1 / d is infinite, or infinite itself, every q is 0. Of a block with a NaN d is NaN and every q 0.
     """
     values = np.asarray(x, np.float32)
     blocks = values.reshape(*values.shape[:-1], -1, BLOCK_VALUES)
