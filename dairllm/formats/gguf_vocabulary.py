@@ -5,6 +5,7 @@ merges have an order; "llama" is SentencePiece, whose tokens are text with U+258
 """
 
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -12,7 +13,7 @@ from dairllm.errors import FormatError
 from dairllm.formats.gguf import GgufFile
 from dairllm.formats.token_names import byte_level_piece, sentence_piece
 from dairllm.formats.tokenizer_file import TokenizerFile
-from dairllm.formats.tokenizer_json import UnsayableTokenizer, build_tokenizer_json
+from dairllm.formats.tokenizer_json import UnsayableTokenizer, build_sentence_json, build_tokenizer_json
 
 __all__ = ["Vocabulary", "read_vocabulary"]
 
@@ -67,27 +68,10 @@ def read_vocabulary(file: GgufFile, n_rows: int) -> Vocabulary:
         raise FormatError(file.path, None, f"from 1 to {n_rows} tokens, the rows of the embedding", str(len(tokens)))
     if len(types) != len(tokens):
         raise FormatError(file.path, None, f"as many types as tokens ({len(tokens)})", str(len(types)))
-    json, warnings = None, []
     if kind == "gpt2":
-        merges = _merges(file)
-        pieces = [token.encode() if type_ in _SPELLED else byte_level_piece(token) for token, type_ in zip(tokens, types, strict=True)]
-        scores = _merge_scores(tokens, pieces, merges)
-        try:
-            json = build_tokenizer_json(
-                tokens,
-                merges,
-                file.text(f"{_KEY}.pre", "default"),
-                special=[number for number, type_ in enumerate(types) if type_ in (_TokenType.CONTROL, _TokenType.UNKNOWN)],
-                added=[number for number, type_ in enumerate(types) if type_ == _TokenType.USER_DEFINED],
-            )
-        except UnsayableTokenizer as reason:
-            warnings.append(f"no tokenizer.json is written: {reason}; text is tokenized from the .t file alone, which is less exact")
+        pieces, scores, json, warnings = _byte_level(file, tokens, types)
     elif kind == "llama":
-        pieces = [token.encode() if type_ in _SPELLED else sentence_piece(token) for token, type_ in zip(tokens, types, strict=True)]
-        scores = [_single(score) for score in file.numbers(f"{_KEY}.scores")]
-        if len(scores) != len(tokens):
-            raise FormatError(file.path, None, f"as many scores as tokens ({len(tokens)})", str(len(scores)))
-        warnings.append("no tokenizer.json is written for a SentencePiece vocabulary; text is tokenized from the .t file alone")
+        pieces, scores, json, warnings = _sentence_piece(file, tokens, types)
     else:
         raise FormatError(file.path, None, f"a vocabulary of the kind gpt2 or llama ({_KEY}.model)", kind)
     for number, piece in enumerate(pieces):
@@ -106,8 +90,63 @@ def read_vocabulary(file: GgufFile, n_rows: int) -> Vocabulary:
     return Vocabulary(result, json, tuple(warnings) + ((warning,) if warning else ()))
 
 
-_SPELLED = (_TokenType.UNKNOWN, _TokenType.CONTROL, _TokenType.USER_DEFINED)
+_SPECIAL = (_TokenType.UNKNOWN, _TokenType.CONTROL)
+_SPELLED = (*_SPECIAL, _TokenType.USER_DEFINED)
 """Types of tokens that are written as they are, not in stand-ins."""
+
+_Found = tuple[list[bytes], list[float], str | None, list[str]]  # pieces, scores, tokenizer.json, warnings
+
+
+def _byte_level(file: GgufFile, tokens: list[str], types: list[int]) -> _Found:
+    merges = _merges(file)
+    pieces = [token.encode() if type_ in _SPELLED else byte_level_piece(token) for token, type_ in zip(tokens, types, strict=True)]
+    pre, warnings = file.text(f"{_KEY}.pre", ""), []
+    if not pre:
+        pre = "default"
+        warnings.append(
+            f"the file does not say how text is cut into words ({_KEY}.pre): the pre-tokenizer {pre!r} is used, which may be another than "
+            "the model's; a newer GGUF file of the model says it"
+        )
+    json, special, added = None, _of_types(types, *_SPECIAL), _of_types(types, _TokenType.USER_DEFINED)
+    try:
+        json = build_tokenizer_json(tokens, merges, pre, special, added)
+    except UnsayableTokenizer as reason:
+        warnings.append(_alone(reason))
+    return pieces, _merge_scores(tokens, pieces, merges), json, warnings
+
+
+def _sentence_piece(file: GgufFile, tokens: list[str], types: list[int]) -> _Found:
+    pieces = [token.encode() if type_ in _SPELLED else sentence_piece(token) for token, type_ in zip(tokens, types, strict=True)]
+    scores = [_single(score) for score in file.numbers(f"{_KEY}.scores")]
+    if len(scores) != len(tokens):
+        raise FormatError(file.path, None, f"as many scores as tokens ({len(tokens)})", str(len(scores)))
+    json, warnings = None, []
+    try:
+        json = build_sentence_json(
+            tokens,
+            scores,
+            normal=_of_types(types, _TokenType.NORMAL),
+            special=_of_types(types, *_SPECIAL),
+            added=_of_types(types, _TokenType.USER_DEFINED),
+            unknown=_unknown_id(file, types),
+            space_prefix=file.flag(f"{_KEY}.add_space_prefix", True),
+        )
+    except UnsayableTokenizer as reason:
+        warnings.append(_alone(reason))
+    return pieces, scores, json, warnings
+
+
+def _unknown_id(file: GgufFile, types: Sequence[int]) -> int | None:
+    named = _token_id(file, "unknown", len(types))
+    return next(iter(_of_types(types, _TokenType.UNKNOWN)), None) if named is None else named
+
+
+def _of_types(types: Sequence[int], *wanted: _TokenType) -> list[int]:
+    return [number for number, type_ in enumerate(types) if type_ in wanted]
+
+
+def _alone(reason: UnsayableTokenizer) -> str:
+    return f"no tokenizer.json is written: {reason}; text is tokenized from the .t file alone, which is less exact"
 
 
 def _merges(file: GgufFile) -> list[tuple[str, str]]:

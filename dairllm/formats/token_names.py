@@ -3,7 +3,10 @@
 Both kinds are found in GGUF files and in `tokenizer.json` files; a `.t` file has the bytes themselves.
 """
 
-__all__ = ["BYTE_OF_CHARACTER", "byte_level_piece", "sentence_piece"]
+__all__ = ["BYTE_OF_CHARACTER", "SPACE", "byte_level_piece", "sentence_piece"]
+
+SPACE = "\u2581"
+"""What SentencePiece writes for a space."""
 
 
 def _byte_characters() -> dict[str, bytes]:
@@ -36,4 +39,4 @@ def sentence_piece(name: str) -> bytes:
             return bytes([int(name[3:5], 16)])
         except ValueError:
             pass
-    return name.replace("▁", " ").encode()
+    return name.replace(SPACE, " ").encode()

@@ -1,17 +1,22 @@
-"""Builds a `tokenizer.json` (the format of Hugging Face's `tokenizers` library, which does the work) of a byte-level BPE vocabulary.
+"""Builds a `tokenizer.json` (the format of Hugging Face's `tokenizers` library, which does the work) of a vocabulary.
 
-What a GGUF file says about cutting text into words is a name: the expressions behind the names are those of the models' own
-`tokenizer.json` files, or llama.cpp's where there is no such model.
+Of a byte-level BPE vocabulary a GGUF file says the merges, and by a name how text is cut into words: the expressions behind the names
+are those of the models' own `tokenizer.json` files, or llama.cpp's where there is no such model.
+
+Of a SentencePiece vocabulary it says scores: of all neighbours that together are a token, those whose token scores highest are merged
+first. Merges say the same: every way to make a token of two others, in the order of the scores.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
+
+from dairllm.formats.token_names import SPACE
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from tokenizers.pre_tokenizers import PreTokenizer
 
-__all__ = ["PRE_TOKENIZERS", "UnsayableTokenizer", "build_tokenizer_json", "json_vocabulary"]
+__all__ = ["PRE_TOKENIZERS", "UnsayableTokenizer", "build_sentence_json", "build_tokenizer_json", "json_vocabulary"]
 
 _LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _QWEN2 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -50,7 +55,7 @@ class UnsayableTokenizer(Exception):  # noqa: N818 - a finding, answered with a 
 def build_tokenizer_json(
     tokens: Sequence[str], merges: Sequence[tuple[str, str]], pre: str, special: Sequence[int], added: Sequence[int]
 ) -> str:
-    """The text of a `tokenizer.json`.
+    """The text of a `tokenizer.json` of a byte-level BPE vocabulary.
 
     Args:
         tokens: by id, bytes written in GPT-2's stand-ins.
@@ -62,30 +67,71 @@ def build_tokenizer_json(
     Raises:
         UnsayableTokenizer: the pre-tokenizer is unknown, or the library does not take this vocabulary.
     """
-    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+    from tokenizers import Tokenizer, decoders, models, normalizers
 
     kind = PRE_TOKENIZERS.get(pre)
     if kind is None:
         raise UnsayableTokenizer(f"its pre-tokenizer {pre!r} is not known")
-    vocabulary = {token: number for number, token in enumerate(tokens)}
-    if len(vocabulary) != len(tokens):
-        twice = next(token for number, token in enumerate(tokens) if vocabulary[token] != number)
-        raise UnsayableTokenizer(f"token {twice!r} comes twice in its vocabulary")
-    try:
+    vocabulary = _vocabulary(tokens)
+
+    def build() -> "Tokenizer":
         # Llama 3 takes words that are in the vocabulary whole, whatever the merges say.
         tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=list(merges), ignore_merges=kind == "llama3"))
         if pre == "qwen2":  # the models whose name it is; others took its expression alone
             tokenizer.normalizer = normalizers.NFC()
         tokenizer.pre_tokenizer = _pre_tokenizer(kind)
         tokenizer.decoder = decoders.ByteLevel()
-        tokenizer.add_special_tokens([AddedToken(tokens[number], normalized=False, special=True) for number in special])
-        tokenizer.add_tokens([AddedToken(tokens[number], normalized=False) for number in added])
-        _check(tokenizer, vocabulary)
-        return tokenizer.to_str(pretty=True)
-    except UnsayableTokenizer:
-        raise
-    except Exception as error:  # the library raises plain Exception for what it cannot take
-        raise UnsayableTokenizer(f"the tokenizers library does not take it: {error}") from error
+        return tokenizer
+
+    return _finished(build, tokens, vocabulary, special, added)
+
+
+def build_sentence_json(
+    tokens: Sequence[str],
+    scores: Sequence[float],
+    normal: Sequence[int],
+    special: Sequence[int],
+    added: Sequence[int],
+    *,
+    unknown: int | None,
+    space_prefix: bool,
+) -> str:
+    """The text of a `tokenizer.json` of a SentencePiece vocabulary.
+
+    A character that no token says becomes its bytes' tokens (<0x0A>), as far as there are any.
+
+    Args:
+        tokens: by id, U+2581 written for a space.
+        scores: by id. Of equal ones the token with the lower id comes first: ids are in the order in which tokens were found.
+        normal: ids that merges may make: neither special nor a byte.
+        special: ids that are taken whole where the text spells them out, and stand for no text.
+        added: ids that are taken whole, too, but are text.
+        unknown: the id of what has no bytes' tokens, or None.
+        space_prefix: whether a text, and what follows a token that was taken whole, begins with a space more.
+
+    Raises:
+        UnsayableTokenizer: the library does not take this vocabulary.
+    """
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    vocabulary = _vocabulary(tokens)
+    merges = []
+    for number in sorted(normal, key=lambda number: (-scores[number], number)):
+        token = tokens[number]
+        pairs = ((token[:cut], token[cut:]) for cut in range(1, len(token)))
+        known = ((vocabulary[left], vocabulary[right]) for left, right in pairs if left in vocabulary and right in vocabulary)
+        merges += [(tokens[left], tokens[right]) for left, right in sorted(known)]
+
+    def build() -> "Tokenizer":
+        word = tokens[unknown] if unknown is not None else None
+        tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, unk_token=word, fuse_unk=True, byte_fallback=True))
+        prefix = [normalizers.Prepend(SPACE)] if space_prefix else []
+        tokenizer.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", SPACE)])
+        stripped = [decoders.Strip(" ", 1, 0)] if space_prefix else []
+        tokenizer.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *stripped])
+        return tokenizer
+
+    return _finished(build, tokens, vocabulary, special, added)
 
 
 def json_vocabulary(text: str | bytes) -> dict[str, int]:
@@ -102,6 +148,33 @@ def json_vocabulary(text: str | bytes) -> dict[str, int]:
         raise UnsayableTokenizer(f"the tokenizers library cannot read it: {error}") from error
 
 
+def _vocabulary(tokens: Sequence[str]) -> dict[str, int]:
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    if len(vocabulary) != len(tokens):
+        twice = next(token for number, token in enumerate(tokens) if vocabulary[token] != number)
+        raise UnsayableTokenizer(f"token {twice!r} comes twice in its vocabulary")
+    return vocabulary
+
+
+def _finished(
+    build: Callable[[], "Tokenizer"], tokens: Sequence[str], vocabulary: dict[str, int], special: Sequence[int], added: Sequence[int]
+) -> str:
+    """The text of what `build` makes, with the tokens that are taken whole; the library must have kept every id."""
+    from tokenizers import AddedToken
+
+    try:
+        tokenizer = build()
+        tokenizer.add_special_tokens([AddedToken(tokens[number], normalized=False, special=True) for number in special])
+        tokenizer.add_tokens([AddedToken(tokens[number], normalized=False) for number in added])
+        if tokenizer.get_vocab(with_added_tokens=True) != vocabulary:
+            raise UnsayableTokenizer("the tokenizers library gives other ids to its tokens")
+        return tokenizer.to_str(pretty=True)
+    except UnsayableTokenizer:
+        raise
+    except Exception as error:  # the library raises plain Exception for what it cannot take
+        raise UnsayableTokenizer(f"the tokenizers library does not take it: {error}") from error
+
+
 def _pre_tokenizer(kind: str) -> "PreTokenizer":
     from tokenizers import Regex, pre_tokenizers
 
@@ -115,9 +188,3 @@ def _pre_tokenizer(kind: str) -> "PreTokenizer":
     if kind == "smollm":
         return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), gpt2])
     return split(*{"default": _DEFAULT, "llama3": (_LLAMA3,), "qwen2": (_QWEN2,)}[kind])
-
-
-def _check(tokenizer: "Tokenizer", vocabulary: dict[str, int]) -> None:
-    """The library must have kept every id."""
-    if tokenizer.get_vocab(with_added_tokens=True) != vocabulary:
-        raise UnsayableTokenizer("the tokenizers library gives other ids to its tokens")

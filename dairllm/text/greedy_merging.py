@@ -13,8 +13,9 @@ doubly linked list: n log n. A pair that has changed since it was put there is n
 No token can reach over two bytes that are neighbours in no piece. The text falls apart there into stretches, words mostly, that
 are merged each for itself, and once however often they occur: prose takes a tenth of the time, with the same outcome.
 
-Two things differ on purpose. Bytes that no token can say are left out with a warning, where the C++ program aborts. And where a
-vocabulary's special tokens come first, they are special here (see `special_ids`).
+Three things differ on purpose. Bytes that no token can say are left out with a warning, where the C++ program aborts. Where a
+vocabulary's special tokens come first, they are special here (see `special_ids`). And SentencePiece's vocabularies, of which that program
+makes other ids than the model was taught, are read by `dairllm.text.sentence_merging`.
 """
 
 import re
@@ -73,15 +74,14 @@ class GreedyMerging:
         pieces: the bytes of every token, by id.
         scores: the score of every token, by id.
         special: ids that are taken whole where the text spells them out, and never come of a merge.
+        ids: the tokens that merges may make, by piece; those that the C++ program finds, where they are not given.
     """
 
-    def __init__(self, pieces: Sequence[bytes], scores: Sequence[float], special: frozenset[int]) -> None:
+    def __init__(
+        self, pieces: Sequence[bytes], scores: Sequence[float], special: frozenset[int], ids: dict[bytes, int] | None = None
+    ) -> None:
         self._pieces = pieces
-        n_regular = len(pieces)
-        while n_regular - 1 in special:
-            n_regular -= 1
-        by_piece = _ids_by_piece(pieces[:n_regular])
-        self._ids = {piece: token for piece, token in by_piece.items() if token not in special}
+        self._ids = _regular_ids(pieces, special) if ids is None else ids
         joined = b"\0".join(self._ids)
         self._neighbours = set(pairwise(joined))  # those with the zeros between are too many, and do no harm
         self._rank = _ranks(scores)
@@ -190,11 +190,18 @@ def _ranks(scores: Sequence[float]) -> list[int]:
     return [place.get(score, -1) for score in scores]
 
 
+def _regular_ids(pieces: Sequence[bytes], special: frozenset[int]) -> dict[bytes, int]:
+    n_regular = len(pieces)
+    while n_regular - 1 in special:
+        n_regular -= 1
+    return {piece: token for piece, token in _ids_by_piece(pieces[:n_regular]).items() if token not in special}
+
+
 def _ids_by_piece(pieces: Sequence[bytes]) -> dict[bytes, int]:
     """The id that the C++ program finds for each piece.
 
-    Vocabularies that stem from SentencePiece have pieces twice ("A" as a byte and "A" as a character). Which of them the C++ program
-    takes is decided by how the C library bisects the sorted pieces: it ends at the first hit.
+    A vocabulary may have pieces twice. Which of them the C++ program takes is decided by how the C library bisects the sorted pieces: it
+    ends at the first hit. (Those that stem from SentencePiece have them; `sentence_merging` reads these as they were meant.)
     """
     once = {piece: token for token, piece in enumerate(pieces)}
     if len(once) == len(pieces):

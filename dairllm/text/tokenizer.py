@@ -1,11 +1,12 @@
 """A model's tokenizer: text to ids and back.
 
 Ids are made by the model's own `tokenizer.json` where one with exactly the `.t` file's vocabulary lies beside it, else by greedy
-merging from the `.t` file alone, as distributed-llama does it. Ids become text by the `.t` file's bytes in either case.
+merging from the `.t` file alone: as distributed-llama does it, or as llama.cpp does where the vocabulary is SentencePiece's. Ids become
+text by the `.t` file's bytes in either case.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import structlog
@@ -13,6 +14,7 @@ import structlog
 from dairllm.formats.tokenizer_file import TokenizerFile
 from dairllm.text.greedy_merging import GreedyMerging, special_ids, stand_in_ids
 from dairllm.text.model_tokenizer import ModelTokenizer, VocabularyMismatch
+from dairllm.text.sentence_merging import SentenceMerging, first_byte_token
 from dairllm.text.stream_decoder import StreamDecoder
 
 __all__ = ["Tokenizer"]
@@ -50,7 +52,7 @@ class Tokenizer:
         else:
             self.encoder = ".t"
             special = special_ids(self.pieces, file.bos_id)
-            self._greedy = GreedyMerging(self.pieces, file.scores, special)
+            self._greedy = _merging(self.pieces, file.scores, special)
             self.special_ids = special - stand_in_ids(self.pieces, file.bos_id) | self.eos_ids
 
     @classmethod
@@ -117,6 +119,13 @@ class Tokenizer:
         if token is None or token not in self.special_ids:
             return ""
         return self.pieces[token].decode("utf-8", "replace")
+
+
+def _merging(pieces: Sequence[bytes], scores: Sequence[float], special: frozenset[int]) -> GreedyMerging:
+    first_byte = first_byte_token(pieces, special)
+    if first_byte is None:
+        return GreedyMerging(pieces, scores, special)
+    return SentenceMerging(pieces, scores, special, first_byte)
 
 
 def _utf8(text: str) -> bytes:

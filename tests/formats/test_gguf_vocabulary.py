@@ -109,6 +109,16 @@ def test_an_unknown_pre_tokenizer_is_a_warning(make_gguf: MakeGguf) -> None:
     assert len(vocabulary.file.pieces) == 268
 
 
+def test_a_missing_pre_tokenizer_is_a_warning(make_gguf: MakeGguf) -> None:
+    """Files before May 2024: llama.cpp warns, too. Llama 3's and Qwen's words are cut otherwise than the default."""
+    vocabulary = read(make_gguf, {"tokenizer.ggml.pre": None})
+    assert vocabulary.json is not None
+    (warning,) = vocabulary.warnings
+    assert "tokenizer.ggml.pre" in warning
+    assert "the pre-tokenizer 'default' is used" in warning
+    assert not read(make_gguf, {"tokenizer.ggml.pre": "default"}).warnings
+
+
 def test_sentence_piece(make_gguf: MakeGguf) -> None:
     vocabulary = read(make_gguf, SENTENCE)
     file = vocabulary.file
@@ -116,10 +126,18 @@ def test_sentence_piece(make_gguf: MakeGguf) -> None:
     assert file.pieces[258:] == (b"\xff", b" the", b" ", b"a", "é".encode(), "<t▁>".encode(), b"[PAD]")
     assert file.scores[259] == struct.unpack("<f", struct.pack("<f", -0.1))[0]
     assert (file.bos_id, file.add_bos, file.eos_ids) == (1, True, (2,))
+    assert len(vocabulary.warnings) == 1
+    assert "a distributed-llama root cannot use the .t file" in vocabulary.warnings[0]
+    assert vocabulary.json is not None
+    tokenizer = Tokenizer.from_str(vocabulary.json)
+    assert tokenizer.encode("a é!<t▁>a", add_special_tokens=False).ids == [260, 261, 260, 262, 0x21 + 3, 263, 260, 261]
+
+
+def test_a_sentence_piece_vocabulary_that_the_library_does_not_take(make_gguf: MakeGguf) -> None:
+    twice = [*SENTENCE["tokenizer.ggml.tokens"][:-1], "a"]
+    vocabulary = read(make_gguf, SENTENCE | {"tokenizer.ggml.tokens": twice})
     assert vocabulary.json is None
-    assert len(vocabulary.warnings) == 2
-    assert "SentencePiece" in vocabulary.warnings[0]
-    assert "a distributed-llama root cannot use the .t file" in vocabulary.warnings[1]
+    assert vocabulary.warnings[0].startswith("no tokenizer.json is written: token 'a' comes twice in its vocabulary; text is tokenized")
 
 
 def test_sentence_piece_without_bos_suits_distributed_llama(make_gguf: MakeGguf) -> None:
