@@ -196,7 +196,7 @@ def test_wrong_usage_is_2(words: tuple[str, ...], message: str) -> None:
         (("tokenize", DATA, "a"), 1, "expected a .t tokenizer file, found a folder"),
         (("inspect", "nonesuch.m"), 1, "nonesuch.m: "),
         (("convert", "nonesuch.gguf", "a.m"), 1, "nonesuch.gguf: "),
-        (("convert", "a.gguf", "a.m", "--weights", "q4"), 2, "--weights is one of f32, q40, q80, not 'q4'"),
+        (("convert", "a.gguf", "a.m", "--weights", "q4"), 2, "--weights is one of auto, q40, q80, f32, not 'q4'"),
     ],
     ids=lambda value: " ".join(map(str, value))[-40:] if isinstance(value, tuple) else "",
 )

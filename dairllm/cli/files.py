@@ -38,9 +38,18 @@ def tokenize(
 
 @app.command()
 def convert(
-    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="GGUF file.")],
+    source: Annotated[
+        Path,
+        typer.Argument(metavar="SOURCE", help="GGUF file; tensors of any type but Q1_0: F32, F16, BF16, Q4_0 to Q8_0, K, IQ, TQ, FP4."),
+    ],
     target: Annotated[Path, typer.Argument(metavar="OUT.m", help="Model file to write; OUT.t and tokenizer.json go beside it.")],
-    weights: Annotated[str, typer.Option(metavar="q40|q80|f32", help="How weights are stored.")] = "q40",
+    weights: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|q40|q80|f32",
+            help="How weights are stored; auto: q40 where the source is Q4_0, else q80, which keeps what it has.",
+        ),
+    ] = "auto",
 ) -> None:
     """Make a model file, its tokenizer file and its tokenizer.json of a model in another format."""
     from dairllm.commands import convert as command

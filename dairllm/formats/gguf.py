@@ -17,7 +17,17 @@ import numpy.typing as npt
 from dairllm.errors import ConfigError, FormatError
 from dairllm.formats.quants import dequantize_q40, dequantize_q80
 
-__all__ = ["GgufFile", "GgufTensor"]
+__all__ = ["FLOAT_TYPES", "READABLE_TYPES", "GgufFile", "GgufTensor"]
+
+FLOAT_TYPES = ("F32", "F16", "BF16")
+READABLE_TYPES = (
+    *FLOAT_TYPES,
+    *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"),
+    *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
+    *("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS"),
+    *("TQ1_0", "TQ2_0", "MXFP4", "NVFP4"),
+)
+"""GGML's names of the types of tensors whose values can be had."""
 
 _MAGIC = b"GGUF"
 
@@ -162,9 +172,11 @@ class GgufFile:
         raw = self.raw_rows(tensor, first, count)
         decode = _DECODERS.get(tensor.type_name)
         try:
-            return decode(raw) if decode else _library_values(tensor.type_name, raw)
+            with np.errstate(all="ignore"):  # of scales that are no numbers come values that are none: who uses them looks
+                return decode(raw) if decode else _library_values(tensor.type_name, raw)
         except NotImplementedError as error:
-            raise FormatError(self.path, tensor.offset, f"tensor {tensor.name} in a type that can be read", tensor.type_name) from error
+            expected = f"tensor {tensor.name} in a type that can be read ({', '.join(READABLE_TYPES)})"
+            raise FormatError(self.path, tensor.offset, expected, tensor.type_name) from error
 
     def _get(self, key: str, default: _T | None, what: str, fits: Callable[[Any], bool]) -> _T:
         field = self._fields.get(key)

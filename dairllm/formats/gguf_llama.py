@@ -13,9 +13,9 @@ from dairllm.errors import FormatError
 from dairllm.formats.gguf import GgufFile, GgufTensor
 from dairllm.formats.model_layout import Tensor
 from dairllm.graph.model import Architecture, ModelSpec
-from dairllm.graph.types import FloatType, RopeType
+from dairllm.graph.types import BLOCK_VALUES, FloatType, RopeType
 
-__all__ = ["TensorSources", "llama_spec", "tensor_sources"]
+__all__ = ["TensorSources", "llama_spec", "nearest_weight_type", "tensor_sources"]
 
 TensorSources = Callable[[Tensor], GgufTensor]
 """The GGUF tensor that a tensor of the `.m` file is made of."""
@@ -100,6 +100,18 @@ def llama_spec(file: GgufFile, weight_type: FloatType) -> ModelSpec:
         rope_high_freq_factor=0.0 if factor == 1 else float(_LLAMA3_HIGH),
         rope_orig_max_seq_len=0 if factor == 1 else _LLAMA3_LENGTH,
     )
+
+
+def nearest_weight_type(file: GgufFile) -> FloatType:
+    """What a file's weights are stored as so that they stay what they are: Q40 where those of the layers are Q4_0, the same blocks. Else
+    Q80, in which all that GGUF has comes out nearly as it was, where Q40 would spoil it; F32 where rows are no whole number of blocks.
+
+    A `.m` file has one type for all weights. So a classifier is Q40 too where the layers are, though llama.cpp gives it more bits.
+    """
+    matrices = [tensor for name, tensor in file.tensors.items() if name.startswith("blk.") and len(tensor.shape) == 2]
+    if any(matrix.n_columns % BLOCK_VALUES for matrix in matrices):
+        return FloatType.F32
+    return FloatType.Q40 if matrices and all(matrix.type_name == "Q4_0" for matrix in matrices) else FloatType.Q80
 
 
 def tensor_sources(file: GgufFile, tensors: tuple[Tensor, ...]) -> TensorSources:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from dairllm.graph.types import BLOCK_VALUES, FloatType, row_bytes
 
-__all__ = ["dequantize", "dequantize_q40", "dequantize_q80", "quantize", "quantize_q40", "quantize_q80"]
+__all__ = ["dequantize", "dequantize_q40", "dequantize_q80", "q80_of_q40", "quantize", "quantize_q40", "quantize_q80"]
 
 FloatArray = npt.NDArray[np.float32]
 ByteArray = npt.NDArray[np.uint8]
@@ -81,6 +81,21 @@ def quantize_q80(x: FloatArray) -> ByteArray:
         scaled = blocks * _inverse(d)
         out[..., 2:] = np.rint(scaled, out=scaled).astype(np.int8).view(np.uint8)
     return out.reshape(*x.shape[:-1], row_bytes(FloatType.Q80, x.shape[-1]))
+
+
+def q80_of_q40(raw: ByteArray) -> ByteArray:
+    """Q40 rows as Q80 rows of exactly the same values (the same d): uint8 [..., blocks * 18] to uint8 [..., blocks * 34].
+
+    Raises:
+        ValueError: the last axis is not a whole number of blocks.
+    """
+    blocks = _raw_blocks(raw, FloatType.Q40)
+    out = np.empty((*blocks.shape[:-1], row_bytes(FloatType.Q80, BLOCK_VALUES)), np.uint8)
+    out[..., :2] = blocks[..., :2]
+    np.bitwise_and(blocks[..., 2:], 15, out=out[..., 2 : 2 + _HALF])
+    np.right_shift(blocks[..., 2:], 4, out=out[..., 2 + _HALF :])
+    out[..., 2:] -= 8  # wraps around, as int8 has it
+    return out.reshape(*raw.shape[:-1], -1)
 
 
 def dequantize_q80(raw: ByteArray) -> FloatArray:

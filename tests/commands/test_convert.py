@@ -33,9 +33,11 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return calls
 
 
-@pytest.mark.parametrize(("weights", "weight_type"), [("q40", FloatType.Q40), ("q80", FloatType.Q80), ("f32", FloatType.F32)])
+@pytest.mark.parametrize(
+    ("weights", "weight_type"), [("auto", None), ("q40", FloatType.Q40), ("Q80", FloatType.Q80), ("f32", FloatType.F32)]
+)
 def test_what_was_written_is_printed(
-    asked: list[Any], capsys: pytest.CaptureFixture[str], tmp_path: Path, weights: str, weight_type: FloatType
+    asked: list[Any], capsys: pytest.CaptureFixture[str], tmp_path: Path, weights: str, weight_type: FloatType | None
 ) -> None:
     with structlog.testing.capture_logs() as logs:
         convert.run(tmp_path / "x.gguf", tmp_path / "x.m", weights)
@@ -63,7 +65,7 @@ def test_a_bar_only_where_somebody_sees_it(
 
 
 def test_wrong_usage(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="--weights is one of f32, q40, q80, not 'q41'"):
+    with pytest.raises(ConfigError, match="--weights is one of auto, q40, q80, f32, not 'q41'"):
         convert.run(tmp_path / "x.gguf", tmp_path / "x.m", "q41")
     with pytest.raises(ConfigError, match="is a folder; a GGUF file can be converted"):
         convert.run(tmp_path, tmp_path / "x.m")

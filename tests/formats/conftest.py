@@ -73,10 +73,11 @@ def write_gguf(
     metadata: Mapping[str, Any] | None = None,
     tensors: Mapping[str, np.ndarray | None] | None = None,
     blocks: Mapping[str, np.ndarray] | None = None,
+    block_types: Mapping[str, str] | None = None,
 ) -> Path:
     """Write the file; matrices as `weight` says. What `metadata` and `tensors` name is changed, or left out where it is None.
 
-    `blocks` are tensors of the type `weight` as they are to be stored: uint8 [rows, row_bytes].
+    `blocks` are tensors of the type `weight`, or what `block_types` says, as they are to be stored: uint8 [rows, row_bytes].
     """
     writer = gguf.GGUFWriter(path, arch)
     for key, value in (METADATA | dict(metadata or {})).items():
@@ -95,7 +96,7 @@ def write_gguf(
         if values is None:
             continue
         if blocks and name in blocks:
-            writer.add_tensor(name, blocks[name], raw_dtype=kind)
+            writer.add_tensor(name, blocks[name], raw_dtype=gguf.GGMLQuantizationType[(block_types or {}).get(name, weight)])
         elif values.ndim == 1 or kind == gguf.GGMLQuantizationType.F32:
             writer.add_tensor(name, values)
         else:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dairllm.errors import ConfigError, FormatError
-from dairllm.formats.gguf import GgufFile
+from dairllm.formats.gguf import READABLE_TYPES, GgufFile, GgufTensor
 
 MakeGguf = Callable[..., Path]
 TYPES = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q8_0", "Q5_1", "Q5_0")
@@ -99,3 +99,16 @@ def test_without_the_library(make_gguf: MakeGguf, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(ConfigError, match=r"pip install 'dairllm\[convert\]'"):
         GgufFile.open(path)
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_the_types_that_are_named_are_those_that_can_be_read(make_gguf: MakeGguf) -> None:
+    """All that the library can turn into values; what it cannot is refused with the list."""
+    with GgufFile.open(make_gguf()) as file:
+        for kind in gguf.GGMLQuantizationType:
+            block_bytes = gguf.GGML_QUANT_SIZES[kind][1]
+            tensor = GgufTensor("x", kind.name, (1, 1), file.tensors["output.weight"].offset, block_bytes)
+            if kind.name in READABLE_TYPES:
+                assert file.rows(tensor, 0, 1).dtype == np.float32
+            else:
+                with pytest.raises(FormatError, match=rf"tensor x in a type that can be read \(F32, F16, BF16, Q4_0,.*found {kind.name}$"):
+                    file.rows(tensor, 0, 1)

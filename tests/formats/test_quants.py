@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from dairllm.formats.quants import dequantize, dequantize_q40, dequantize_q80, quantize, quantize_q40, quantize_q80
+from dairllm.formats.quants import dequantize, dequantize_q40, dequantize_q80, q80_of_q40, quantize, quantize_q40, quantize_q80
 from dairllm.graph.types import FloatType, row_bytes
 
 Q4_0, Q8_0 = gguf.GGMLQuantizationType.Q4_0, gguf.GGMLQuantizationType.Q8_0
@@ -148,3 +148,12 @@ def test_a_row_that_is_no_whole_number_of_blocks_is_refused() -> None:
         quantize(FloatType.NONE, np.zeros(32, np.float32))
     with pytest.raises(ValueError, match="NONE"):
         dequantize(FloatType.NONE, np.zeros(32, np.uint8))
+
+
+def test_q40_blocks_have_the_same_values_as_q80() -> None:
+    raw = np.frombuffer(np.random.default_rng(2).bytes(3 * 5 * 18), np.uint8).reshape(3, 5 * 18).copy()
+    raw.reshape(-1, 18)[:, :2] = np.array([-0.0371], "<f2").view(np.uint8)
+    found = q80_of_q40(raw)
+    assert found.shape == (3, 5 * 34)
+    assert np.array_equal(dequantize_q80(found), dequantize_q40(raw))
+    assert found.reshape(-1, 34)[:, 2:].view(np.int8).min() == -8
