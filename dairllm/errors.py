@@ -11,7 +11,7 @@
     +-- RefusedError            a worker does not do its part: it says why
     +-- NetworkError            a peer cannot be reached, went away, or did not speak in time
     +-- EngineError             the computation itself failed
-    +-- ChatTemplateError       a model's chat template fails (dairllm.text.chat)
+    +-- ChatTemplateError       a model's chat template fails (dairllm.text.chat_renderer)
     +-- ProgramError            a program that is measured failed (dairllm.bench.processes)
 
 Any other exception that reaches a user is a bug.

@@ -81,9 +81,9 @@ def peak_rss_bytes(process: int | None = None) -> int:
     return _status("VmHWM:", process)
 
 
-def rss_bytes() -> int:
-    """The memory that this process holds (VmRSS), in bytes."""
-    return _status("VmRSS:", None)
+def rss_bytes(process: int | None = None) -> int:
+    """The memory that a process, by default this one, holds (VmRSS), in bytes; 0 where there is no such process."""
+    return _status("VmRSS:", process)
 
 
 def ask_for_huge_pages(mapped: mmap.mmap) -> None:

@@ -14,7 +14,7 @@ from starlette.types import ExceptionHandler
 from dairllm.errors import ConfigError, DairllmError
 from dairllm.nodes.reply import AbandonedError, StalledError
 from dairllm.nodes.service import QueueFullError, UnavailableError
-from dairllm.text.chat import ChatTemplateError
+from dairllm.text.chat_renderer import ChatTemplateError
 
 __all__ = ["SERVER", "ApiError", "api_error", "exception_handlers"]
 

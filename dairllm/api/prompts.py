@@ -8,7 +8,7 @@ from dairllm.api.errors import ApiError
 from dairllm.api.schema import ChatRequest, CompletionRequest
 from dairllm.config import Sampling
 from dairllm.nodes.reply import Order
-from dairllm.text.chat import render_chat
+from dairllm.text.chat_renderer import ChatRenderer
 from dairllm.text.tokenizer import Tokenizer
 
 __all__ = ["ServedModel", "order_of"]
@@ -21,6 +21,7 @@ class ServedModel:
     Attributes:
         name: what clients call it.
         tokenizer: of the model.
+        renderer: of its chat template; closed by whoever made it.
         seq_len: its context.
         vocab_size: of the model, which may be wider than the tokenizer's.
         sampling: of a request that says nothing.
@@ -30,6 +31,7 @@ class ServedModel:
 
     name: str
     tokenizer: Tokenizer
+    renderer: ChatRenderer
     seq_len: int
     vocab_size: int
     sampling: Sampling = field(default_factory=Sampling)
@@ -69,7 +71,7 @@ def _chat_ids(call: ChatRequest, served: ServedModel) -> list[int]:
     if tokenizer.chat_template is None:
         raise ApiError(400, "this model has no chat template; use /v1/completions", code="no_chat_template", param="messages")
     messages = [message.fields for message in call.messages]
-    text = render_chat(tokenizer.chat_template, messages, bos=tokenizer.bos_text, eos=tokenizer.eos_text)
+    text = served.renderer.render(messages)
     _check_length(text, served, "messages")
     prompt_ids = tokenizer.encode(text)
     if not prompt_ids:

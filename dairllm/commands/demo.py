@@ -23,7 +23,6 @@ from dairllm.nodes.answer import Answer
 from dairllm.nodes.generation import Generation
 from dairllm.nodes.report import NodeReport
 from dairllm.nodes.root import Cluster
-from dairllm.text.chat import render_chat
 from dairllm.text.tokenizer import Tokenizer
 
 __all__ = ["run"]
@@ -74,8 +73,8 @@ def run(*, threads: int | None, kernels: str) -> None:
 async def _ask(path: Path, threads: int, kernels: str) -> _Figures:
     """Start everything, ask, stream, stop everything."""
     tokenizer = Tokenizer.load(path.with_suffix(".t"))
-    messages = [{"role": "user", "content": QUESTION}]
-    prompt = tokenizer.encode(render_chat(tokenizer.chat_template, messages, bos=tokenizer.bos_text, eos=tokenizer.eos_text))
+    with tokenizer.chat_renderer() as renderer:
+        prompt = tokenizer.encode(renderer.render([{"role": "user", "content": QUESTION}]))
     executor = Executor(threads, kernels)
     compute: Compute[Program] = Compute(executor)
     workers = [DemoWorker(threads=threads, kernels=kernels) for _ in range(_WORKERS)]

@@ -76,10 +76,8 @@ def _prompt_ids(options: GenerateOptions, tokenizer: Tokenizer | None) -> list[i
         return tokenizer.encode_prompt(options.prompt)
     if tokenizer.chat_template is None:
         raise ConfigError(f"{options.tokenizer} has no chat template: --chat cannot be used with this model")
-    from dairllm.text.chat import render_chat  # jinja2 takes 40 ms of a start
-
-    messages = [{"role": "user", "content": options.prompt}]
-    return tokenizer.encode(render_chat(tokenizer.chat_template, messages, bos=tokenizer.bos_text, eos=tokenizer.eos_text))
+    with tokenizer.chat_renderer() as renderer:
+        return tokenizer.encode(renderer.render([{"role": "user", "content": options.prompt}]))
 
 
 async def _generate(

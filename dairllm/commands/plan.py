@@ -12,7 +12,7 @@ from dairllm.commands import serve as _server  # noqa: F401
 from dairllm.commands.asked_too_much import tell_context
 from dairllm.commands.generate_options import tokenizer_path
 from dairllm.commands.plan_text import plan_lines, reading, reading_lines
-from dairllm.commands.root_node import plan_of
+from dairllm.commands.root_node import plan_of, template_bytes
 from dairllm.config import RootSettings, load_settings
 from dairllm.engine.paging import PagingSettings
 from dairllm.engine.paging_choice import WayChoice, choose_way
@@ -54,9 +54,12 @@ def run(
         words = None if beside is None else Tokenizer.load(beside)
         peak = machine.peak_rss_bytes() + _ANOTHER_START
         machine.give_back_memory()
-        runtime = program_bytes() + _ANOTHER_START
+        runtime, of_root = program_bytes() + _ANOTHER_START, template_bytes(words)
         del words
-        plans = [plan_of(settings, file, node, runtime=runtime, peak=peak) for node in range(len(settings.cluster.workers) + 1)]
+        plans = [
+            plan_of(settings, file, node, runtime=runtime + (0 if node else of_root), peak=peak)
+            for node in range(len(settings.cluster.workers) + 1)
+        ]
         measured = _measured(settings, file, plans) if measure else {}
     choices = [None if plan.room_blocks is None else measured.get(plan.needs.block_bytes) for plan in plans]
     if json:

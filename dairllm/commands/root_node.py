@@ -22,6 +22,7 @@ from dairllm.nodes.local import LocalNode, default_sync
 from dairllm.nodes.memory_plan import MemoryPlan, plan_memory, possible_limit, program_bytes
 from dairllm.nodes.prepared_share import find_share
 from dairllm.nodes.weight_stream import SENDING_BYTES
+from dairllm.text.chat_renderer import PROCESS_BYTES
 from dairllm.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -29,12 +30,17 @@ if TYPE_CHECKING:
     from dairllm.net.compute import Compute
     from dairllm.nodes.root import Cluster
 
-__all__ = ["plan_of", "planned_model", "root_node"]
+__all__ = ["plan_of", "planned_model", "root_node", "template_bytes"]
 
 
 @contextmanager
-def planned_model(settings: RootSettings, tokenizer: Path | None) -> Iterator[tuple[ModelFile, Tokenizer | None, MemoryPlan]]:
+def planned_model(
+    settings: RootSettings, tokenizer: Path | None, *, serves: bool = False
+) -> Iterator[tuple[ModelFile, Tokenizer | None, MemoryPlan]]:
     """The model's file, open, with the context that the plan has room for; its tokenizer, which the plan counts; and the plan.
+
+    Args:
+        serves: it is a server, which keeps a process for the chat template.
 
     Raises:
         ConfigError: no model is named, or the tokenizer is another model's.
@@ -54,12 +60,19 @@ def planned_model(settings: RootSettings, tokenizer: Path | None) -> Iterator[tu
                 f"the tokenizer knows {words.vocab_size} tokens, the model {model.spec.vocab_size}: they do not belong together"
             )
         machine.give_back_memory()  # of what reading the vocabulary took
-        plan = plan_of(settings, model, limit=possible_limit(settings.limits.memory), peak=machine.peak_rss_bytes())
+        runtime = program_bytes() + (template_bytes(words) if serves else 0)
+        limit, peak = possible_limit(settings.limits.memory), machine.peak_rss_bytes()
+        plan = plan_of(settings, model, limit=limit, runtime=runtime, peak=peak)
         if plan.seq_len == model.spec.seq_len:
             yield model, words, plan
             return
     with ModelFile.open(path, max_seq_len=plan.seq_len) as model:
         yield model, words, plan
+
+
+def template_bytes(tokenizer: Tokenizer | None) -> int:
+    """Of a server's process for its model's chat template; 0 where there is none."""
+    return 0 if tokenizer is None or tokenizer.chat_template is None else PROCESS_BYTES
 
 
 def plan_of(

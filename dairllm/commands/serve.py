@@ -46,7 +46,7 @@ def run(settings: RootSettings) -> None:
     if settings.model.file is None:
         raise ConfigError("no model: name its file with --model, or as model.file in the configuration")
     tokenizer_file = tokenizer_path(Path(settings.model.file), settings.model.tokenizer, needed=True)
-    with planned_model(settings, tokenizer_file) as (model, tokenizer, plan):
+    with planned_model(settings, tokenizer_file, serves=True) as (model, tokenizer, plan):
         assert tokenizer is not None  # noqa: S101 - for the type checker: its file was needed
         if tokenizer.chat_template is None:
             log.warning("no chat template: /v1/chat/completions cannot be used with this model", tokenizer=str(tokenizer_file))
@@ -81,9 +81,11 @@ async def _serve(settings: RootSettings, model: ModelFile, plan: MemoryPlan, tok
         reconnect=settings.deadlines.reconnect,
         shutdown=settings.deadlines.shutdown,
     )
+    renderer = tokenizer.chat_renderer()
     served = ServedModel(
         name=settings.model.name or model.path.stem,
         tokenizer=tokenizer,
+        renderer=renderer,
         seq_len=model.spec.seq_len,
         vocab_size=model.spec.vocab_size,
         sampling=settings.sampling,
@@ -92,6 +94,8 @@ async def _serve(settings: RootSettings, model: ModelFile, plan: MemoryPlan, tok
     app = serve_app(served, service, readiness, meters)
     http = HttpServer(app, server.host, server.port, connections=server.queue + SPARE_CONNECTIONS)
     async with Steps(settings.deadlines.shutdown + 2.0) as steps:
+        # In a thread of its own in the end: those that requests are rendered in may all be waiting.
+        await steps.start("chat template", lambda: asyncio.to_thread(renderer.start), lambda: in_thread("chat template", renderer.close))
         port = await steps.start("http server", http.start, http.close)
         log.info("listening", host=server.host, port=port, model=served.name)
         log.info("memory plan", **plan.summary())

@@ -12,6 +12,7 @@ from pathlib import Path
 import structlog
 
 from dairllm.formats.tokenizer_file import TokenizerFile
+from dairllm.text.chat_renderer import ChatRenderer
 from dairllm.text.greedy_merging import GreedyMerging, special_ids, stand_in_ids
 from dairllm.text.model_tokenizer import ModelTokenizer, VocabularyMismatch
 from dairllm.text.sentence_merging import SentenceMerging, first_byte_token
@@ -87,6 +88,10 @@ class Tokenizer:
     def eos_text(self) -> str:
         """What a chat template writes to end one; empty where there is no such token."""
         return self._text_of(self._first_eos)
+
+    def chat_renderer(self) -> ChatRenderer:
+        """For the model's chat template; whoever asks for it closes it."""
+        return ChatRenderer(self.chat_template, bos=self.bos_text, eos=self.eos_text)
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`. Nothing is added; special tokens that are written out become their ids.

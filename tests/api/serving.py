@@ -209,7 +209,10 @@ async def serving(
         service = Service(
             opens, tokenizer, readiness, meters, queue=queue, reconnect=reconnect, shutdown=shutdown, patience=patience
         )  # fmt: skip
-        served = ServedModel(path.stem, tokenizer, SEQ_LEN, VOCAB, sampling or Sampling(steps=16, temperature=1.0, seed=1), request_bytes)
+        renderer = tokenizer.chat_renderer()
+        served = ServedModel(
+            path.stem, tokenizer, renderer, SEQ_LEN, VOCAB, sampling or Sampling(steps=16, temperature=1.0, seed=1), request_bytes
+        )
         app = serve_app(served, service, readiness, meters, body_seconds=body_seconds)
         http = HttpServer(app, "127.0.0.1", 0, connections=connections, connection=connection)
         port = await http.start()
@@ -227,3 +230,4 @@ async def serving(
             await service.close()
             await client.close()
             await http.close()
+            await asyncio.to_thread(renderer.close)

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 
-from dairllm.text.chat import render_chat
 from dairllm.text.tokenizer import Tokenizer
 
 FOLDER = os.environ.get("DAIRLLM_TEST_SMOLLM2")
@@ -38,7 +37,8 @@ def test_ids_are_those_of_llama_cpp(vector: dict[str, Any]) -> None:
 
 def test_the_chat_template() -> None:
     tokenizer = smollm2()
-    text = render_chat(tokenizer.chat_template, [{"role": "user", "content": "Hi"}], bos=tokenizer.bos_text, eos=tokenizer.eos_text)
+    with tokenizer.chat_renderer() as renderer:
+        text = renderer.render([{"role": "user", "content": "Hi"}])
     system = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
     assert text == f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
     assert tokenizer.eos_ids >= {2}

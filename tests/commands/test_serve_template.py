@@ -1,0 +1,86 @@
+"""The process for a server's chat template lives as long as the server does, and no longer, however that ends."""
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.api.serving import write_model
+from tests.commands.node_process import START_SECONDS, ServeProcess
+
+HANGING = "{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}"
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[ServeProcess]:
+    process = ServeProcess(tmp_path / "log", "--model", str(write_model(tmp_path, HANGING)), "--max-seq-len", "128")
+    yield process
+    process.end()
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def processor_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / 100
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def child_of(server: ServeProcess) -> int:
+    """Once all else that the server starts has ended."""
+    server.wait_for("ready")
+    threads = Path(f"/proc/{server.process.pid}/task")
+    found: list[int] = []
+
+    def is_alone() -> bool:
+        found[:] = [int(pid) for thread in threads.iterdir() for pid in (thread / "children").read_text().split()]
+        return len(found) == 1
+
+    until(is_alone)
+    return found[0]
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
+def test_it_ends_with_the_server(server: ServeProcess, signum: signal.Signals) -> None:
+    child = child_of(server)
+    code, _ = server.stop(signum)
+    assert code == (0 if signum == signal.SIGTERM else -signum)
+    until(lambda: not is_running(child))
+
+
+def test_a_signal_while_templates_hang(server: ServeProcess) -> None:
+    """More requests than there are threads to wait in: the server ends at once all the same."""
+    child = child_of(server)
+    begun = processor_seconds(child)
+
+    def ask() -> None:
+        with suppress(httpx.HTTPError):
+            httpx.post(f"{server.url}/v1/chat/completions", json={"messages": [{"role": "user", "content": "x"}]}, timeout=60)
+
+    threads = [threading.Thread(target=ask) for _ in range(40)]
+    for thread in threads:
+        thread.start()
+    until(lambda: processor_seconds(child) > begun + 0.2)
+    code, seconds = server.stop()
+    for thread in threads:
+        thread.join(60)
+    assert code == 0
+    assert seconds < 20, "each of them would have hung for two seconds"
+    until(lambda: not is_running(child))
+    assert "Traceback" not in server.text()
