@@ -330,17 +330,19 @@ class Server(_Section):
     queue: int = Field(64, ge=0, le=65536)
     """Requests that may wait for their turn."""
     request_bytes: Annotated[int, BeforeValidator(_size("1KiB", "1GiB"))] = 8 * 2**20
+    heartbeat: Seconds = 5.0
 
 
 class RootDeadlines(_Section):
     """Seconds that a worker may be silent, counted from the last byte that came or went; `reconnect`: between attempts;
-    `shutdown`: from the signal."""
+    `recovery`: that requests wait for a worker that was lost; `shutdown`: from the signal."""
 
     connect: Seconds = 10.0
     answer: Seconds = 60.0
     weights: Seconds = 60.0
     exchange: Seconds = 60.0
     reconnect: Seconds = 5.0
+    recovery: Seconds = 60.0
     shutdown: Seconds = 10.0
 
 

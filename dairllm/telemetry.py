@@ -201,15 +201,22 @@ class ServiceMeters:
     paging: PagingTotals = field(default_factory=PagingTotals)
     losses: int = 0
     """How often the model was lost: a worker went away, or a pass failed."""
+    begun_again: int = 0
+    """Requests that were put back into the line since the model was lost before their answers had begun."""
     links: Callable[[], Iterable[LinkBytes]] = tuple
     """Asked at each scrape."""
 
 
 @dataclass(slots=True)
 class Readiness:
-    """What must still happen before this node can take work; None when it can."""
+    """What must still happen before this node can take work; None when it can.
+
+    Attributes:
+        waiting_until: until when requests that come nevertheless wait for it (time.monotonic()); None where they are refused.
+    """
 
     reason: str | None = "starting"
+    waiting_until: float | None = None
 
 
 def registry(meters: Meters | ServiceMeters) -> "CollectorRegistry":
@@ -261,6 +268,7 @@ def _of_service(meters: ServiceMeters) -> Iterator["Metric"]:
     yield CounterMetricFamily("dairllm_prefix_cache_hits", "Prompt tokens that were held already.", meters.cached_tokens)
     yield CounterMetricFamily("dairllm_generation_tokens", "Tokens generated.", meters.generated_tokens)
     yield CounterMetricFamily("dairllm_model_losses", "How often the model was lost: a worker went away, or a pass failed.", meters.losses)
+    yield CounterMetricFamily("dairllm_requests_begun_again", "Requests put back into the line as the model was lost.", meters.begun_again)
     yield GaugeMetricFamily("dairllm_prefill_tokens_per_second", "Prompt tokens a second, of the last answer.", meters.prefill_rate)
     yield GaugeMetricFamily("dairllm_decode_tokens_per_second", "Generated tokens a second, of the last answer.", meters.decode_rate)
     yield _histogram(

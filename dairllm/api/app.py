@@ -29,11 +29,24 @@ from dairllm.telemetry import Readiness, ServiceMeters
 
 __all__ = ["serve_app"]
 
+HEARTBEAT_SECONDS = 5.0
+
 
 def serve_app(
-    served: ServedModel, service: Service, readiness: Readiness, meters: ServiceMeters, *, body_seconds: float = BODY_SECONDS
+    served: ServedModel,
+    service: Service,
+    readiness: Readiness,
+    meters: ServiceMeters,
+    *,
+    body_seconds: float = BODY_SECONDS,
+    heartbeat: float = HEARTBEAT_SECONDS,
 ) -> Starlette:
-    """The application over a service, which somebody else starts and closes."""
+    """The application over a service, which somebody else starts and closes.
+
+    Args:
+        body_seconds: that a client may take to send its request.
+        heartbeat: seconds between signs of life in a stream that has not begun.
+    """
     description: dict[str, Any] = {"id": served.name, "object": "model", "created": served.created, "owned_by": "dairllm"}
 
     bodies = Bodies(served.request_bytes, body_seconds)
@@ -46,7 +59,7 @@ def serve_app(
         return JSONResponse(description)
 
     def completions(schema: type[ChatRequest] | type[CompletionRequest]) -> Completions:
-        return Completions(schema, served, service, meters, bodies)
+        return Completions(schema, served, service, meters, bodies, heartbeat)
 
     app = Starlette(
         routes=[

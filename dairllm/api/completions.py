@@ -24,6 +24,7 @@ class Completions:
     Args:
         schema: of its requests, which says which of the two it is.
         bodies: reads them.
+        heartbeat: seconds between signs of life in a stream that has not begun.
     """
 
     def __init__(
@@ -33,10 +34,12 @@ class Completions:
         service: Service,
         meters: ServiceMeters,
         bodies: Bodies,
+        heartbeat: float,
     ) -> None:
         self._schema: type[ChatRequest] | type[CompletionRequest] = schema
         self._shape: type[Shape] = ChatShape if schema is ChatRequest else CompletionShape
         self._served, self._service, self._meters, self._bodies = served, service, meters, bodies
+        self._heartbeat = heartbeat
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._service.check()  # before the body is read: whoever has to come again need not send it
@@ -48,9 +51,10 @@ class Completions:
         except (ApiError, DairllmError, ClientDisconnect) as error:
             self._meters.requests["abandoned" if isinstance(error, ClientDisconnect) else "invalid"] += 1
             raise
-        reply, shape = self._service.ask(order), self._shape(self._served.name)
+        reply, shape = self._service.ask(order, whole=not call.stream), self._shape(self._served.name)
         async with while_connected(receive, reply):
             if call.stream:
-                await send_stream(reply, shape, send, include_usage=call.include_usage)
+                waiting, heartbeat = self._service.waiting, self._heartbeat
+                await send_stream(reply, shape, send, include_usage=call.include_usage, heartbeat=heartbeat, waiting=waiting)
             else:
                 await send_whole(reply, shape, scope, receive, send)

@@ -10,6 +10,9 @@
 A worker has them on a port of their own; `dairllm serve` beside its other routes.
 """
 
+import math
+import time
+
 from prometheus_client.exposition import choose_encoder
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -18,6 +21,7 @@ from starlette.routing import Route
 
 from dairllm.api.server import HttpServer
 from dairllm.telemetry import Meters, Readiness, ServiceMeters, registry
+from dairllm.units import format_duration
 
 __all__ = ["HealthServer", "health_routes"]
 
@@ -32,7 +36,10 @@ def health_routes(readiness: Readiness, meters: Meters | ServiceMeters) -> list[
     async def ready(_: Request) -> Response:
         if readiness.reason is None:
             return JSONResponse({"status": "ok"})
-        return JSONResponse({"status": "unavailable", "reason": readiness.reason}, status_code=503)
+        told = {"status": "unavailable", "reason": readiness.reason}
+        if readiness.waiting_until is not None:
+            told["requests_wait"] = format_duration(max(0.0, math.ceil(readiness.waiting_until - time.monotonic())))
+        return JSONResponse(told, status_code=503)
 
     async def metrics(request: Request) -> Response:
         encode, content_type = choose_encoder(request.headers.get("accept", ""))

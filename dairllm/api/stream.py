@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from starlette.responses import JSONResponse
@@ -47,15 +47,19 @@ async def send_whole(reply: Reply, shape: Shape, scope: Scope, receive: Receive,
     Raises:
         DairllmError: there is no answer, and nothing has been sent.
     """
-    text = "".join([piece async for piece in reply.pieces()])
+    text = await reply.text()
     await JSONResponse(shape.whole(text, reply))(scope, receive, send)
 
 
-async def send_stream(reply: Reply, shape: Shape, send: Send, *, include_usage: bool) -> None:
-    """Events, beginning with the first piece: what fails before that is an HTTP status, what fails later the last event.
+async def send_stream(
+    reply: Reply, shape: Shape, send: Send, *, include_usage: bool, heartbeat: float, waiting: Callable[[Reply], str]
+) -> None:
+    """Events. The headers leave at once, and comments until the first piece is there: whoever stands between the client and us takes a
+    connection for dead where nothing comes for a minute. So what fails from now on is an event, the last one.
 
-    Raises:
-        DairllmError: there is no answer, and nothing has been sent.
+    Args:
+        heartbeat: seconds between comments.
+        waiting: what a comment says.
     """
 
     async def say(*events: dict[str, Any]) -> None:
@@ -64,11 +68,13 @@ async def send_stream(reply: Reply, shape: Shape, send: Send, *, include_usage: 
         text = "".join(f"data: {json.dumps(event, ensure_ascii=False, separators=(',', ':'))}\n\n" for event in events)
         await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
 
+    await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
+    while not await reply.begins(heartbeat):
+        await send({"type": "http.response.body", "body": f": {waiting(reply)}\n\n".encode(), "more_body": True})
     async with contextlib.aclosing(reply.pieces()) as pieces:
-        first = await anext(pieces, "")
-        await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
-        await say(*shape.opening(), *([shape.chunk(first)] if first else []))
         try:
+            first = await anext(pieces, "")
+            await say(*shape.opening(), *([shape.chunk(first)] if first else []))
             async for piece in pieces:
                 await say(shape.chunk(piece))
         except DairllmError as error:

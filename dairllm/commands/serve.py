@@ -79,6 +79,7 @@ async def _serve(settings: RootSettings, model: ModelFile, plan: MemoryPlan, tok
         meters,
         queue=server.queue,
         reconnect=settings.deadlines.reconnect,
+        recovery=settings.deadlines.recovery,
         shutdown=settings.deadlines.shutdown,
     )
     renderer = tokenizer.chat_renderer()
@@ -91,7 +92,7 @@ async def _serve(settings: RootSettings, model: ModelFile, plan: MemoryPlan, tok
         sampling=settings.sampling,
         request_bytes=server.request_bytes,
     )
-    app = serve_app(served, service, readiness, meters)
+    app = serve_app(served, service, readiness, meters, heartbeat=server.heartbeat)
     http = HttpServer(app, server.host, server.port, connections=server.queue + SPARE_CONNECTIONS)
     async with Steps(settings.deadlines.shutdown + 2.0) as steps:
         # In a thread of its own in the end: those that requests are rendered in may all be waiting.

@@ -47,6 +47,7 @@ class Reply:
 
     Args:
         on_stop: told when it ends before its end.
+        whole: it is read when it is complete, by `text`; else piece by piece, by `pieces`.
         patience: seconds that the model waits for the reader, all waits together.
 
     Attributes:
@@ -57,18 +58,20 @@ class Reply:
         stopped: why no more of it is wanted or will come, or None.
         halted: why the model is to compute no further pass for it, or None.
         asked_at: time.perf_counter() when it was asked for.
+        beginnings: how often the model has begun to answer.
     """
 
-    def __init__(self, order: Order, on_stop: Callable[["Reply"], None], patience: float = STALL_SECONDS) -> None:
+    def __init__(self, order: Order, on_stop: Callable[["Reply"], None], patience: float = STALL_SECONDS, *, whole: bool = False) -> None:
         self.order = order
-        self.cached_tokens = self.n_ids = 0
+        self.cached_tokens = self.n_ids = self.beginnings = 0
         self.finish_reason: str | None = None
         self.stopped: DairllmError | None = None
         self.halted: DairllmError | None = None
         self.asked_at = time.perf_counter()
         self._on_stop = on_stop
+        self._whole = whole
         self._unread: list[str] = []
-        self._complete = False
+        self._complete = self._has_been_read = False
         self._news, self._read = asyncio.Event(), asyncio.Event()
         self._patience = patience
 
@@ -81,18 +84,39 @@ class Reply:
             DairllmError: why the answer ends before its end; after the pieces that there were.
         """
         while True:
+            await self._anything()
             if self._unread:
                 text = "".join(self._unread)
                 self._unread.clear()
+                self._has_been_read = True
                 self._read.set()
                 yield text
             elif self.stopped is not None:
                 raise self.stopped
-            elif self._complete:
-                return
             else:
-                self._news.clear()
-                await self._news.wait()
+                return
+
+    async def begins(self, seconds: float) -> bool:
+        """Whether `pieces` would give something, or end, within so many seconds."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self._anything()
+        except TimeoutError:
+            return False
+        return True
+
+    async def text(self) -> str:
+        """All of it, when it is complete.
+
+        Raises:
+            DairllmError: why there will be no whole answer.
+        """
+        while not self._complete and self.stopped is None:
+            self._news.clear()
+            await self._news.wait()
+        if self.stopped is not None:
+            raise self.stopped
+        return "".join(self._unread)
 
     def abandon(self) -> None:
         """Nobody reads any more; the model is free at the next pass. Of no effect on an answer that has ended."""
@@ -103,6 +127,8 @@ class Reply:
     async def put(self, piece: str) -> None:
         """Add to the answer; waits where too much of it has not been read. It is stopped where that takes too long."""
         self._unread.append(piece)
+        if self._whole:
+            return  # nobody is to be woken before its end
         self._news.set()
         loop = asyncio.get_running_loop()
         while len(self._unread) >= MOST_UNREAD and self.halted is None:
@@ -120,6 +146,14 @@ class Reply:
         self.finish_reason, self._complete = finish_reason, True
         self._news.set()
 
+    def begin_again(self) -> bool:
+        """Forget what there is of the answer, to say it once more. False where its reader has some of it, or wants no more."""
+        if self._has_been_read or self._complete or self.halted is not None:
+            return False
+        self._unread.clear()
+        self.cached_tokens = self.n_ids = 0
+        return True
+
     def halt(self, reason: DairllmError) -> None:
         """No further pass is to be computed for it; what the pass in hand gives is still to be put."""
         if self.halted is None:
@@ -133,3 +167,9 @@ class Reply:
             self.stopped = reason
             self._news.set()
             self._on_stop(self)
+
+    async def _anything(self) -> None:
+        """Until there is something to read, or the end."""
+        while not (self._unread or self._complete or self.stopped is not None):
+            self._news.clear()
+            await self._news.wait()

@@ -1,8 +1,9 @@
 """A model as a service: one request at a time, the others wait in a line of bounded length; a model that is lost is found again.
 
-The service owns the model's life. It opens it, tells why it is not there while it is not, and opens it anew when it was lost: the request
-in hand fails with the reason, so do those in line, and none is taken until the model is back. Whoever asks learns at once whether he has
-a place in line.
+The service owns the model's life. It opens it, tells why it is not there while it is not, and opens it anew when it was lost. Meanwhile
+requests wait for it, for so long; the one in hand goes back to the head of the line where nobody has read of its answer yet, else it
+fails with the reason. Then all are told the reason, and none is taken until the model is back. Whoever asks learns at once whether he
+has a place in line.
 
 Between two requests the model keeps what it has computed. A prompt that begins as the last request did (a conversation that goes on) is
 computed from where they part; since a row's numbers do not depend on the batch that it was computed in, the answer is the same.
@@ -19,10 +20,11 @@ from typing import Protocol
 import structlog
 
 from dairllm.engine.sampler import Sampler
-from dairllm.errors import DairllmError, NetworkError, RemoteProtocolError
+from dairllm.errors import DairllmError, NetworkError, RefusedError, RemoteProtocolError
 from dairllm.nodes.answer import Answer
 from dairllm.nodes.generation import Generation, Model
 from dairllm.nodes.held_model import HeldModel
+from dairllm.nodes.recovery import Recovery
 from dairllm.nodes.reply import STALL_SECONDS, AbandonedError, Order, Reply, StalledError
 from dairllm.nodes.report import NodeReport
 from dairllm.telemetry import LinkBytes, PagingCounts, Readiness, ServiceMeters
@@ -35,6 +37,10 @@ log = structlog.get_logger()
 IDLE_LOOK_SECONDS = 1.0
 """How often an idle model is asked whether it is still there."""
 LONGEST_RETRY = 60
+OF_A_WORKER = (NetworkError, RemoteProtocolError, RefusedError)
+"""A worker that is gone may come back. What else fails, a file that was damaged say, is not mended by waiting."""
+MOST_BEGINNINGS = 2
+"""Of one answer: a request that the model does not survive must not take it from the others again and again."""
 
 
 class OpenModel(Model, Protocol):
@@ -84,6 +90,7 @@ class Service:
         meters: counts what happens.
         queue: requests that may wait.
         reconnect: seconds between attempts to open the model.
+        recovery: seconds that requests wait for a model that was lost.
         shutdown: seconds that `close` waits for the pass in hand.
         patience: seconds that an answer may wait for its reader.
     """
@@ -97,6 +104,7 @@ class Service:
         *,
         queue: int,
         reconnect: float,
+        recovery: float,
         shutdown: float,
         patience: float = STALL_SECONDS,
     ) -> None:
@@ -111,6 +119,7 @@ class Service:
         self._life: asyncio.Task[None] | None = None
         self._past_links: dict[tuple[int, str], LinkBytes] = {}
         self._last_took = 1.0
+        self._recovery = Recovery(readiness, recovery, self._give_up)
         meters.links = self._link_bytes
 
     async def start(self) -> None:
@@ -132,6 +141,7 @@ class Service:
         """Finish the pass in hand, end all answers, give up the model."""
         self._closing = True
         self._readiness.reason = "shutting down"
+        self._recovery.end()
         if self._life is None:
             return
         self._refuse_all()
@@ -150,21 +160,32 @@ class Service:
             UnavailableError: the model is not there.
             QueueFullError: the line is full.
         """
-        if self._readiness.reason is not None:
+        if self._readiness.reason is not None and not self._recovery.running:
             self._meters.requests["unavailable"] += 1
             raise self._unavailable()
         if len(self._line) + (self._at_hand is not None) > self._queue:
             self._meters.requests["queue_full"] += 1
             raise QueueFullError(len(self._line), min(LONGEST_RETRY, math.ceil(self._last_took)))
 
-    def ask(self, order: Order) -> Reply:
-        """Take a place in line. Who stops reading the reply must `abandon` it. Raises as `check`."""
+    def ask(self, order: Order, *, whole: bool = False) -> Reply:
+        """Take a place in line. Who stops reading the reply must `abandon` it. Raises as `check`.
+
+        Args:
+            whole: the answer is read when it is complete.
+        """
         self.check()
-        reply = Reply(order, self._stopped, self._patience)
+        reply = Reply(order, self._stopped, self._patience, whole=whole)
         self._line.append(reply)
         self._arrival.set()
         self._count()
         return reply
+
+    def waiting(self, reply: Reply) -> str:
+        """Where a reply is that has not begun yet, for who asked."""
+        if reply is self._at_hand:
+            return "waiting, position 0 (the prompt is being computed)"
+        position = self._line.index(reply) + 1 if reply in self._line else 0
+        return f"waiting, position {position}{' (the model is being recovered)' if self._recovery.running else ''}"
 
     # The model's life.
 
@@ -175,9 +196,10 @@ class Service:
                 trouble = await self._serve(model)
                 if trouble is not None:
                     self._meters.losses += 1
-                    log.warning("model lost", reason=trouble)
-                    self._readiness.reason = trouble
-                    self._refuse_all()
+                    self._lose(trouble)
+                    log.warning(
+                        "model lost", reason=trouble, waiting=len(self._line), requests_wait=format_duration(self._recovery.seconds)
+                    )
             finally:
                 self._model = None
                 await self._close(model)
@@ -191,20 +213,25 @@ class Service:
             except DairllmError as error:
                 if not (self._was_open or isinstance(error, NetworkError | RemoteProtocolError)):
                     raise
-                reason = str(error)
+                reason, in_vain = str(error), not isinstance(error, OF_A_WORKER)
             except Exception as error:
                 if not self._was_open:
                     raise
                 log.exception("opening the model failed by a defect of this program")
-                reason = _reason(error)
+                reason, in_vain = _reason(error), True
             else:
                 self._was_open = True
-                self._readiness.reason = None
+                if not self._closing:
+                    self._readiness.reason = None
+                    self._recovery.end()
                 log.info("ready", nodes=len(model.nodes))
                 return model
             if reason != told:
                 log.warning("model not available", reason=reason, next_attempt_in=format_duration(self._reconnect))
             told = self._readiness.reason = reason
+            if in_vain and self._recovery.running:
+                self._recovery.end()
+                self._refuse_all()
             await asyncio.sleep(self._reconnect)
 
     async def _close(self, model: OpenModel) -> None:
@@ -215,6 +242,18 @@ class Service:
             log.warning("closing the model failed", reason=str(error))
         except Exception:
             log.exception("closing the model failed by a defect of this program")
+
+    def _lose(self, reason: str) -> None:
+        """The model is not there any more; requests wait for it."""
+        if not self._closing:
+            self._readiness.reason = reason
+            self._recovery.begin()
+
+    def _give_up(self) -> None:
+        """It has not come back in time."""
+        waited = format_duration(self._recovery.seconds)
+        log.warning("requests do not wait any longer", reason=self._readiness.reason, refused=len(self._line), waited=waited)
+        self._refuse_all(f"; the model was not back within {waited} (deadlines.recovery)")
 
     # Requests.
 
@@ -246,6 +285,7 @@ class Service:
         """All of one answer; whatever goes wrong is the reply's, and is told to its reader."""
         order, begun = reply.order, time.perf_counter()
         generation: Generation | None = None
+        reply.beginnings += 1
         try:
             reply.cached_tokens = held.serve(reply)
             sampler = Sampler(order.temperature, order.top_p, order.seed)
@@ -262,7 +302,9 @@ class Service:
             raise
         except Exception as error:
             if held.failure is not None:  # the model's, not the request's
-                self._readiness.reason = _reason(error)
+                self._lose(_reason(error))
+                if isinstance(error, OF_A_WORKER) and self._put_back(reply):
+                    return
                 reply.stop(self._unavailable())
             if not isinstance(error, DairllmError):
                 log.exception("request failed by a defect of this program")
@@ -271,12 +313,22 @@ class Service:
             if generation is not None:
                 self._record(reply, generation, begun)
 
+    def _put_back(self, reply: Reply) -> bool:
+        """To the head of the line, with the whole answer before it, where that can be."""
+        if self._closing or reply.beginnings >= MOST_BEGINNINGS or not reply.begin_again():
+            return False
+        self._line.appendleft(reply)
+        self._meters.begun_again += 1
+        return True
+
     def _record(self, reply: Reply, generation: Generation, begun: float) -> None:
         meters, n_ids, n_prompt = self._meters, len(generation.ids), len(reply.order.prompt_ids)
         waited, took = begun - reply.asked_at, time.perf_counter() - begun
-        outcome = _outcome(reply)
+        again = reply in self._line
+        outcome = "begun again" if again else _outcome(reply)
         self._last_took = took
-        meters.requests[outcome] += 1
+        if not again:
+            meters.requests[outcome] += 1
         meters.paging.follow(None if self._model is None else self._model.paging)
         meters.prompt_tokens += n_prompt
         meters.cached_tokens += reply.cached_tokens
@@ -300,13 +352,14 @@ class Service:
             self._meters.requests[_outcome(reply)] += 1
             self._count()
 
-    def _refuse_all(self) -> None:
+    def _refuse_all(self, more: str = "") -> None:
         """Tell all in line that the model is not there."""
         for reply in list(self._line):
-            reply.stop(self._unavailable())
+            reply.stop(self._unavailable(more))
 
-    def _unavailable(self) -> UnavailableError:
-        return UnavailableError(self._readiness.reason or "the model is not available", min(LONGEST_RETRY, math.ceil(self._reconnect)))
+    def _unavailable(self, more: str = "") -> UnavailableError:
+        reason = self._readiness.reason or "the model is not available"
+        return UnavailableError(f"{reason}{more}", min(LONGEST_RETRY, math.ceil(self._reconnect)))
 
     def _count(self) -> None:
         self._meters.waiting, self._meters.running = len(self._line), int(self._at_hand is not None)

@@ -100,6 +100,7 @@ class Models:
     Attributes:
         opened: all so far.
         refusals: raised by the next attempts, one each.
+        failures: raised by the first passes of the next models, one each.
         gate: attempts wait while it is not set.
     """
 
@@ -109,6 +110,7 @@ class Models:
     def __post_init__(self) -> None:
         self.opened: list[PacedModel] = []
         self.refusals: list[Exception] = []
+        self.failures: list[Exception] = []
         self.attempts = 0
         self.gate = asyncio.Event()
         self.gate.set()
@@ -127,6 +129,7 @@ class Models:
                 node = LocalNode(file, compute, n_threads=self.executor.n_threads)
                 await node.open()
                 self.opened.append(PacedModel(node))
+                self.last.failure = self.failures.pop(0) if self.failures else None
                 return self.opened[-1]
 
             yield opens
@@ -188,10 +191,12 @@ async def serving(
     wait: bool = True,
     queue: int = 64,
     reconnect: float = 0.02,
+    recovery: float = 60.0,
     patience: float = 30.0,
     shutdown: float = 10.0,
     request_bytes: int = 1 << 20,
     body_seconds: float = 10.0,
+    heartbeat: float = 5.0,
     connections: int = 256,
     connection: type[BoundedConnection] = BoundedConnection,
     sampling: Sampling | None = None,
@@ -207,13 +212,13 @@ async def serving(
     readiness, meters = Readiness("connecting to nobody"), ServiceMeters()
     async with models.ready() as opens:
         service = Service(
-            opens, tokenizer, readiness, meters, queue=queue, reconnect=reconnect, shutdown=shutdown, patience=patience
+            opens, tokenizer, readiness, meters, queue=queue, reconnect=reconnect, recovery=recovery, shutdown=shutdown, patience=patience
         )  # fmt: skip
         renderer = tokenizer.chat_renderer()
         served = ServedModel(
             path.stem, tokenizer, renderer, SEQ_LEN, VOCAB, sampling or Sampling(steps=16, temperature=1.0, seed=1), request_bytes
         )
-        app = serve_app(served, service, readiness, meters, body_seconds=body_seconds)
+        app = serve_app(served, service, readiness, meters, body_seconds=body_seconds, heartbeat=heartbeat)
         http = HttpServer(app, "127.0.0.1", 0, connections=connections, connection=connection)
         port = await http.start()
         client = AsyncOpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="unused", max_retries=0, timeout=PATIENCE)

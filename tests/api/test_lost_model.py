@@ -67,31 +67,103 @@ async def test_a_model_that_is_lost_in_the_middle(error: Exception, serve: Serve
         await serving.until(lambda: serving.meters.waiting == 4)
         models.gate.clear()
         model.gate.set()
-        for result in await asyncio.gather(*tasks, return_exceptions=True):
-            assert isinstance(result, openai.InternalServerError), result
-            assert (result.status_code, result.code) == (503, "service_unavailable")
-            assert LOST in result.message
+        await serving.until(lambda: serving.readiness.reason is not None and model.closed)
         assert await readiness(serving) == (503, LOST)
-        assert model.closed
+        tasks.append(asyncio.create_task(complete(serving)))
+        await serving.until(lambda: serving.meters.waiting == 6)
+        assert not any(task.done() for task in tasks)
         models.gate.set()
-        await serving.until_ready()
+        answers = await asyncio.gather(*tasks)
+        assert [answer.choices[0].text for answer in answers] == [healthy] * 6
+        assert answers[0].usage.prompt_tokens_details.cached_tokens == 0, "the new model holds nothing"
         assert len(models.opened) == 2
         assert models.last is not model
-        answer = await complete(serving)
-        assert answer.choices[0].text == healthy
-        assert answer.usage.prompt_tokens_details.cached_tokens == 0, "the new model holds nothing"
-        assert serving.meters.losses == 1
-        assert serving.meters.requests == {"length": 2, "unavailable": 5}
+        assert (serving.meters.losses, serving.meters.begun_again) == (1, 1)
+        assert serving.meters.requests == {"length": 7}
+        assert await readiness(serving) == (200, None)
+
+
+async def test_readiness_says_how_long_requests_wait(serve: Serve) -> None:
+    async with serve() as serving, httpx.AsyncClient(base_url=serving.url) as client:
+        serving.models.gate.clear()
+        serving.models.last.trouble = LOST
+        await serving.until(lambda: serving.readiness.reason is not None)
+        told = (await client.get("/readyz")).json()
+        assert told.pop("requests_wait") in ("1m", *(f"{seconds}s" for seconds in range(20, 60)))
+        assert told == {"status": "unavailable", "reason": LOST}
+
+
+@pytest.mark.parametrize("streamed", [False, True], ids=["whole", "streamed"])
+async def test_a_model_that_does_not_come_back_in_time(streamed: bool, serve: Serve) -> None:
+    """All that wait are told; whoever comes later is told at once."""
+    async with serve(recovery=0.3, reconnect=0.05) as serving:
+        model, models = serving.models.last, serving.models
+        model.failure = NetworkError(LOST)
+        models.refusals += [NetworkError(AWAY)] * 100_000
+        late = f"{AWAY}; the model was not back within 300ms (deadlines.recovery)"
+        for result in await asyncio.gather(*(complete(serving, stream=streamed) for _ in range(3)), return_exceptions=True):
+            if streamed:
+                assert not isinstance(result, BaseException)
+                with pytest.raises(openai.APIError, match="not back within 300ms") as failed:
+                    [chunk async for chunk in result]
+                assert failed.value.code == "service_unavailable"
+            else:
+                assert isinstance(result, openai.InternalServerError), result
+                assert (result.status_code, result.code) == (503, "service_unavailable")
+                assert late in result.message
+        assert serving.meters.requests == {"unavailable": 3}
+        with pytest.raises(openai.InternalServerError) as refused:
+            await complete(serving, stream=streamed)
+        assert refused.value.status_code == 503
+        assert await readiness(serving) == (503, AWAY)
+        models.refusals.clear()
+        await serving.until_ready()
+        assert (await complete(serving)).choices[0].text
+
+
+async def test_a_request_that_the_model_does_not_survive_is_begun_twice(serve: Serve) -> None:
+    """Then it is told, and those behind it are answered."""
+    async with serve() as serving:
+        models = serving.models
+        models.last.failure = NetworkError(LOST)
+        models.failures.append(NetworkError(LOST))
+        models.last.gate.clear()
+        first = asyncio.create_task(complete(serving))
+        await serving.until(lambda: serving.meters.running == 1)
+        second = asyncio.create_task(complete(serving, "two"))
+        await serving.until(lambda: serving.meters.waiting == 1)
+        models.last.gate.set()
+        with pytest.raises(openai.InternalServerError, match="the other end closed"):
+            await first
+        assert (await second).choices[0].text
+        assert len(models.opened) == 3
+        assert serving.meters.requests == {"unavailable": 1, "length": 1}
+
+
+async def test_who_goes_away_while_the_model_is_recovered_is_forgotten(serve: Serve) -> None:
+    async with serve() as serving:
+        models = serving.models
+        models.last.failure = NetworkError(LOST)
+        models.gate.clear()
+        tasks = [asyncio.create_task(complete(serving)) for _ in range(2)]
+        await serving.until(lambda: serving.meters.waiting == 2)
+        for task in tasks:
+            task.cancel()
+        await serving.until(lambda: serving.meters.waiting == 0)
+        models.gate.set()
+        await serving.until_ready()
+        assert serving.meters.requests == {"abandoned": 2}
+        assert models.last.fed == []
 
 
 async def test_why_it_does_not_come_back_is_told(serve: Serve) -> None:
-    async with serve(reconnect=0.05) as serving:
+    async with serve(reconnect=0.05, recovery=0.01) as serving:
         model, models = serving.models.last, serving.models
         model.failure = NetworkError(LOST)
         models.refusals += [NetworkError(AWAY)] * 1000
-        with pytest.raises(openai.InternalServerError, match="the other end closed"):
+        with pytest.raises(openai.InternalServerError, match="cannot be reached; the model was not back"):
             await complete(serving)
-        await serving.until(lambda: serving.readiness.reason == AWAY)
+        assert serving.readiness.reason == AWAY
         with pytest.raises(openai.InternalServerError, match="cannot be reached"):
             await complete(serving)
         models.refusals.clear()
@@ -113,12 +185,13 @@ async def test_a_stream_that_has_begun_ends_with_the_reason(serve: Serve) -> Non
         assert (await complete(serving)).choices[0].text
 
 
-async def test_a_stream_that_has_not_begun_is_a_status(serve: Serve) -> None:
+async def test_a_stream_that_has_not_begun_waits(serve: Serve) -> None:
     async with serve() as serving:
+        healthy = (await complete(serving)).choices[0].text
         serving.models.last.failure = NetworkError(LOST)
-        with pytest.raises(openai.InternalServerError) as failed:
-            await complete(serving, stream=True)
-        assert failed.value.status_code == 503
+        chunks = [chunk async for chunk in await complete(serving, stream=True)]
+        assert "".join(chunk.choices[0].text for chunk in chunks) == healthy
+        assert serving.meters.begun_again == 1
 
 
 async def test_the_events_of_such_a_stream(serve: Serve) -> None:
@@ -180,9 +253,7 @@ async def test_bytes_of_each_worker_are_added_up_over_all_models(serve: Serve) -
         weights = f'dairllm_worker_weight_bytes_total{{{labels},node="1"}}'
         assert await scraped() == {sent: 10, received: 20, weights: 30}
         first.failure = NetworkError(LOST)
-        with pytest.raises(openai.InternalServerError):
-            await complete(serving)
-        await serving.until_ready()
+        assert (await complete(serving)).choices[0].text
         assert await scraped() == {sent: 10, received: 20, weights: 30}
         serving.models.last.reports = report(1, 2, 3)
         assert await scraped() == {sent: 11, received: 22, weights: 33}

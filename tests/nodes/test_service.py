@@ -1,7 +1,7 @@
 """The service without HTTP: a model's life from the first attempt to the goodbye, and what becomes of requests meanwhile."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,7 +59,7 @@ def make(model_path: Path, executors: list[Executor]) -> Make:
         readiness, meters = Readiness("connecting"), ServiceMeters()
         async with models.ready() as opens:
             tokenizer = Tokenizer.load(model_path.with_suffix(".t"))
-            settings = {"queue": 4, "reconnect": 0.01, "shutdown": 10.0, **settings}
+            settings = {"queue": 4, "reconnect": 0.01, "recovery": 60.0, "shutdown": 10.0, **settings}
             serviced = Serviced(Service(opens, tokenizer, readiness, meters, **settings), models, readiness, meters)
             if start:
                 await serviced.service.start()
@@ -74,6 +74,27 @@ def make(model_path: Path, executors: list[Executor]) -> Make:
                 await serviced.service.close()
 
     return make
+
+
+class Counted:
+    """How often a coroutine waits for something."""
+
+    def __init__(self, inner: Coroutine[Any, Any, str]) -> None:
+        self._inner = inner
+        self.waits = 0
+
+    def __await__(self) -> Generator[Any, Any, str]:
+        steps = self._inner.__await__()
+        while True:
+            try:
+                waited_for = next(steps)
+            except StopIteration as end:
+                return str(end.value)
+            self.waits += 1
+            yield waited_for
+
+    async def run(self) -> str:
+        return await self
 
 
 async def text_of(reply: Reply) -> str:
@@ -115,11 +136,49 @@ async def test_a_model_that_was_there_is_waited_for_whatever_is_said(make: Make)
     async with make() as serviced:
         serviced.models.last.failure = NetworkError("gone")
         serviced.models.refusals += [ConfigError("workers know no Q80")] * 3
-        with pytest.raises(UnavailableError, match="gone"):
-            await text_of(serviced.service.ask(BRIEF))
+        reply = serviced.service.ask(BRIEF)
+        with pytest.raises(UnavailableError, match="workers know no Q80"):  # it is not known whether it will be mended
+            await text_of(reply)
+        assert reply.beginnings == 1
         await serviced.until_ready()
         assert serviced.models.attempts == 5
         assert await text_of(serviced.service.ask(BRIEF))
+
+
+async def test_only_a_lost_worker_is_waited_for_by_who_was_being_answered(make: Make) -> None:
+    """Those behind him go on, if the model can be opened anew."""
+    async with make() as serviced:
+        serviced.models.last.failure = EngineError("the disk failed")
+        first, second = serviced.service.ask(BRIEF), serviced.service.ask(BRIEF)
+        with pytest.raises(UnavailableError, match="the disk failed"):
+            await text_of(first)
+        assert await text_of(second)
+        assert (first.beginnings, second.beginnings) == (1, 1)
+
+
+async def test_closing_while_requests_wait_for_a_lost_model(make: Make) -> None:
+    async with make() as serviced:
+        serviced.models.last.failure = NetworkError("gone")
+        serviced.models.gate.clear()
+        replies = [serviced.service.ask(BRIEF) for _ in range(2)]
+        await serviced.until(lambda: serviced.readiness.waiting_until is not None)
+        assert serviced.service.waiting(replies[1]) == "waiting, position 2 (the model is being recovered)"
+        await serviced.service.close()
+        for reply in replies:
+            with pytest.raises(UnavailableError, match="shutting down"):
+                await text_of(reply)
+        assert serviced.readiness.waiting_until is None
+        with pytest.raises(UnavailableError, match="shutting down"):
+            serviced.service.ask(BRIEF)
+
+
+async def test_an_answer_that_is_wanted_whole_wakes_its_reader_once(make: Make) -> None:
+    async with make() as serviced:
+        streamed = await text_of(serviced.service.ask(Order(PROMPT, MOST_UNREAD + 50)))
+        reply = serviced.service.ask(Order(PROMPT, MOST_UNREAD + 50), whole=True)
+        reading = Counted(reply.text())
+        assert await asyncio.ensure_future(reading.run()) == streamed
+        assert reading.waits == 1
 
 
 async def test_closing_finishes_the_pass_in_hand(make: Make) -> None:
