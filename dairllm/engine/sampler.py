@@ -1,15 +1,22 @@
 """The choice of the next token from its logits.
 
 A generation can stop and go on elsewhere: after a node was lost, after a restart. So the choice is a function of the logits, the settings
-and the number of the draw alone. The random number of a draw is computed from the seed and that number (SplitMix64, whose state is a
-counter), the exponentials by operations that round the same everywhere, and probabilities become whole numbers, whose sums are exact.
+and the number of the draw alone (and of the tokens before it, where there are penalties). The random number of a draw is computed from the
+seed and that number (SplitMix64, whose state is a counter), the exponentials by operations that round the same everywhere, and
+probabilities become whole numbers, whose sums are exact.
+
+What is done to the logits, in the order of transformers' `generate`: adjustments (`dairllm.engine.adjustments`), temperature, top_k
+(Fan, Lewis and Dauphin, 2018), top_p (Holtzman and others, "The Curious Case of Neural Text Degeneration", 2020), min_p (Nguyen and
+others, "Turning Up the Heat", 2024).
 """
 
 import math
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 
+from dairllm.engine.adjustments import Adjustments
 from dairllm.errors import ConfigError, EngineError
 
 __all__ = ["Sampler"]
@@ -28,24 +35,43 @@ _GOLDEN = 0x9E3779B97F4A7C15  # SplitMix64: Steele, Lea and Flood, "Fast splitta
 
 
 class Sampler:
-    """Chooses tokens; its only state is `draws`.
+    """Chooses tokens; its only state is `draws`, and what its adjustments have seen.
 
     Args:
         temperature: 0 takes the best token, ties to the lower id; else logits are divided by it.
         top_p: draw only from the smallest set of most probable tokens that together have this probability; 1 is all.
+        top_k: draw from so many most probable tokens, of equal ones from the lower ids; 0 is all.
+        min_p: draw only from tokens at least this share as probable as the best, of those that top_k and top_p leave; 0 is all.
         seed: any integer; its low 64 bits count.
         draws: how many tokens were drawn before. A generation that is resumed with the number of tokens it had goes on with the same ones.
+        adjustments: of this generation, told of each token; None leaves the logits as they are.
 
     Raises:
         ConfigError: a setting out of range.
     """
 
-    def __init__(self, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0, *, draws: int = 0) -> None:
+    def __init__(
+        self,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        *,
+        top_k: int = 0,
+        min_p: float = 0.0,
+        draws: int = 0,
+        adjustments: Adjustments | None = None,
+    ) -> None:
         if not (math.isfinite(temperature) and temperature >= 0):
             raise ConfigError(f"temperature: {temperature}; expected a number from 0 on")
         if not 0 <= top_p <= 1:
             raise ConfigError(f"top_p: {top_p}; expected a number from 0 to 1")
+        if top_k < 0:
+            raise ConfigError(f"top_k: {top_k}; expected a whole number from 0 on")
+        if not 0 <= min_p <= 1:
+            raise ConfigError(f"min_p: {min_p}; expected a number from 0 to 1")
         self.temperature, self.top_p, self.seed, self.draws = temperature, top_p, seed & _MASK, draws
+        self.top_k, self.min_p = top_k, np.float32(min_p)
+        self._adjustments = None if adjustments is None or adjustments.change_nothing else adjustments
         self._work = _Work(0)
 
     def sample(self, logits: npt.NDArray[np.float32]) -> int:
@@ -59,6 +85,23 @@ class Sampler:
         """
         if logits.ndim != 1 or not 0 < logits.size <= _MAX_VOCAB:
             raise EngineError(f"logits of shape {logits.shape} to sample from; expected one row of them")
+        if self._adjustments is not None:
+            return self._adjusted(logits, self._adjustments)
+        return self._choose(logits)
+
+    def _adjusted(self, logits: Floats, adjustments: Adjustments) -> int:
+        """The next token where logits are changed first."""
+        self._fit(logits.size)
+        adjustments.apply(logits, self._work.adjusted)
+        token = self._choose(self._work.adjusted)
+        adjustments.add(token)
+        return token
+
+    def _fit(self, size: int) -> None:
+        if self._work.size != size:
+            self._work = _Work(size)
+
+    def _choose(self, logits: Floats) -> int:
         best = int(logits.argmax())  # the first of equals; the first NaN where there is one
         top = float(logits[best])
         if not math.isfinite(top):
@@ -66,12 +109,15 @@ class Sampler:
         draw, self.draws = self.draws, self.draws + 1
         if self.temperature == 0:
             return best
-        if self._work.size != logits.size:
-            self._work = _Work(logits.size)
+        self._fit(logits.size)
         work = self._work
         _relative_probabilities(logits, logits[best], self.temperature, work)
+        if 0 < self.top_k < logits.size:
+            _keep_most_probable(work, self.top_k)
         if self.top_p < 1:
             _keep_nucleus(work, self.top_p)
+        if self.min_p > 0:
+            work.p[work.p < self.min_p] = 0
         sums = work.weights(work.p).cumsum(out=work.sums)
         coin = _random_bits(self.seed, draw) * int(sums[-1]) >> 64
         return int(np.searchsorted(sums, coin, side="right"))
@@ -89,6 +135,11 @@ class _Work:
         self.parts = [np.empty(min(size, _STEP), np.float32) for _ in range(3)]
         self._scaled = np.empty(size, np.float32)
         self._weights = np.empty(size, np.int64)
+
+    @cached_property
+    def adjusted(self) -> Floats:
+        """Room for logits; few requests need it."""
+        return np.empty(self.size, np.float32)
 
     def weights(self, p: Floats) -> npt.NDArray[np.int64]:
         """floor(2^40 p), until the next call."""
@@ -159,7 +210,19 @@ def _keep_nucleus(work: _Work, top_p: float) -> None:
     best.sort()
     sums = work.weights(best[::-1]).cumsum(out=work.sums[: best.size])
     count = 1 + int(np.searchsorted(sums, wanted))
-    least = best[-count]
+    _keep_from(work, best[-count], count)
+
+
+def _keep_most_probable(work: _Work, count: int) -> None:
+    """Set work.p to 0 but for so many most probable tokens; of equal ones the lower ids stay."""
+    work.best[:] = work.p
+    work.best.partition(work.p.size - count)
+    _keep_from(work, work.best[-count], count)
+
+
+def _keep_from(work: _Work, least: np.float32, count: int) -> None:
+    """Set work.p to 0 but for `count` tokens of at least this probability; of those that have just this, the lower ids stay."""
+    p = work.p
     np.greater_equal(p, least, out=work.kept)
     excess = int(np.count_nonzero(work.kept)) - count
     if excess:

@@ -85,6 +85,53 @@ def test_the_nucleus_of_a_large_vocabulary_is_the_sorted_one(spread, top_p):
     assert len(drawn) > 1 or len(nucleus(logits, 1.0, top_p)) < 50
 
 
+@pytest.mark.parametrize("k", [1, 2, 3, 5, 6, 100])
+def test_top_k_draws_from_the_k_best_in_proportion(k):
+    logits = np.log(np.float32([0.05, 0.4, 0.15, 0.3, 0.1, 1e-3]))
+    p = probabilities(logits, 1.0)
+    expected = np.where(p >= np.sort(p)[-min(k, 6)], p, 0)
+    found = frequencies(Sampler(1.0, top_k=k, seed=3), logits, 8000)
+    assert np.abs(found - expected / expected.sum()).max() < 0.02
+    assert (found[expected == 0] == 0).all()
+
+
+def test_of_equal_tokens_at_the_edge_of_top_k_the_lower_ids_stay():
+    found = frequencies(Sampler(1.0, top_k=3), np.zeros(8, np.float32), 500)
+    assert (found[:3] > 0.2).all()
+    assert found[3:].tolist() == [0] * 5
+
+
+def test_min_p_draws_from_what_is_not_much_less_probable_than_the_best():
+    logits = np.log(np.float32([0.05, 0.4, 0.15, 0.3, 0.1]))
+    found = frequencies(Sampler(1.0, min_p=0.3, seed=4), logits, 8000)
+    assert found[[0, 4]].tolist() == [0, 0]  # below 0.3 x 0.4
+    assert np.abs(found[[1, 2, 3]] - np.array([0.4, 0.15, 0.3]) / 0.85).max() < 0.02
+    assert {Sampler(1.0, min_p=1.0, seed=seed).sample(logits) for seed in range(20)} == {1}
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    logits=hnp.arrays(np.float32, st.integers(1, 300), elements=st.floats(-12, 12, width=32)),
+    top_k=st.integers(0, 40),
+    top_p=st.floats(0.01, 1),
+    min_p=st.floats(0, 0.9),
+    seed=st.integers(0, 2**64 - 1),
+)
+def test_the_filters_are_those_of_transformers(logits, top_k, top_p, min_p, seed):
+    """TopKLogitsWarper, TopPLogitsWarper and MinPLogitsWarper, one after the other, in float64."""
+    scores = logits.astype(np.float64)
+    if top_k:
+        scores[scores < np.sort(scores)[-min(top_k, scores.size)]] = -math.inf
+    order = np.argsort(-scores, kind="stable")
+    p = probabilities(scores, 1.0)
+    before = p[order].cumsum() - p[order]
+    scores[order[before > top_p + 1e-5]] = -math.inf
+    p = probabilities(scores, 1.0)
+    scores[p < (min_p - 1e-5) * p.max()] = -math.inf
+    token = Sampler(1.0, top_p, seed, top_k=top_k, min_p=min_p).sample(logits)
+    assert scores[token] > -math.inf
+
+
 def test_the_ids_of_a_seed_are_these_on_every_machine():
     """Recorded once: a change of any bit of the arithmetic or of the generator shows here."""
     logits = np.arange(-500, 500, dtype=np.float32) * np.float32(0.006)
@@ -143,6 +190,12 @@ def test_numbers_gone_wrong_are_an_error_that_names_the_logit(bad, temperature):
 def test_logits_that_leave_no_choice_are_an_error(logits):
     with pytest.raises(EngineError, match="logit"):
         Sampler(1.0).sample(logits)
+
+
+@pytest.mark.parametrize("some", [{"top_k": -1}, {"min_p": 1.5}, {"min_p": -0.1}, {"min_p": math.nan}])
+def test_filters_out_of_range_are_named(some):
+    with pytest.raises(ConfigError, match=next(iter(some))):
+        Sampler(1.0, **some)
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(-1, 1), (math.nan, 1), (math.inf, 1), (1, 1.5), (1, -0.1), (1, math.nan)])
