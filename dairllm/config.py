@@ -316,9 +316,14 @@ class RootLimits(_Section):
 class Sampling(_Section):
     """How the next token is chosen, and of how many an answer may be made: of `generate`, and of a request that says nothing."""
 
-    steps: Count = 256
+    steps: Count | None = None
     temperature: float = Field(0.0, ge=0, le=100, allow_inf_nan=False)
     top_p: float = Field(0.9, gt=0, le=1, allow_inf_nan=False)
+    top_k: int = Field(0, ge=0, le=MAX_ID)
+    min_p: float = Field(0.0, ge=0, le=1, allow_inf_nan=False)
+    repetition_penalty: float = Field(1.0, gt=0, le=10, allow_inf_nan=False)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2, allow_inf_nan=False)
+    presence_penalty: float = Field(0.0, ge=-2, le=2, allow_inf_nan=False)
     seed: Annotated[int, Field(ge=0, lt=2**64)] | None = None
 
 

@@ -113,9 +113,25 @@ def generate(
     prompt_ids: Annotated[
         str | None, typer.Option(metavar="1,2,3", help="Token ids in place of a prompt, nothing added; implies --ignore-eos.")
     ] = None,
-    steps: Annotated[int | None, typer.Option(metavar="N", help="Most tokens to generate.  [default: 256]")] = None,
+    steps: Annotated[
+        int | None, typer.Option(metavar="N", help="Most tokens to generate.  [default: as many as there is room for]")
+    ] = None,
     temperature: Annotated[float | None, typer.Option(metavar="T", help="0: always the likeliest token.  [default: 0]")] = None,
     top_p: Annotated[float | None, typer.Option(metavar="P", help="Sample among the likeliest of this share.  [default: 0.9]")] = None,
+    top_k: Annotated[int | None, typer.Option(metavar="N", help="Sample among so many likeliest.  [default: 0, all]")] = None,
+    min_p: Annotated[
+        float | None,
+        typer.Option(metavar="P", help="Sample among those at least this share as likely as the likeliest.  [default: 0, all]"),
+    ] = None,
+    repetition_penalty: Annotated[
+        float | None, typer.Option(metavar="R", help="Logits of tokens that prompt or answer have are divided by it.  [default: 1]")
+    ] = None,
+    frequency_penalty: Annotated[
+        float | None, typer.Option(metavar="F", help="Taken off a logit for each time that the answer has the token.  [default: 0]")
+    ] = None,
+    presence_penalty: Annotated[
+        float | None, typer.Option(metavar="P", help="Taken off the logits of all tokens that the answer has.  [default: 0]")
+    ] = None,
     seed: Annotated[int | None, typer.Option(metavar="N", help="Of the sampling.  [default: another each time]")] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on when the model says that it has finished.")] = False,
     workers: Workers = None,

@@ -17,7 +17,8 @@ from dairllm.commands.logits_file import LogitsFile
 from dairllm.commands.plan_text import plan_lines, reading, way_line
 from dairllm.commands.progress import COMPILING, byte_bar, waiting
 from dairllm.commands.root_node import planned_model, root_node
-from dairllm.config import RootSettings
+from dairllm.config import RootSettings, Sampling
+from dairllm.engine.adjustments import Adjustments
 from dairllm.engine.executor import Executor
 from dairllm.engine.program import Program
 from dairllm.engine.sampler import Sampler
@@ -105,17 +106,40 @@ async def _generate(
                 _note([way_line(node.way, executor.n_threads)])
             generation = Generation(
                 node,
-                Sampler(options.temperature, options.top_p, secrets.randbits(64) if options.seed is None else options.seed),
+                _sampler(options.sampling, prompt_ids),
                 prompt_ids,
-                options.steps,
+                options.sampling.steps,
                 () if options.ignore_eos or tokenizer is None else tokenizer.eos_ids,
                 logits.append if logits else None,
             )
             text = await _stream(generation, tokenizer, quiet=options.json)
+            if (cut := _cut(generation, options)) is not None:
+                _note([cut])
             if sys.stderr.isatty() and not options.json:
                 _note([_speed_line(generation)])
             if options.json:
                 await say(json.dumps(_report(generation, text, node, executor, plan)) + "\n")
+
+
+def _sampler(sampling: Sampling, prompt_ids: list[int]) -> Sampler:
+    adjustments = Adjustments(
+        prompt_ids,
+        repetition=sampling.repetition_penalty,
+        frequency=sampling.frequency_penalty,
+        presence=sampling.presence_penalty,
+    )
+    seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
+    return Sampler(sampling.temperature, sampling.top_p, seed, top_k=sampling.top_k, min_p=sampling.min_p, adjustments=adjustments)
+
+
+def _cut(generation: Generation, options: GenerateOptions) -> str | None:
+    """What to say where the answer ends before the model has finished. Nothing where its end was not looked for, or JSON says it."""
+    if options.json or generation.finish_reason != "length":
+        return None
+    n_ids, context = len(generation.ids), generation.model.seq_len
+    if n_ids == options.sampling.steps:
+        return None if options.ignore_eos else f"[cut after {n_ids} tokens: --steps]"
+    return f"[cut after {n_ids} tokens: the context of {context} tokens is full, the prompt included]"
 
 
 def _speed_line(generation: Generation) -> str:

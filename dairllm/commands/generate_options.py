@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dairllm.config import MAX_ID, RootSettings
+from dairllm.config import MAX_ID, RootSettings, Sampling
 from dairllm.errors import ConfigError
 from dairllm.graph.slicing import parse_shares
 
@@ -22,10 +22,7 @@ class GenerateOptions:
         prompt: the text, or None where `prompt_ids` take its place.
         prompt_ids: token ids, nothing added, or None.
         chat: whether the prompt goes through the model's chat template.
-        steps: most tokens to generate.
-        temperature: 0 for the likeliest token always.
-        top_p: sample among the likeliest tokens that have this share together; 1 for all.
-        seed: of the sampling; None for another one each time.
+        sampling: how tokens are chosen, and how many at most.
         ignore_eos: go on after an end-of-text id.
         threads: compute threads.
         kernels: form of the kernels, or "auto".
@@ -48,10 +45,7 @@ class GenerateOptions:
     prompt: str | None = None
     prompt_ids: tuple[int, ...] | None = None
     chat: bool = False
-    steps: int = 256
-    temperature: float = 0.0
-    top_p: float = 0.9
-    seed: int | None = None
+    sampling: Sampling = field(default_factory=Sampling)
     ignore_eos: bool = False
     root: RootSettings = field(default_factory=RootSettings)
     json: bool = False
@@ -99,10 +93,7 @@ class GenerateOptions:
             prompt=prompt,
             prompt_ids=ids,
             chat=chat,
-            steps=settings.sampling.steps,
-            temperature=settings.sampling.temperature,
-            top_p=settings.sampling.top_p,
-            seed=settings.sampling.seed,
+            sampling=settings.sampling,
             ignore_eos=ignore_eos or ids is not None,
             root=settings,
             json=json,

@@ -59,7 +59,7 @@ class Generation:
 
     Attributes:
         prompt_ids: what it continues.
-        steps: most ids to generate; fewer where the context ends.
+        steps: most ids to generate, fewer where the context ends; None: until it does.
         eos_ids: ids that end it; they are generated too.
         on_logits: called with what led to each id.
         held: so many tokens of the prompt the model has computed before, at these positions; fewer than all of them.
@@ -71,7 +71,7 @@ class Generation:
     model: Model
     sampler: Sampler
     prompt_ids: Sequence[int]
-    steps: int
+    steps: int | None
     eos_ids: Collection[int] = ()
     on_logits: Callable[[NDArray[np.float32]], None] | None = None
     held: int = 0

@@ -29,13 +29,13 @@ class Order:
 
     Attributes:
         prompt_ids: at least one, known to the model, no more than its context.
-        steps: most tokens to generate.
+        steps: most tokens to generate; None: as many as the context has room for.
         temperature, top_p, seed: of the sampler.
         stop: strings at which the answer ends.
     """
 
     prompt_ids: Sequence[int]
-    steps: int
+    steps: int | None
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0

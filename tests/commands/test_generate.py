@@ -123,6 +123,26 @@ def test_the_context_ends() -> None:
     assert (len(found["ids"]), found["finish_reason"]) == (4, "length")
 
 
+def test_an_answer_ends_with_the_context_where_nobody_said_how_long_it_may_be() -> None:
+    """And it is said, where the model had not finished."""
+    code, _, err = generate("--prompt", PROMPT, "--max-seq-len", 60)
+    assert (code, err) == (0, f"[cut after {61 - len(PROMPT_IDS)} tokens: the context of 60 tokens is full, the prompt included]")
+    code, _, err = generate("--prompt", PROMPT, "--steps", 3)
+    assert (code, err) == (0, "[cut after 3 tokens: --steps]")
+
+
+def test_penalties_and_filters_are_honoured() -> None:
+    """The formula of the frequency penalty, over the model's own logits: no token twice where it is large enough."""
+    words = ("--prompt", PROMPT, "--steps", 24, "--ignore-eos")
+    ids = report(*words, "--frequency-penalty", 2, "--presence-penalty", 2)["ids"]
+    assert len(set(ids)) > len(set(report(*words)["ids"]))
+    hot = (*words, "--temperature", 5, "--seed", 1)
+    plain = report(*words)["ids"]
+    assert report(*hot)["ids"] != plain
+    assert report(*hot, "--top-k", 1)["ids"] == report(*hot, "--min-p", 1)["ids"] == plain
+    assert report(*words, "--repetition-penalty", 5)["ids"] != plain
+
+
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
