@@ -96,7 +96,9 @@ async def _serve(settings: RootSettings, model: ModelFile, plan: MemoryPlan, tok
     http = HttpServer(app, server.host, server.port, connections=server.queue + SPARE_CONNECTIONS)
     async with Steps(settings.deadlines.shutdown + 2.0) as steps:
         # In a thread of its own in the end: those that requests are rendered in may all be waiting.
-        await steps.start("chat template", lambda: asyncio.to_thread(renderer.start), lambda: in_thread("chat template", renderer.close))
+        await steps.start(
+            "chat template", lambda: in_thread("chat template", renderer.start), lambda: in_thread("chat template", renderer.close)
+        )
         port = await steps.start("http server", http.start, http.close)
         log.info("listening", host=server.host, port=port, model=served.name)
         log.info("memory plan", **plan.summary())
