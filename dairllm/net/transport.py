@@ -80,7 +80,7 @@ class Connection(asyncio.BufferedProtocol):
         self._writer: asyncio.Future[None] | None = None
         self._received_at = self._taken_at = 0.0
         self._unsent = 0
-        self._read_silence = Silence(self._loop, lambda: self._received_at, self._give_up)
+        self._read_silence = Silence(self._loop, self._last_received_at, self._give_up)
         self._write_silence = Silence(self._loop, self._last_taken_at, self._give_up)
         self._readable, self._fileno, self._patience = select.poll(), -1, 0.0
         self._closed = self._loop.create_future()
@@ -342,6 +342,13 @@ class Connection(asyncio.BufferedProtocol):
     def _settle_reader(self) -> None:
         if self._reader is not None and not self._reader.done() and self._incoming is not None:
             self._reader.set_exception(self._end_of(self._incoming))
+
+    def _last_received_at(self) -> float:
+        """The loop's time at which something came. What lies in the socket has come: a loop that was kept busy finds a deadline
+        passed before it finds the bytes that kept it."""
+        if not self._paused and any(what & select.POLLIN for _, what in self._readable.poll(0)):
+            self._received_at = self._loop.time()
+        return self._received_at
 
     def _last_taken_at(self) -> float:
         """The loop's time at which the kernel was last seen to have taken something of what was sent."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import ipaddress
+import os
 import random
 import socket
 import struct
@@ -185,6 +186,20 @@ async def test_a_slow_peer_is_not_a_silent_one(pair: Pair, feed: Feeding) -> Non
         await asyncio.sleep(0.15)
     await reading
     assert bytes(piece) == b"slowly.."
+
+
+async def test_a_loop_that_was_kept_busy_takes_nobody_for_silent(pair: Pair, feed: Feeding) -> None:
+    """The deadline has passed before the loop looks; the bytes came in time all the same."""
+    connection, _, writer = pair
+    connection.attach(feed)
+    piece = memoryview(bytearray(4))
+    feed.want(piece)
+    waiting = asyncio.create_task(connection.next_event(feed, 0.05))
+    await asyncio.sleep(0)
+    os.write(writer.get_extra_info("socket").fileno(), b"here")
+    time.sleep(0.2)  # noqa: ASYNC251 - as something does that keeps the loop busy
+    await waiting
+    assert bytes(piece) == b"here"
 
 
 async def test_a_later_shorter_deadline_counts(pair: Pair, feed: Feeding) -> None:

@@ -59,9 +59,14 @@ class FakeTransport(asyncio.Transport):
         assert self.paused, "resumed twice"
         self.paused = False
 
+    @property
+    def readable(self) -> bool:
+        """Whether something lies in the socket that an event loop would deliver."""
+        return not (self.paused or self.closing) and bool(select.select([self._sock], [], [], 0)[0])
+
     def deliver(self) -> bool:
         """What an event loop does where the socket is readable; False where it reads nothing."""
-        if self.paused or self.closing or not select.select([self._sock], [], [], 0)[0]:
+        if not self.readable:
             return False
         buffer = self._protocol.get_buffer(-1)
         assert len(buffer), "reading goes on though there is no room"
@@ -263,11 +268,15 @@ class States(RuleBasedStateMachine):
         self.loop.now += seconds
         waiting = [name for name in ("reader", "writer") if (task := getattr(self, name)) is not None and not task.done()]
         over = [name for name in waiting if self.loop.now - self.lasts[name] >= self.allowed[name]]
+        if "reader" in over and self.transport.readable:
+            over.remove("reader")  # what lies in the socket has come
         unseen = "writer" in over and self.transport.unsent != self.connection._unsent  # something left since the last look
         self.do(lambda: None)
         if unseen:
             over.remove("writer")
             self.lasts["writer"] = self.loop.now
+        if self.transport.readable:
+            self.lasts["reader"] = max(self.lasts["reader"], self.connection._received_at)
         assert self.transport.closing == bool(over or self.closed)
         if over:
             self.do(lambda: None)
