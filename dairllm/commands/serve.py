@@ -1,5 +1,6 @@
 """`dairllm serve`: a model behind OpenAI's API, on this machine or with workers."""
 
+import asyncio
 from pathlib import Path
 
 import structlog
@@ -110,4 +111,4 @@ async def _serve(settings: RootSettings, model: ModelFile, plan: MemoryPlan, tok
         workers = ", ".join(map(str, settings.cluster.workers))
         readiness.reason = f"connecting to {workers}" if workers else "loading the model"
         await steps.start("service", service.start, service.close)
-        await until_one_ends(service.ended(), http.ended())
+        await until_one_ends(service.ended(), http.ended(), compute.ended())

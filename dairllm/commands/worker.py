@@ -11,7 +11,7 @@ import structlog
 from dairllm.commands.asked_too_much import tell_threads
 from dairllm.commands.progress import COMPILING, TELLING_SECONDS, telling
 from dairllm.config import WorkerSettings, load_settings
-from dairllm.net.runner import Steps, in_thread
+from dairllm.net.runner import Steps, in_thread, until_one_ends
 from dairllm.net.runner import run as run_service
 from dairllm.telemetry import Meters, Readiness, configure_logging
 from dairllm.units import format_size
@@ -70,7 +70,7 @@ async def serve(settings: WorkerSettings) -> None:
         await steps.start("listener", worker.start, worker.close)
         readiness.reason = None
         try:
-            await ended()
+            await until_one_ends(worker.ended(), ended())
         finally:
             readiness.reason = "shutting down"
 

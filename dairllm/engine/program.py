@@ -17,8 +17,8 @@ from dairllm.errors import EngineError, GraphError
 from dairllm.graph.build import POSITION_PIPE
 from dairllm.graph.types import BLOCK_VALUES, AttentionConfig, FloatType, MatmulConfig, NetworkConfig, NodeConfig, Op, OpCode
 from dairllm.kernels.panels import TILE_COLUMNS, row_panel_bytes
-from dairllm.kernels.records import FIELDS, Kind, State
-from dairllm.kernels.sizes import CHUNK, attention_scratch_bytes, experts_scratch_bytes, tile_scratch_bytes
+from dairllm.kernels.records import CLAIMS, FIELDS, Kind, State
+from dairllm.kernels.sizes import BARRIER_BYTES, CHUNK, attention_scratch_bytes, experts_scratch_bytes, tile_scratch_bytes
 
 __all__ = ["STACK_BYTES", "MemoryNeeds", "Program", "compile_program", "memory_needs"]
 
@@ -88,7 +88,7 @@ class Program:
         self.records = emitter.recorder.program()
         state = aligned(64).view(np.int64)
         self._state = state.data  # numpy takes three times as long to write a number
-        self.barrier = aligned(128)
+        self.barrier = aligned(BARRIER_BYTES)
         self.scratch_stride = scratch_bytes(layout.node)
         self.scratch = aligned(self.scratch_stride * n_threads)
         # taken once: numpy needs a microsecond for each
@@ -160,6 +160,14 @@ class Program:
         self._profile = np.zeros((self.n_threads, len(Kind)), np.int64)
         self._state[State.PROFILE] = self._profile.ctypes.data
         return self._profile
+
+    def recover(self) -> None:
+        """After a call that threads have left in the middle: make what they share as it was before the first call.
+
+        What they have computed stays as it is.
+        """
+        self.barrier[:] = 0
+        self.records[:, CLAIMS] = 0
 
     def prepare(self, position: int, rows: int, first_row: int = 0) -> None:
         """Say which rows the next run computes, and their positions: position, position + 1, ... from row 0 on.

@@ -30,7 +30,7 @@ class Entry:
 
     Attributes:
         run_threads: (mailbox, thread, n_threads, guest), see interpreter.py.
-        ring: (mailbox, generation).
+        ring: (address of a mailbox or a barrier, value), see interpreter.py.
         why_numba: why numba had to be loaded into this process; None where it was not.
     """
 
@@ -79,8 +79,8 @@ def _called_as_c(objects: Objects) -> Entry:
         if enter(put, put, mailbox, thread, n_threads, guest):
             raise EngineError("the kernels raised an exception")
 
-    def ring(mailbox: int, generation: int) -> None:
-        if ring_up(put, put, mailbox, generation):
+    def ring(word: int, value: int) -> None:
+        if ring_up(put, put, word, value):
             raise EngineError("the kernels raised an exception")
 
     return Entry(run_threads, ring, None)

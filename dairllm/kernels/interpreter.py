@@ -6,6 +6,8 @@ rings. Thread 0 has a mailbox of its own, since there are two ways to run: eithe
 the eventfd when all are done, which an event loop can wait for; or the host takes the part of thread 0 itself, as a
 guest, and has the result when it returns: that saves two threads' awakening, 50 to 100 microseconds.
 
+Where a thread will not come any more, the host breaks the barriers of the call: the others leave it at the next one, and say nothing.
+
 Both functions here are plain until entry.py has them compiled, in this process or in another.
 """
 
@@ -85,7 +87,8 @@ def run_threads(mailbox, thread, n_threads, guest):
             r = program + i * _RECORD_BYTES
             kind = load_i(r)
             if kind == BARRIER:
-                barrier(counter, n_threads)
+                if barrier(counter, n_threads):
+                    break
             elif MATMUL_F32 <= kind <= EXPERTS_Q80:
                 claimed = matmul_steps.parts_claimed(kind, r, row1 - row0, n_threads)
                 n_parts = claimed if claimed else n_threads
@@ -129,14 +132,17 @@ def run_threads(mailbox, thread, n_threads, guest):
                 p = profile + 8 * (thread * _KINDS + kind)
                 store_i(p, load_i(p) + end_cycles - begin)
                 begin = end_cycles
-        barrier(load_i(c + 56), n_threads)
+        broken = barrier(load_i(c + 56), n_threads)
         if guest != 0:
             return
-        if thread == 0:
+        if thread == 0 and not broken:
             signal_eventfd(load_i(mailbox + MAILBOX_EVENTFD))
 
 
-def ring(mailbox, generation):
-    """Hand the mailbox's call to those who wait there. generation: one more than the last time, 1 at first."""
-    atomic_store(mailbox, generation)
-    wake(mailbox, mailbox + MAILBOX_SLEEPERS)
+def ring(word, value):
+    """Store a value in a mailbox or a barrier, and wake those who wait there.
+
+    A mailbox's call is handed over by one more than the last time, 1 at first; a barrier is broken by BARRIER_BROKEN.
+    """
+    atomic_store(word, value)
+    wake(word, word + MAILBOX_SLEEPERS)

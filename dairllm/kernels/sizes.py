@@ -1,7 +1,9 @@
 """Sizes of the memory that kernels work on, known without the kernels, whose modules bring their compiler along."""
 
 __all__ = [
+    "BARRIER_BROKEN",
     "BARRIER_BYTES",
+    "BARRIER_SLEEPERS",
     "CHUNK",
     "EXPERT_COLUMNS",
     "EXPERT_STRIP",
@@ -12,8 +14,11 @@ __all__ = [
     "tile_scratch_bytes",
 ]
 
-BARRIER_BYTES = 128
-"""A barrier: arrivals at 0; sleepers at 64, on a cache line of their own."""
+BARRIER_BYTES, BARRIER_SLEEPERS = 192, 128
+"""A barrier: arrivals at 0; sleepers, where a mailbox has them too, so that both are rung alike."""
+
+BARRIER_BROKEN = 1 << 62
+"""So many arrivals at least: whoever comes goes on, since one that is waited for will not come."""
 
 CHUNK = 64
 """Positions of a chunk of attention. Caches are padded to whole chunks."""

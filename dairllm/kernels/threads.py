@@ -12,6 +12,7 @@ from numba.core import cgutils
 
 from dairllm.kernels.ir import I32, I64, VOID, Builder, Value, call, i64, ir_function, k64, void
 from dairllm.kernels.kernel import kernel
+from dairllm.kernels.sizes import BARRIER_BROKEN, BARRIER_SLEEPERS
 
 __all__ = [
     "SPINS",
@@ -30,7 +31,6 @@ SPINS = 1000
 _X86 = platform.machine() in ("x86_64", "AMD64")
 _FUTEX = {"x86_64": 202, "AMD64": 202, "aarch64": 98}.get(platform.machine())
 _WAIT, _WAKE = 128, 129  # FUTEX_WAIT and FUTEX_WAKE, private to the process
-_SLEEPERS = 64
 
 
 @ir_function(i64, i64, i64)
@@ -93,20 +93,26 @@ def wake(word, sleepers):
 
 @kernel
 def barrier(counter, n_threads):
-    """Returns when all n_threads have called it. `counter`: BARRIER_BYTES (sizes.py) of zeros at first, shared by all."""
-    if n_threads > 1:
-        seen = atomic_add(counter, 1)
-        target = (seen // n_threads + 1) * n_threads
-        if seen + 1 == target:
-            wake(counter, counter + _SLEEPERS)
-            return
-        spins = 0
-        while True:
-            now = atomic_load(counter)
-            if now >= target:
-                return
-            spins += 1
-            if spins < SPINS:
-                pause()
-            else:
-                sleep_while(counter, counter + _SLEEPERS, now)
+    """Returns when all n_threads have called it, or it is broken; whether it is.
+
+    counter: BARRIER_BYTES (sizes.py) of zeros at first, shared by all. Whoever stores BARRIER_BROKEN there breaks it for good.
+    """
+    if n_threads == 1:
+        return atomic_load(counter) >= BARRIER_BROKEN
+    seen = atomic_add(counter, 1)
+    target = (seen // n_threads + 1) * n_threads
+    if seen + 1 == target:
+        wake(counter, counter + BARRIER_SLEEPERS)
+        return seen >= BARRIER_BROKEN
+    spins = 0
+    while True:
+        now = atomic_load(counter)
+        if now >= BARRIER_BROKEN:
+            return True
+        if now >= target:
+            return False
+        spins += 1
+        if spins < SPINS:
+            pause()
+        else:
+            sleep_while(counter, counter + BARRIER_SLEEPERS, now)

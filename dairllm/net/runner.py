@@ -94,7 +94,7 @@ def _unexpected(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> No
     log.error("unexpected error in the event loop", what=context.get("message"), exc_info=context.get("exception"))
 
 
-async def until_one_ends(*parts: Coroutine[Any, Any, None]) -> None:
+async def until_one_ends(*parts: Awaitable[None]) -> None:
     """Until the first part of a program ends, which ends the others. Raises what it raised."""
     tasks = [asyncio.ensure_future(part) for part in parts]
     try:

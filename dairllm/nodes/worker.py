@@ -86,6 +86,14 @@ class Worker:
             await self._server.wait_closed()
         self._compute.close()
 
+    async def ended(self) -> None:
+        """Wait until it can compute nothing any more, which no root would mend.
+
+        Raises:
+            EngineError: it cannot.
+        """
+        await self._compute.ended()
+
     def _opened(self, connection: Connection) -> None:
         """Somebody is at the door."""
         if self._is_busy():

@@ -131,7 +131,7 @@ def test_threads_keep_off_the_processor_that_the_caller_computes_on() -> None:
     program, _ = compiled(2)
     try:
         with Executor(2) as executor:
-            other = executor._threads[1].native_id
+            other = executor._threads.threads[1].native_id
             assert other is not None
             for here in sorted(mine)[:2]:
                 os.sched_setaffinity(0, {here})

@@ -34,6 +34,9 @@ class SlowComputer:
         self.beside: list[tuple[int, int, int, int, int]] = []
         self.here: list[tuple[int, int, int, int, int]] = []
         self.error: EngineError | None = None
+        self.stuck: str | None = None
+        self.never_leaves = False
+        self.broken_off = threading.Event()
 
     def submit(self, program: Work, first_segment: int, end_segment: int, position: int, rows: int, first_row: int = 0) -> None:
         self.beside.append((first_segment, end_segment, position, rows, first_row))
@@ -41,9 +44,17 @@ class SlowComputer:
         threading.Thread(target=self._work, args=(program.seconds, program.until), daemon=True).start()
 
     def _work(self, seconds: float, until: threading.Event) -> None:
-        time.sleep(seconds)
-        until.wait(PATIENCE)
-        os.eventfd_write(self.eventfd, 1)
+        if not self.broken_off.wait(seconds):
+            until.wait(PATIENCE)
+        if not self.never_leaves:
+            os.eventfd_write(self.eventfd, 1)
+
+    def break_off(self, reason: str) -> None:
+        self.error = EngineError(reason)
+        self.broken_off.set()
+
+    def give_up(self, reason: str) -> None:
+        self.stuck, self.busy = f"stuck: {reason}", False
 
     def finish(self) -> None:
         os.eventfd_read(self.eventfd)
@@ -155,3 +166,46 @@ async def test_who_is_cancelled_waits_until_the_threads_have_left(computer: Slow
         await running
     assert not computer.busy
     await compute.run(Work(0.0), 0, 1, 0, 1)
+
+
+async def test_what_nobody_waits_for_is_broken_off(computer: SlowComputer, compute: Compute[Work], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dairllm.net.compute.UNWANTED_SECONDS", 0.05)
+    running = asyncio.create_task(compute.run(Work(3600), 0, 1, 0, 1))
+    await asyncio.sleep(0)
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert str(computer.error) == "nobody waits for it any more"
+    assert not computer.busy
+
+
+async def test_what_takes_longer_than_anything_is_broken_off(computer: SlowComputer) -> None:
+    compute: Compute[Work] = Compute(computer, patience=0.05)
+    compute.open()
+    with pytest.raises(EngineError, match="it has not ended within 50ms"):
+        await compute.run(Work(3600), 0, 1, 0, 1)
+    assert computer.stuck is None
+    computer.error = None
+    computer.broken_off.clear()
+    await compute.run(Work(0), 0, 1, 0, 1)
+    compute.close()
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+async def test_threads_that_do_not_leave_end_what_waits(cancelled: bool, computer: SlowComputer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dairllm.net.compute.UNWANTED_SECONDS", 0.05)
+    monkeypatch.setattr("dairllm.net.compute.LEAVING_SECONDS", 0.05)
+    computer.never_leaves = True
+    compute: Compute[Work] = Compute(computer, patience=3600 if cancelled else 0.05)
+    compute.open()
+    watching = asyncio.create_task(compute.ended())
+    running = asyncio.create_task(compute.run(Work(0), 0, 1, 0, 1))
+    await asyncio.sleep(0.01)
+    assert not watching.done()
+    if cancelled:
+        running.cancel()
+    with pytest.raises(asyncio.CancelledError if cancelled else EngineError):
+        await running
+    with pytest.raises(EngineError, match="stuck: "):
+        await watching
+    compute.close()
