@@ -15,6 +15,7 @@ from typing import Annotated, Literal, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from dairllm import machine
+from dairllm.config_names import host_names, origins
 from dairllm.config_sources import read_settings
 from dairllm.units import format_duration, format_size, parse_duration, parse_size
 
@@ -336,6 +337,9 @@ class Server(_Section):
     """Requests that may wait for their turn."""
     request_bytes: Annotated[int, BeforeValidator(_size("1KiB", "1GiB"))] = 8 * 2**20
     heartbeat: Seconds = 5.0
+    keep_alive: Seconds = 75.0
+    hosts: Annotated[tuple[str, ...], BeforeValidator(host_names)] = ()
+    cors_origins: Annotated[tuple[str, ...], BeforeValidator(origins)] = ()
 
 
 class RootDeadlines(_Section):

@@ -279,6 +279,12 @@ def test_workers_in_a_file(file: Path, text: str) -> None:
         ("server.request_bytes", "1B", "expected a size from 1KiB to 1GiB, found 1B"),
         ("server.request_bytes", 5, "expected a size such as 2GiB or 512MiB"),
         ("deadlines.connect", 5, "expected a time such as 5s"),
+        ("server.cors_origins", "chat.example", "expected an origin such as https://chat.example or http://localhost:3000, or *, found"),
+        ("server.cors_origins", ["https://a.example/chat"], "expected an origin"),
+        ("server.cors_origins", ["null"], "expected an origin"),
+        ("server.cors_origins", 5, "expected a list of origins, or one text with commas between them, found 5"),
+        ("server.hosts", "ai.example:443", "expected a host's name without a port, such as ai.example, found 'ai.example:443'"),
+        ("server.hosts", ["https://ai.example"], "expected a host's name"),
         ("deadlines.reconnect", "25h", "expected a time from 10ms to 24h, found 25h"),
         ("log.level", "loud", "expected 'auto', 'debug', 'info', 'warning' or 'error', found 'loud'"),
     ],
@@ -342,3 +348,12 @@ def test_any_bytes_give_settings_or_one_clear_error(file: Path, content: bytes) 
         assert isinstance(load(file), WorkerSettings)
     except ConfigError as error:
         assert str(file) in str(error)  # noqa: PT017 - both outcomes are right
+
+
+@pytest.mark.parametrize("text", ["https://A.example/, http://[::1]:3000,*", ["https://a.example", "http://[::1]:3000", "*"]])
+def test_origins_are_a_list_or_one_text(text: object) -> None:
+    assert root(server__cors_origins=("file", text)).server.cors_origins == ("https://a.example", "http://[::1]:3000", "*")
+    if isinstance(text, str):
+        found = root({"DAIRLLM_SERVER__CORS_ORIGINS": text, "DAIRLLM_SERVER__HOSTS": "AI.example., b"}).server
+        assert found.cors_origins == ("https://a.example", "http://[::1]:3000", "*")
+        assert found.hosts == ("ai.example", "b")

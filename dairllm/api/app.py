@@ -8,18 +8,21 @@
 ``/metrics``                                       Prometheus' text format
 =================================================  ================================================================
 
-No other site's page may read what we say: there are no CORS headers.
+No other site's page may read what we say unless `dairllm.api.cors` lets it.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from starlette.types import ASGIApp
 
 from dairllm.api.bodies import BODY_SECONDS, Bodies
 from dairllm.api.completions import Completions
+from dairllm.api.cors import Cors
 from dairllm.api.errors import exception_handlers
 from dairllm.api.health import health_routes
 from dairllm.api.prompts import ServedModel
@@ -40,12 +43,14 @@ def serve_app(
     *,
     body_seconds: float = BODY_SECONDS,
     heartbeat: float = HEARTBEAT_SECONDS,
-) -> Starlette:
+    cors_origins: Sequence[str] = (),
+) -> ASGIApp:
     """The application over a service, which somebody else starts and closes.
 
     Args:
         body_seconds: that a client may take to send its request.
         heartbeat: seconds between signs of life in a stream that has not begun.
+        cors_origins: of pages that may ask and read.
     """
     description: dict[str, Any] = {"id": served.name, "object": "model", "created": served.created, "owned_by": "dairllm"}
 
@@ -71,5 +76,5 @@ def serve_app(
         ],
         exception_handlers=exception_handlers(),
     )
-    app.router.redirect_slashes = False  # an address is right or wrong
-    return app
+    app.router.redirect_slashes = False  # `dairllm.api.front` has set the address right
+    return Cors(app, cors_origins) if cors_origins else app

@@ -6,8 +6,9 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive, Scope, Send
 
 from dairllm.api.answers import ChatShape, CompletionShape, Shape
+from dairllm.api.api_error import ApiError
 from dairllm.api.bodies import Bodies
-from dairllm.api.errors import ApiError
+from dairllm.api.front import REQUEST_ID
 from dairllm.api.prompts import ServedModel, order_of
 from dairllm.api.schema import ChatRequest, CompletionRequest, parse
 from dairllm.api.stream import send_stream, send_whole, while_connected
@@ -51,7 +52,10 @@ class Completions:
         except (ApiError, DairllmError, ClientDisconnect) as error:
             self._meters.requests["abandoned" if isinstance(error, ClientDisconnect) else "invalid"] += 1
             raise
-        reply, shape = self._service.ask(order, whole=not call.stream), self._shape(self._served.name)
+        reply, shape = (
+            self._service.ask(order, whole=not call.stream, request_id=scope["state"][REQUEST_ID]),
+            self._shape(self._served.name),
+        )
         async with while_connected(receive, reply):
             if call.stream:
                 waiting, heartbeat = self._service.waiting, self._heartbeat

@@ -1,56 +1,22 @@
-"""What goes wrong with a request, in the form that clients of OpenAI's API understand:
+"""What goes wrong with a request, and how a client is told."""
 
-{"error": {"message": ..., "type": ..., "param": the field or null, "code": ...}}
-"""
-
-from collections.abc import Mapping
 from typing import Any
 
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.types import ExceptionHandler
 
+from dairllm.api.api_error import RATE_LIMIT, SERVER, ApiError
 from dairllm.errors import ConfigError, DairllmError
 from dairllm.nodes.reply import AbandonedError, StalledError
 from dairllm.nodes.service import QueueFullError, UnavailableError
 from dairllm.text.chat_renderer import ChatTemplateError
 
-__all__ = ["SERVER", "ApiError", "api_error", "exception_handlers"]
+__all__ = ["ApiError", "api_error", "exception_handlers"]
 
-INVALID, SERVER, RATE_LIMIT = "invalid_request_error", "server_error", "rate_limit_error"
 CLIENT_CLOSED_REQUEST = 499
 """nginx's number; whoever has gone away does not see it."""
-
-
-class ApiError(Exception):
-    """An answer that is an error.
-
-    Args:
-        status: HTTP's.
-        message: one line for people.
-        code: a word for programs, or None.
-        param: the field of the request, or None.
-        kind: OpenAI's `type`.
-        headers: of the answer.
-    """
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        code: str | None = None,
-        param: str | None = None,
-        kind: str = INVALID,
-        headers: Mapping[str, str] | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status, self.headers = status, headers
-        self.body: dict[str, Any] = {"error": {"message": message, "type": kind, "param": param, "code": code}}
-
-    def response(self) -> Response:
-        return JSONResponse(self.body, status_code=self.status, headers=self.headers)
 
 
 def api_error(error: DairllmError) -> ApiError:

@@ -4,7 +4,7 @@ import secrets
 import time
 from dataclasses import dataclass, field
 
-from dairllm.api.errors import ApiError
+from dairllm.api.api_error import ApiError
 from dairllm.api.schema import ChatRequest, CompletionRequest
 from dairllm.config import Sampling
 from dairllm.nodes.reply import Order
@@ -53,7 +53,7 @@ def order_of(call: ChatRequest | CompletionRequest, served: ServedModel) -> Orde
     """
     prompt_ids = _chat_ids(call, served) if isinstance(call, ChatRequest) else _prompt_ids(call, served)
     if len(prompt_ids) > served.seq_len:
-        raise _too_long(f"has {len(prompt_ids)} tokens", served, _field(call))
+        raise _too_long(f"{len(prompt_ids)} tokens", served, _field(call))
     sampling, steps = served.sampling, call.most_tokens
     seed = sampling.seed if call.seed is None else call.seed
     return Order(
@@ -98,11 +98,12 @@ def _check_length(text: str, served: ServedModel, param: str) -> None:
     """Spare the tokenizer a text that is too long in any case."""
     least = len(text) // max(map(len, served.tokenizer.pieces))
     if least > served.seq_len:
-        raise _too_long(f"has at least {least} tokens", served, param)
+        raise _too_long(f"at least {least} tokens", served, param)
 
 
 def _too_long(found: str, served: ServedModel, param: str) -> ApiError:
-    message = f"the prompt {found}; this model's context has room for {served.seq_len}, the answer included"
+    # litellm and LangChain know this error by these words, not by its code
+    message = f"prompt is too long: it has {found}, and this model's maximum context length is {served.seq_len} tokens, the answer included"
     return ApiError(400, message, code="context_length_exceeded", param=param)
 
 

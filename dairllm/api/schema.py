@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, LiteralString, NoReturn, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError
 
-from dairllm.api.errors import ApiError
+from dairllm.api.api_error import ApiError
 
 __all__ = ["ChatRequest", "CompletionRequest", "TextRequest", "parse"]
 

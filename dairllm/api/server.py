@@ -3,19 +3,22 @@
 import asyncio
 import contextlib
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import uvicorn
-from starlette.applications import Starlette
+from starlette.types import ASGIApp
 
 from dairllm.api.connection import BoundedConnection
+from dairllm.api.front import Front
 from dairllm.errors import NetworkError
-from dairllm.net.addresses import listening_socket
+from dairllm.net.addresses import address_of, listening_socket
 
 __all__ = ["HttpServer"]
 
-IDLE_SECONDS = 5
-"""That a connection is kept after an answer, for the next request."""
+IDLE_SECONDS = 75.0
+"""That a connection is kept after an answer, for the next request: longer than clients and proxies keep theirs, so that it is they who
+close it, and no request meets a connection that is just being closed."""
 UNREAD_BYTES = 64 << 10
 """That the system keeps for a client that does not read; it would be megabytes, in which a whole answer vanishes."""
 GRACE_SECONDS = 1
@@ -27,17 +30,30 @@ class HttpServer:
 
     Args:
         app: what answers.
-        connections: how many there may be; a request on one more is answered with 503.
+        connections: how many there may be; a request on one more is answered with 503 where none of the others idles.
         connection: their bounds.
+        keep_alive: seconds that one may idle after an answer.
+        hosts: names under which it may be asked, beside this machine's, where it listens on a loopback address.
     """
 
     def __init__(
-        self, app: Starlette, host: str, port: int, *, connections: int = 64, connection: type[BoundedConnection] = BoundedConnection
+        self,
+        app: ASGIApp,
+        host: str,
+        port: int,
+        *,
+        connections: int = 64,
+        connection: type[BoundedConnection] = BoundedConnection,
+        keep_alive: float = IDLE_SECONDS,
+        hosts: Sequence[str] = (),
     ) -> None:
-        self._host, self._port = host, port
+        self._host, self._port, self._most = host, port, connections
+        self._front = Front(app, self._is_crowded, hosts)
+        idle: Any = keep_alive  # which need not be whole
         config = uvicorn.Config(
-            app, http=connection, ws="none", lifespan="off", log_config=None, access_log=False, server_header=False, proxy_headers=False,
-            timeout_keep_alive=IDLE_SECONDS, timeout_graceful_shutdown=GRACE_SECONDS, limit_concurrency=connections, backlog=64,
+            self._front, http=connection, ws="none", lifespan="off", log_config=None, access_log=False, server_header=False,
+            proxy_headers=False, timeout_keep_alive=idle, timeout_graceful_shutdown=GRACE_SECONDS, limit_concurrency=connections,
+            backlog=64,
         )  # fmt: skip
         self._server = _Server(config)
         self._task: asyncio.Task[None] | None = None
@@ -49,6 +65,7 @@ class HttpServer:
             NetworkError: the address cannot be listened on.
         """
         sock = listening_socket(self._host, self._port)
+        self._front.loopback = address_of(sock.getsockname()[0]).is_loopback
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, UNREAD_BYTES)
         self._task = asyncio.create_task(self._server.serve(sockets=[sock]), name="http server")
         while not self._server.started:
@@ -70,6 +87,9 @@ class HttpServer:
             if not self._server.should_exit:
                 cause = None if self._task.cancelled() else self._task.exception()
                 raise NetworkError(f"the server on {self._host} port {self._port} has ended by itself") from cause
+
+    def _is_crowded(self) -> bool:
+        return len(self._server.server_state.connections) > self._most
 
     async def close(self) -> None:
         if self._task is not None:

@@ -93,8 +93,15 @@ async def _serve(settings: RootSettings, model: ModelFile, plan: MemoryPlan, tok
         sampling=settings.sampling,
         request_bytes=server.request_bytes,
     )
-    app = serve_app(served, service, readiness, meters, heartbeat=server.heartbeat)
-    http = HttpServer(app, server.host, server.port, connections=server.queue + SPARE_CONNECTIONS)
+    app = serve_app(served, service, readiness, meters, heartbeat=server.heartbeat, cors_origins=server.cors_origins)
+    http = HttpServer(
+        app,
+        server.host,
+        server.port,
+        connections=server.queue + SPARE_CONNECTIONS,
+        keep_alive=server.keep_alive,
+        hosts=server.hosts,
+    )
     async with Steps(settings.deadlines.shutdown + 2.0) as steps:
         # In a thread of its own in the end: those that requests are rendered in may all be waiting.
         await steps.start(

@@ -52,6 +52,7 @@ class Reply:
 
     Attributes:
         order: what was asked for.
+        request_id: who asks, in the log.
         cached_tokens: prompt tokens that the model still held from the request before.
         n_ids: tokens generated so far.
         finish_reason: "stop" or "length" when the answer is complete, else None.
@@ -61,8 +62,16 @@ class Reply:
         beginnings: how often the model has begun to answer.
     """
 
-    def __init__(self, order: Order, on_stop: Callable[["Reply"], None], patience: float = STALL_SECONDS, *, whole: bool = False) -> None:
-        self.order = order
+    def __init__(
+        self,
+        order: Order,
+        on_stop: Callable[["Reply"], None],
+        patience: float = STALL_SECONDS,
+        *,
+        whole: bool = False,
+        request_id: str = "",
+    ) -> None:
+        self.order, self.request_id = order, request_id
         self.cached_tokens = self.n_ids = self.beginnings = 0
         self.finish_reason: str | None = None
         self.stopped: DairllmError | None = None

@@ -167,14 +167,15 @@ class Service:
             self._meters.requests["queue_full"] += 1
             raise QueueFullError(len(self._line), min(LONGEST_RETRY, math.ceil(self._last_took)))
 
-    def ask(self, order: Order, *, whole: bool = False) -> Reply:
+    def ask(self, order: Order, *, whole: bool = False, request_id: str = "") -> Reply:
         """Take a place in line. Who stops reading the reply must `abandon` it. Raises as `check`.
 
         Args:
             whole: the answer is read when it is complete.
+            request_id: who asks, in the log.
         """
         self.check()
-        reply = Reply(order, self._stopped, self._patience, whole=whole)
+        reply = Reply(order, self._stopped, self._patience, whole=whole, request_id=request_id)
         self._line.append(reply)
         self._arrival.set()
         self._count()
@@ -307,7 +308,7 @@ class Service:
                     return
                 reply.stop(self._unavailable())
             if not isinstance(error, DairllmError):
-                log.exception("request failed by a defect of this program")
+                log.exception("request failed by a defect of this program", request_id=reply.request_id)
             reply.stop(error if isinstance(error, DairllmError) else DairllmError(_reason(error)))
         finally:
             if generation is not None:
@@ -341,7 +342,8 @@ class Service:
         if reply.finish_reason is not None:
             meters.request_seconds.observe(waited + took)
         log.info(
-            "answered", outcome=outcome, prompt_tokens=n_prompt, cached_tokens=reply.cached_tokens, generated_tokens=n_ids,
+            "answered", request_id=reply.request_id, outcome=outcome,
+            prompt_tokens=n_prompt, cached_tokens=reply.cached_tokens, generated_tokens=n_ids,
             waited=format_duration(waited), prefill=format_duration(generation.prefill_seconds), took=format_duration(took),
         )  # fmt: skip
 

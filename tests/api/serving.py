@@ -197,6 +197,9 @@ async def serving(
     request_bytes: int = 1 << 20,
     body_seconds: float = 10.0,
     heartbeat: float = 5.0,
+    keep_alive: float = 75.0,
+    hosts: Sequence[str] = (),
+    cors_origins: Sequence[str] = (),
     connections: int = 256,
     connection: type[BoundedConnection] = BoundedConnection,
     sampling: Sampling | None = None,
@@ -218,8 +221,8 @@ async def serving(
         served = ServedModel(
             path.stem, tokenizer, renderer, SEQ_LEN, VOCAB, sampling or Sampling(steps=16, temperature=1.0, seed=1), request_bytes
         )
-        app = serve_app(served, service, readiness, meters, body_seconds=body_seconds, heartbeat=heartbeat)
-        http = HttpServer(app, "127.0.0.1", 0, connections=connections, connection=connection)
+        app = serve_app(served, service, readiness, meters, body_seconds=body_seconds, heartbeat=heartbeat, cors_origins=cors_origins)
+        http = HttpServer(app, "127.0.0.1", 0, connections=connections, connection=connection, keep_alive=keep_alive, hosts=hosts)
         port = await http.start()
         client = AsyncOpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="unused", max_retries=0, timeout=PATIENCE)
         running = Serving(port, service, models, readiness, meters, tokenizer, client)

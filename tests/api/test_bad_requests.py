@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gzip
 import json
 from typing import Any
 
@@ -124,9 +125,9 @@ async def test_bad_bodies(serve: Serve) -> None:
 
 async def test_unknown_addresses_and_methods(serve: Serve) -> None:
     async with serve() as serving, httpx.AsyncClient(base_url=serving.url) as client:
-        for method, path in (("GET", "/"), ("POST", "/v1/embeddings"), ("GET", "/v1/models/"), ("POST", "/v1/completions/")):
+        for method, path in (("GET", "/"), ("POST", "/v1/embeddings"), ("GET", "/v1/model"), ("POST", "/v2/completions/")):
             error = checked(await client.request(method, path), 404)
-            assert error["code"] in ("unknown_url", "model_not_found")
+            assert error["code"] == "unknown_url"
         for method, path in (("GET", CHAT), ("PUT", COMPLETIONS), ("POST", "/v1/models"), ("DELETE", "/healthz")):
             answer = await client.request(method, path)
             error = checked(answer, 405)
@@ -150,7 +151,7 @@ async def test_a_body_that_is_too_large(chunked: bool, serve: Serve) -> None:
         assert (await client.post(COMPLETIONS, content=just + b" " * (100_000 - len(just)))).status_code == 200
 
 
-BEGUN = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{"
+BEGUN = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{"
 
 
 async def test_a_body_that_does_not_come(serve: Serve) -> None:
@@ -173,7 +174,7 @@ async def test_a_client_that_goes_away_in_its_body(serve: Serve) -> None:
 
 async def test_large_bodies_at_once_are_bounded_and_small_ones_come_through(serve: Serve) -> None:
     most = 100_000
-    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % most
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % most
     async with serve(request_bytes=most) as serving, httpx.AsyncClient(base_url=serving.url) as client:
         async with contextlib.AsyncExitStack() as others:
             readers = [(await others.enter_async_context(dialled(serving, head + b" " * (most - 1))))[0] for _ in range(9)]
@@ -196,5 +197,56 @@ async def answers(serving: Serving) -> bool:
 async def test_what_is_no_http(serve: Serve) -> None:
     async with serve() as serving:
         async with dialled(serving, b"\x00\x01\x02 hello\r\n\r\n") as (reader, _):
-            assert (await reader.read()).startswith(b"HTTP/1.1 400 ")
+            answer = await reader.read()
+        assert answer.startswith(b"HTTP/1.1 400 ")
+        assert b"\r\nx-request-id: req_" in answer
+        assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"] == {
+            "message": "Invalid HTTP request received.",
+            "type": "invalid_request_error",
+            "param": None,
+            "code": "invalid_http",
+        }
         assert await answers(serving)
+
+
+PACKED = {"content-encoding": "gzip"}
+
+
+@pytest.mark.parametrize("packing", ["gzip", "x-gzip", "GZIP"])
+async def test_a_packed_body(packing: str, serve: Serve) -> None:
+    async with serve(request_bytes=100_000) as serving, httpx.AsyncClient(base_url=serving.url) as client:
+        body = json.dumps(prompt(max_tokens=3)).encode()
+        plain = await client.post(COMPLETIONS, content=body)
+        packed = await client.post(COMPLETIONS, content=gzip.compress(body), headers={"content-encoding": packing})
+        assert packed.json()["choices"] == plain.json()["choices"]
+        just = body + b" " * (100_000 - len(body))
+        assert (await client.post(COMPLETIONS, content=gzip.compress(just), headers=PACKED)).status_code == 200
+
+
+async def test_what_is_wrong_with_a_packed_body(serve: Serve) -> None:
+    async with serve(request_bytes=100_000) as serving, httpx.AsyncClient(base_url=serving.url) as client:
+        whole = gzip.compress(json.dumps(prompt()).encode())
+        for content, status, code, message in (
+            (gzip.compress(b" " * 100_001), 413, "request_too_large", "the body is larger than 97.66KiB"),
+            (gzip.compress(b" " * 80_000_000), 413, "request_too_large", "the body is larger than 97.66KiB"),
+            (b'{"prompt": "hello"}', 400, "invalid_gzip", "is said to be packed by gzip, but is not"),
+            (whole[:-9], 400, "invalid_gzip", "expected one whole stream, found no end"),
+            (whole + b"x", 400, "invalid_gzip", "expected one whole stream, found bytes after it"),
+            (b"", 400, "invalid_gzip", "found no end"),
+        ):
+            error = checked(await client.post(COMPLETIONS, content=content, headers=PACKED), status)
+            assert error["code"] == code
+            assert message in error["message"]
+        answer = await client.post(COMPLETIONS, content=whole, headers={"content-encoding": "br"})
+        assert checked(answer, 415)["message"] == "the body is packed by 'br'; expected gzip, or none"
+        assert answer.headers["accept-encoding"] == "gzip"
+        assert serving.meters.requests == {"invalid": 7}
+        assert (await client.post(COMPLETIONS, content=whole, headers=PACKED)).status_code == 200
+
+
+async def test_a_mark_of_the_byte_order(serve: Serve) -> None:
+    """As some editors and languages write it at the head of a text."""
+    async with serve() as serving, httpx.AsyncClient(base_url=serving.url) as client:
+        body = b"\xef\xbb\xbf" + json.dumps(prompt(max_tokens=3)).encode()
+        assert (await client.post(COMPLETIONS, content=body)).status_code == 200
+        assert (await client.post(COMPLETIONS, content=gzip.compress(body), headers=PACKED)).status_code == 200

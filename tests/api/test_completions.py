@@ -217,9 +217,9 @@ async def test_the_whole_context(serve: Serve) -> None:
     async with serve() as serving:
         answer = await complete(serving, prompt=[7] * SEQ_LEN, max_tokens=5)
         assert (answer.usage.completion_tokens, answer.choices[0].finish_reason) == (1, "length"), "predicted from the last position"
-        longest = f"this model's context has room for {SEQ_LEN}"
+        longest = f"this model's maximum context length is {SEQ_LEN} tokens"
         for prompt, found in (([7] * (SEQ_LEN + 1), f"has {SEQ_LEN + 1} tokens"), ("x" * 200_000, "has at least ")):
-            with pytest.raises(openai.BadRequestError, match=f"{found}.*{longest}") as refused:
+            with pytest.raises(openai.BadRequestError, match=f"prompt is too long: it {found}.*{longest}") as refused:
                 await complete(serving, prompt=prompt)
             assert (refused.value.code, refused.value.param) == ("context_length_exceeded", "prompt")
         with pytest.raises(openai.BadRequestError) as refused:

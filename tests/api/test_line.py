@@ -124,7 +124,7 @@ class Hasty(BoundedConnection):
 
 def post(body: dict[str, Any]) -> bytes:
     data = json.dumps(body).encode()
-    return b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(data) + data
+    return b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(data) + data
 
 
 @contextlib.asynccontextmanager
@@ -196,14 +196,16 @@ def text_of(events: str) -> str:
     return "".join(json.loads(line)["choices"][0]["text"] for line in lines)
 
 
-@pytest.mark.parametrize("said", [b"", b"GET /healthz HTT", b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"], ids=["nothing", "half", "idle"])
+@pytest.mark.parametrize(
+    "said", [b"", b"GET /healthz HTT", b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"], ids=["nothing", "half", "idle"]
+)
 async def test_a_connection_without_a_request_is_closed(said: bytes, serve: Serve) -> None:
-    async with serve(connection=Hasty) as serving, dialled(serving, said) as (reader, _):
+    async with serve(connection=Hasty, keep_alive=0.3) as serving, dialled(serving, said) as (reader, _):
         received = await until_closed(reader)
         assert received.startswith(b"HTTP/1.1 200 OK") is said.endswith(b"\r\n\r\n")
 
 
-BODY_BEGUN = b"GET /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n\r\n"
+BODY_BEGUN = b"GET /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000\r\n\r\n"
 
 
 @pytest.mark.parametrize("begun", [b"GET /healthz HTTP/1.1\r\nX: ", BODY_BEGUN], ids=["head", "body"])

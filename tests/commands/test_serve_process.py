@@ -53,7 +53,7 @@ def test_a_server_from_start_to_end(model: Path, start: Start) -> None:
         whole = client.chat.completions.create(model="tiny", messages=messages, max_tokens=20)
         stream = client.chat.completions.create(model="tiny", messages=messages, max_tokens=20, stream=True)
         assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == whole.choices[0].message.content
-        with pytest.raises(openai.BadRequestError, match="room for 128"):
+        with pytest.raises(openai.BadRequestError, match="maximum context length is 128 tokens"):
             client.completions.create(model="tiny", prompt="x" * 200)
     assert "dairllm_generation_tokens_total 40.0" in httpx.get(f"{server.url}/metrics").text
     code, seconds = server.stop()

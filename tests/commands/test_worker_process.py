@@ -63,7 +63,7 @@ def health(**environment: str) -> "subprocess.CompletedProcess[str]":
 
 def ask(port: int, path: str) -> tuple[int, str]:
     with socket.create_connection(("127.0.0.1", port), 5) as sock:
-        sock.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+        sock.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
         answer = b"".join(iter(lambda: sock.recv(65536), b"")).decode()
     return int(answer.split()[1]), answer
 
