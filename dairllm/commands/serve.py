@@ -1,6 +1,5 @@
 """`dairllm serve`: a model behind OpenAI's API, on this machine or with workers."""
 
-import asyncio
 from pathlib import Path
 
 import structlog
