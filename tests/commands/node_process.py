@@ -25,6 +25,7 @@ PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 class NodeProcess:
     """A node that logs JSON to a file; `port` is known once it says so."""
 
+    module: ClassVar = "dairllm"
     command: ClassVar[tuple[str, ...]]
     environment: ClassVar[dict[str, str]]
 
@@ -32,7 +33,7 @@ class NodeProcess:
         self._log = log
         with log.open("wb") as stderr:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "dairllm", *self.command, *arguments],
+                [sys.executable, "-m", self.module, *self.command, *arguments],
                 stdout=subprocess.DEVNULL,
                 stderr=stderr,
                 env={**os.environ, **self.environment, **(environment or {})},
