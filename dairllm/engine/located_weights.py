@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dairllm.engine.area import Area
 from dairllm.engine.memory import aligned
 from dairllm.engine.weights import WeightsFile, WeightView
 from dairllm.errors import GraphError
@@ -61,6 +62,10 @@ class LocatedWeight:
         """Bytes of the file from one expert to the next; 0 where there is one."""
         return self.tensors[1].offset - self.tensors[0].offset if len(self.tensors) > 1 else 0
 
+    def held(self, row: int, expert: int) -> int:
+        """Bytes from the first to the last, where rows and experts are so far apart."""
+        return (len(self.tensors) - 1) * expert + (self.n_rows - 1) * row + self.row_bytes
+
     def slices_of(self, expert: int) -> tuple[Slice, ...]:
         return tuple(
             Slice(piece.offset + expert * self.expert_stride, piece.stride, piece.n_rows, piece.slice_row_bytes) for piece in self.slices
@@ -94,7 +99,7 @@ class LocatedWeights:
         packed: bool = False,
     ) -> None:
         self._model, self._share = model, share
-        self._base = model.raw.ctypes.data
+        self._file = Area.of(str(model.path), model.raw)
         ops: dict[tuple[str, int], Op] = {}
         for op in (op for segment in node.segments for op in segment.ops if op.weight_size.length):
             if (op.name, op.index) in ops:
@@ -123,10 +128,13 @@ class LocatedWeights:
                 self._copies[key] = self.nbytes
                 self.nbytes += -(-found.nbytes // 64) * 64
         self._memory = np.zeros(0, np.uint8)
+        self._copied = Area("the memory of copied weights", 0, self.nbytes)
+        """Nowhere, until it is allocated."""
 
     def allocate(self) -> None:
         """Called once the owner has found `nbytes` to be allowed: copies what is not used in place. Reads the file: for a thread."""
         self._memory = aligned(self.nbytes)
+        self._copied = self._copied._replace(address=self._memory.ctypes.data)
         for key, start in self._copies.items():
             for weight in self.experts(*key):
                 step = max(1, _COPY_BYTES // weight.row_bytes)
@@ -144,14 +152,19 @@ class LocatedWeights:
         found = self._found.get((op.name, op.index))
         if found is None:
             raise GraphError(f"op {op.name} of layer {op.index} needs a weight and announces none")
-        place = None if self._share is None else self._share.place(op.name, op.index)
-        if self._share is not None and place is not None:
-            return WeightView(self._share.address + place.offset, place.row_bytes, place.expert_stride, place.offset)
+        what, share = f"weight {op.name} of layer {op.index}", self._share
+        place = None if share is None else share.place(op.name, op.index)
+        if share is not None and place is not None:
+            held = found.held(place.row_bytes, place.expert_stride)
+            file = Area(str(share.path), share.address, share.stamp.nbytes)
+            return WeightView(file.part(what, place.offset, held), place.row_bytes, place.expert_stride, place.offset)
         copied = self._copies.get((op.name, op.index))
         if copied is None:
             piece = found.slices[0]
-            return WeightView(self._base + piece.offset, piece.stride, found.expert_stride, piece.offset)
-        return WeightView(self._memory.ctypes.data + copied, found.row_bytes, found.row_bytes * found.n_rows)
+            held = found.held(piece.stride, found.expert_stride)
+            return WeightView(self._file.part(what, piece.offset, held), piece.stride, found.expert_stride, piece.offset)
+        expert = found.row_bytes * found.n_rows
+        return WeightView(self._copied.part(what, copied, found.nbytes), found.row_bytes, expert)
 
     def located(self, name: str, index: int) -> LocatedWeight | None:
         """Where an op's weight is; None where no op has that weight."""

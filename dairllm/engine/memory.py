@@ -8,12 +8,15 @@ The *role* of each buffer follows from the ops that use it.
 import contextlib
 import mmap
 from collections.abc import Iterator
-from dataclasses import dataclass
 from enum import Enum
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dairllm.engine.area import Area
+from dairllm.engine.packed import Packed
+from dairllm.engine.rope import MAX_POSITIONS
+from dairllm.engine.rows import Rows
 from dairllm.errors import GraphError
 from dairllm.graph.types import (
     BLOCK_VALUES,
@@ -38,7 +41,7 @@ from dairllm.graph.types import (
 from dairllm.kernels.panels import TILE_COLUMNS, row_panel_bytes, tile_panel_bytes
 from dairllm.kernels.sizes import CHUNK
 
-__all__ = ["Area", "Layout", "Packed", "Role", "aligned", "buffer_roles"]
+__all__ = ["Layout", "Role", "aligned", "buffer_roles"]
 
 _LINE = 64
 _PAGE = 4096
@@ -51,37 +54,6 @@ class Role(Enum):
     PACKED = "packed activations"
     CACHE = "KV cache"
     INDEXES = "expert indexes"
-
-
-@dataclass(frozen=True, slots=True)
-class Area:
-    """Rows at `address`:
-
-    of F32 values, or of plain Q80 blocks. Strides in bytes; `width` in values; slices of a row lie `slice_stride`
-    apart, all of a row's slices together where it is 0.
-    """
-
-    address: int
-    row: int
-    plane: int
-    slice_stride: int
-    width: int
-    planes: int
-    float_type: FloatType
-
-
-@dataclass(frozen=True, slots=True)
-class Packed:
-    """Row panels and tile panels of a Q80 buffer (dairllm.kernels.panels)."""
-
-    panels: int
-    panels_row: int
-    panels_plane: int
-    tiles: int
-    tile_stride: int
-    always_rows: bool
-    width: int
-    planes: int
 
 
 def aligned(nbytes: int) -> NDArray[np.uint8]:
@@ -169,7 +141,7 @@ def _wanting_rows(node: NodeConfig) -> frozenset[int]:
         for op in segment.ops
         if op.code == OpCode.MATMUL
         and op.input == Pointer(PointerSource.BUFFER, op.input.index, PointerType.BATCH)
-        and (op.weight_size.z > 1 or op.weight_size.x % 8 != 0)
+        and ((isinstance(op.config, MatmulConfig) and op.config.n_experts) or op.weight_size.x % 8 != 0)
     )
 
 
@@ -187,12 +159,17 @@ class Layout:
         if not 0 <= node.node < network.n_nodes:
             raise GraphError(f"node {node.node} of a network of {network.n_nodes} nodes")
         self.network, self.node, self.kv_cache = network, node, kv_cache
+        self.head_dims: dict[int, set[int]] = {}
+        """Of each cache: the sizes of heads that attention ops give it."""
         self._check_caches()
         self.rows = -(-network.n_batches // TILE_COLUMNS) * TILE_COLUMNS
         self.roles = buffer_roles(node)
         self._wanting_rows = _wanting_rows(node)
         self.nbytes = self.cache_bytes = 0  # of all; of KV caches
-        self._places: dict[tuple[str, int], int] = {}
+        self._places: dict[tuple[str, int], tuple[int, int]] = {}
+        """Offset and bytes of each."""
+        self._areas: dict[tuple[str, int], Area] = {}
+        self._rows: dict[tuple[str, int], Rows] = {}
         self._memory: NDArray[np.uint8] | None = None
         for i, pipe in enumerate(network.pipes):
             self._check(f"pipe {pipe.name}", pipe.size)
@@ -204,15 +181,18 @@ class Layout:
                 self._check(f"buffer {buffer.name}", buffer.size)
             size = buffer.size
             if role in (Role.VALUES, Role.BLOCKS):
-                self.place("buffer", i, size.z * self.rows * self._row_stride(size))
+                stride = self._row_stride(size)  # what lies between rows is nobody's behind the last one
+                self.place("buffer", i, (size.z * self.rows - 1) * stride + row_bytes(size.float_type, size.x))
             elif role == Role.PACKED:
                 panels, tiles = self._packed_bytes(size)
                 self.place("panels", i, size.z * self.rows * panels)
                 if size.z == 1:
                     self.place("tiles", i, self.rows // TILE_COLUMNS * tiles)
             elif role == Role.CACHE:
+                if size.y > MAX_POSITIONS:  # F32 has not all of those beyond: some would be rounded up to one that has no place
+                    raise GraphError(f"buffer {buffer.name}, a KV cache, has {size.y} positions; expected at most {MAX_POSITIONS}")
                 self.place("cache", i, self.cache_positions(size) * self.cache_row_bytes(size.x))
-                self.cache_bytes = self.nbytes - self._places["cache", i] + self.cache_bytes
+                self.cache_bytes += self.nbytes - self._places["cache", i][0]
             elif role == Role.INDEXES:
                 self.place("indexes", i, self.rows * size.x * 8)
         self.place("positions", 0, self.rows * 4)
@@ -242,7 +222,11 @@ class Layout:
         if self.kv_cache not in (FloatType.F32, FloatType.F16, FloatType.Q80):
             raise GraphError(f"KV caches are kept as F32, F16 or Q80, not as {self.kv_cache.name}")
         for op in (op for segment in self.node.segments for op in segment.ops):
-            head_dim = op.config.head_dim if isinstance(op.config, AttentionConfig) else 0
+            if not isinstance(op.config, AttentionConfig):
+                continue
+            head_dim = op.config.head_dim
+            for cache in (op.config.key_cache_buffer, op.config.value_cache_buffer):
+                self.head_dims.setdefault(cache, set()).add(head_dim)
             if self.kv_cache == FloatType.Q80 and head_dim % BLOCK_VALUES:
                 raise GraphError(
                     f"op {op.name} of layer {op.index} has heads of {head_dim} values; a KV cache of Q80 blocks needs a multiple of "
@@ -271,15 +255,26 @@ class Layout:
 
     def place(self, kind: str, index: int, nbytes: int) -> None:
         """Reserve nbytes under a name of its own."""
-        self._places[kind, index] = self.nbytes
+        self._places[kind, index] = self.nbytes, nbytes
         self.nbytes += -(-nbytes // _LINE) * _LINE
 
     def allocate(self) -> None:
         self._memory = _sparse(self.nbytes)
-        self._base = self._memory.ctypes.data
+        self._whole = Area.of("the program's memory", self._memory)
 
-    def address(self, kind: str, index: int) -> int:
-        return self._base + self._places[kind, index]
+    def area(self, kind: str, index: int) -> Area:
+        """What was reserved under a name."""
+        if (kind, index) not in self._areas:
+            self._areas[kind, index] = self._whole.part(self._name(kind, index), *self._places[kind, index])
+        return self._areas[kind, index]
+
+    def _name(self, kind: str, index: int) -> str:
+        if kind == "pipe":
+            return f"pipe {self.network.pipes[index].name}"
+        if kind in ("positions", "parts", "stats"):
+            return f"the {kind} of attention"
+        name = f"buffer {self.node.buffers[index].name}"
+        return name if kind == "buffer" else f"the {kind} of {name}"
 
     # ------------------------------------------------------------------------------------------------------------------ what ops work on
     def _sliced(self, pipe: int) -> bool:
@@ -302,6 +297,7 @@ class Layout:
                     if (
                         op.code != OpCode.MERGE_ADD
                         or op.output.source != PointerSource.BUFFER
+                        or op.output.type != PointerType.BATCH
                         or not 0 <= op.output.index < len(self.node.buffers)
                     ):
                         return False
@@ -309,33 +305,28 @@ class Layout:
                         return False
         return True
 
-    def pipe_area(self, index: int) -> Area:
-        size, n = self.network.pipes[index].size, self.network.n_nodes
-        row = row_bytes(size.float_type, size.x)
-        address = self.address("pipe", index)
-        if self._sliced(index):
-            return Area(address, row // n, 0, row // n * self.rows, size.x, 1, size.float_type)
-        return Area(address, row, 0, 0, size.x, 1, size.float_type)
+    def pipe_rows(self, index: int) -> Rows:
+        if ("pipe", index) not in self._rows:
+            area, size, n = self.area("pipe", index), self.network.pipes[index].size, self.network.n_nodes
+            row = row_bytes(size.float_type, size.x)
+            row, slices = (row // n, row // n * self.rows) if self._sliced(index) else (row, 0)
+            self._rows["pipe", index] = Rows(area, 0, self.rows, row, 0, slices, size.x, 1, size.float_type)
+        return self._rows["pipe", index]
 
-    def buffer_area(self, index: int) -> Area:
-        size = self.node.buffers[index].size
-        row = self._row_stride(size)
-        return Area(self.address("buffer", index), row, row * self.rows, 0, size.x, size.z, size.float_type)
+    def buffer_rows(self, index: int) -> Rows:
+        if ("buffer", index) not in self._rows:
+            size = self.node.buffers[index].size
+            row = self._row_stride(size)
+            area, plane = self.area("buffer", index), row * self.rows
+            self._rows["buffer", index] = Rows(area, 0, self.rows, row, plane, 0, size.x, size.z, size.float_type)
+        return self._rows["buffer", index]
 
     def packed(self, index: int) -> Packed:
         size = self.node.buffers[index].size
-        panels, tiles = self._packed_bytes(size)
+        row, tile = self._packed_bytes(size)
+        tiles = self.area("tiles", index) if size.z == 1 else None
         always = size.z > 1 or index in self._wanting_rows
-        return Packed(
-            self.address("panels", index),
-            panels,
-            panels * self.rows,
-            self.address("tiles", index) if size.z == 1 else 0,
-            tiles,
-            always,
-            size.x,
-            size.z,
-        )
+        return Packed(self.area("panels", index), tiles, self.rows, row, row * self.rows, tile, always, size.x, size.z)
 
     def region(self, pipe: int, node: int | None, rows: int, first_row: int = 0) -> list[memoryview]:
         """The memory of rows first_row..rows-1 of a pipe:
@@ -344,28 +335,28 @@ class Layout:
         """
         if self._memory is None:
             raise RuntimeError("the layout has not been allocated")
-        area, size = self.pipe_area(pipe), self.network.pipes[pipe].size
-        start = area.address - self._base
+        found, size = self.pipe_rows(pipe), self.network.pipes[pipe].size
+        start, _ = self._places["pipe", pipe]
         length = row_bytes(size.float_type, size.x)
         if node is not None:
             length //= self.network.n_nodes
-            start += node * (area.slice_stride or length)
-        elif area.slice_stride:
+            start += node * (found.slice_stride or length)
+        elif found.slice_stride:
             raise GraphError(f"pipe {self.network.pipes[pipe].name} is kept by slices and has no whole rows")
         view = self._memory.data
-        if area.row == length:
+        if found.row == length:
             return [view[start + first_row * length : start + rows * length]]
-        return [view[start + m * area.row : start + m * area.row + length] for m in range(first_row, rows)]
+        return [view[start + m * found.row : start + m * found.row + length] for m in range(first_row, rows)]
 
     def slices(self, pipe: int) -> NDArray[np.float32]:
         """All rows of a pipe of F32 as they lie in memory: [slices, rows, width / slices], one slice where it is not kept by slices."""
         if self._memory is None:
             raise RuntimeError("the layout has not been allocated")
-        area = self.pipe_area(pipe)
-        if area.float_type != FloatType.F32:
-            raise GraphError(f"pipe {self.network.pipes[pipe].name} is {area.float_type.name}; expected F32")
-        n = self.network.n_nodes if area.slice_stride else 1
-        start, row_values = area.address - self._base, area.width // n
+        found = self.pipe_rows(pipe)
+        if found.float_type != FloatType.F32:
+            raise GraphError(f"pipe {self.network.pipes[pipe].name} is {found.float_type.name}; expected F32")
+        n = self.network.n_nodes if found.slice_stride else 1
+        start, row_values = self._places["pipe", pipe][0], found.width // n
         values = self._memory[start : start + n * self.rows * row_values * 4].view(np.float32)
         return values.reshape(n, self.rows, row_values)
 
@@ -373,5 +364,5 @@ class Layout:
         """The positions of all rows, [rows]."""
         if self._memory is None:
             raise RuntimeError("the layout has not been allocated")
-        start = self._places["positions", 0]
+        start, _ = self._places["positions", 0]
         return self._memory[start : start + self.rows * 4].view(np.float32)

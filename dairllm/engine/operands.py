@@ -1,18 +1,20 @@
 """What an op's pointers and configuration name, looked up and checked: the operands that its records are made of.
 
-Every address that a kernel uses comes from here, so every size is checked here or in dairllm.engine.ops: whatever a root may send, a
+Sizes are checked here or in dairllm.engine.ops; addresses are taken from areas, which check them once more: whatever a root may send, a
 record stays within the memory of its program.
 """
 
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
-from dairllm.engine.memory import Area, Layout, Packed, Role
+from dairllm.engine.area import Area
+from dairllm.engine.memory import Layout, Role
+from dairllm.engine.packed import Packed
+from dairllm.engine.rows import Rows
 from dairllm.engine.step import Memory
 from dairllm.engine.weights import Weights, WeightView
 from dairllm.errors import GraphError
 from dairllm.graph.types import (
     BLOCK_VALUES,
-    AttentionConfig,
     FloatType,
     Op,
     OpCode,
@@ -22,27 +24,39 @@ from dairllm.graph.types import (
     row_bytes,
 )
 
-__all__ = ["Cache", "Operands", "planes", "rows"]
+__all__ = ["Cache", "Operands"]
 
 _C = TypeVar("_C")
 
 
-def rows(name: str, area: Area) -> dict[str, int]:
-    """Fields of an operand of one plane."""
-    return {name: area.address, f"{name}_row": area.row}
+class Cache(NamedTuple):
+    """A KV cache: [head][position][head_dim], F32, F16 or Q80 blocks.
 
+    Attributes:
+        area: what it lies in.
+        width: values of a position, of all heads.
+        positions: that it has room for. Whole chunks are read, and there are so many.
+        head_dim: values of one head.
+        head_row: bytes of a head's row at one position.
+        head_stride: bytes from one head to the next.
+        float_type: of what it keeps.
+    """
 
-def planes(name: str, area: Area) -> dict[str, int]:
-    """Fields of an operand of several planes."""
-    return {**rows(name, area), f"{name}_plane": area.plane if area.planes > 1 else 0}
+    area: Area
+    width: int
+    positions: int
+    head_dim: int
+    head_row: int
+    head_stride: int
+    float_type: FloatType
 
+    def at(self, heads: int, positions: int) -> int:
+        """The address of the first head, of which and of those behind it so many positions are touched.
 
-class Cache:
-    """A KV cache: [head][position][head_dim], F32, F16 or Q80 blocks. `head_stride` in bytes."""
-
-    def __init__(self, address: int, width: int, positions: int, head_stride: int, float_type: FloatType) -> None:
-        self.address, self.width, self.positions, self.head_stride = address, width, positions, head_stride
-        self.float_type = float_type
+        Raises:
+            AreaError: they are not all there.
+        """
+        return self.area.at(0, positions * self.head_row, (heads, self.head_stride))
 
 
 class Operands:
@@ -76,36 +90,36 @@ class Operands:
     def output(self) -> Memory:
         return self.op.output.source.name, self.op.output.index
 
-    def area(self, pointer: Pointer, *types: FloatType) -> Area:
+    def rows(self, pointer: Pointer, *types: FloatType) -> Rows:
         """Rows of values or of plain blocks. A batched slice is this node's part of each row."""
         network, node = self._layout.network, self._layout.node
         if pointer.type == PointerType.RAW:
             raise self.error("a raw pointer is only for the caches of shift")
         if pointer.source == PointerSource.PIPE:
             self.require(0 <= pointer.index < len(network.pipes), f"pipe {pointer.index} does not exist")
-            area = self._layout.pipe_area(pointer.index)
+            found = self._layout.pipe_rows(pointer.index)
         else:
             self.require(0 <= pointer.index < len(node.buffers), f"buffer {pointer.index} does not exist")
             role = self._layout.roles[pointer.index]
             self.require(role in (Role.VALUES, Role.BLOCKS), f"buffer {node.buffers[pointer.index].name} is used as {role.value}")
-            area = self._layout.buffer_area(pointer.index)
-        self.require(area.float_type in types, f"it takes {' or '.join(t.name for t in types)}, not {area.float_type.name}")
+            found = self._layout.buffer_rows(pointer.index)
+        self.require(found.float_type in types, f"it takes {' or '.join(t.name for t in types)}, not {found.float_type.name}")
         if pointer.type == PointerType.BATCH:
-            self.require(not area.slice_stride or self.op.code == OpCode.MERGE_ADD, "this pipe has no whole rows")
-            return area
+            self.require(not found.slice_stride or self.op.code == OpCode.MERGE_ADD, "this pipe has no whole rows")
+            return found
         n = network.n_nodes
-        self.require(area.width % n == 0, f"a row of {area.width} values has no {n} equal slices")
-        width = area.width // n
-        whole = area.float_type == FloatType.F32 or width % BLOCK_VALUES == 0
+        self.require(found.width % n == 0, f"a row of {found.width} values has no {n} equal slices")
+        width = found.width // n
+        whole = found.float_type == FloatType.F32 or width % BLOCK_VALUES == 0
         self.require(whole, f"a slice of {width} values is not a whole number of blocks")
-        stride = area.slice_stride or row_bytes(area.float_type, width)
-        return Area(area.address + node.node * stride, area.row, area.plane, 0, width, area.planes, area.float_type)
+        stride = found.slice_stride or row_bytes(found.float_type, width)
+        return found._replace(offset=node.node * stride, slice_stride=0, width=width)
 
-    def values(self, pointer: Pointer) -> Area:
+    def values(self, pointer: Pointer) -> Rows:
         """Rows of F32 values."""
-        return self.area(pointer, FloatType.F32)
+        return self.rows(pointer, FloatType.F32)
 
-    def buffer(self, index: int) -> Area:
+    def buffer(self, index: int) -> Rows:
         """Whole rows of F32 values of a buffer that the configuration names."""
         return self.values(Pointer(PointerSource.BUFFER, index, PointerType.BATCH))
 
@@ -127,14 +141,14 @@ class Operands:
         """Address of int64 [rows][k]."""
         known = 0 <= index < len(self._layout.roles) and self._layout.roles[index] == Role.INDEXES
         self.require(known and self._layout.node.buffers[index].size.x == k, f"{k} experts need as many indexes a row")
-        return self._layout.address("indexes", index)
+        return self._layout.area("indexes", index).at(0, 8 * k, (self._layout.rows, 8 * k))
 
     def positions(self, pipe: int) -> int:
         """Address of the positions, F32 [rows]: the program's own, since what ops or other nodes write into the pipe may be anything."""
         self.require(pipe == 0 and len(self._layout.network.pipes) > 0, f"positions come in pipe 0, not in pipe {pipe}")
-        area = self._layout.pipe_area(0)
-        self.require(area.float_type == FloatType.F32 and area.width == 1, "the position pipe has one F32 value a row")
-        return self._layout.address("positions", 0)
+        found = self._layout.pipe_rows(0)
+        self.require(found.float_type == FloatType.F32 and found.width == 1, "the position pipe has one F32 value a row")
+        return self._layout.area("positions", 0).at(0, 4, (self._layout.rows, 4))
 
     def weight(self, float_type: FloatType, z: int, y: int, x: int) -> WeightView:
         size = self.op.weight_size
@@ -142,24 +156,21 @@ class Operands:
         self.require(expected == found, f"its weight is {found}; expected {expected}")
         return self._weights.view(self.op)
 
-    def cache(self, index: int, head_dim: int) -> Cache:
+    def cache(self, index: int) -> Cache:
+        """A cache that attention reads, for all ops alike: head by head."""
         known = 0 <= index < len(self._layout.roles) and self._layout.roles[index] == Role.CACHE
         self.require(known, f"buffer {index} is no cache")
-        size = self._layout.node.buffers[index].size
+        size, found = self._layout.node.buffers[index].size, sorted(self._layout.head_dims.get(index, ()))
         self.require(size.float_type == FloatType.F32 and size.z == 1 and size.x >= 1, "a cache is one plane of F32 rows")
+        self.require(len(found) > 0, "no attention op reads the cache that it writes")
+        self.require(len(found) == 1, f"a cache has heads of one size; attention ops give this one {' and '.join(map(str, found))} values")
+        (head_dim,) = found
         heads = head_dim >= 8 and head_dim % 8 == 0 and size.x % head_dim == 0
         self.require(heads, f"cache rows of {size.x} values are not whole heads of {head_dim}, a multiple of 8")
-        head_stride = self._layout.cache_positions(size) * self._layout.cache_row_bytes(head_dim)
-        return Cache(self._layout.address("cache", index), size.x, size.y, head_stride, self._layout.kv_cache)
+        row = self._layout.cache_row_bytes(head_dim)
+        stride = self._layout.cache_positions(size) * row
+        return Cache(self._layout.area("cache", index), size.x, size.y, head_dim, row, stride, self._layout.kv_cache)
 
-    def head_dim(self, cache: int) -> int:
-        """The head size that the attention op which reads a cache gives it."""
-        for op in (op for segment in self._layout.node.segments for op in segment.ops):
-            c = op.config
-            if isinstance(c, AttentionConfig) and cache in (c.key_cache_buffer, c.value_cache_buffer):
-                return c.head_dim
-        raise self.error("no attention op reads the cache that it writes")
-
-    def scratch(self, kind: str) -> int:
-        """Address of what attention keeps between its two records."""
-        return self._layout.address(kind, 0)
+    def between(self, kind: str, nbytes: int) -> int:
+        """Address of what attention keeps between its two records: "parts" or "stats"."""
+        return self._layout.area(kind, 0).at(0, nbytes)

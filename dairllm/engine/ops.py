@@ -5,10 +5,12 @@ from typing import ClassVar
 
 import numpy as np
 
-from dairllm.engine.memory import Area, Layout
-from dairllm.engine.operands import Operands, planes, rows
+from dairllm.engine.area import Area, AreaError
+from dairllm.engine.memory import Layout
+from dairllm.engine.operands import Operands
 from dairllm.engine.pieces import Piece, matmul_pieces
 from dairllm.engine.recorder import Recorder
+from dairllm.engine.rows import Rows
 from dairllm.engine.step import Deal, Use, reads, writes
 from dairllm.engine.tables import RopeTables
 from dairllm.engine.weights import Weights
@@ -32,8 +34,9 @@ from dairllm.graph.types import (
     ShiftConfig,
     row_bytes,
 )
+from dairllm.kernels.panels import row_panel_bytes
 from dairllm.kernels.records import ALWAYS_ROWS, Kind
-from dairllm.kernels.sizes import CHUNK
+from dairllm.kernels.sizes import CHUNK, attention_scratch_bytes, experts_scratch_bytes, tile_scratch_bytes
 
 __all__ = ["Emitter"]
 
@@ -55,6 +58,7 @@ class Emitter:
         layout: allocated.
         weights: where the ops' weights are.
         tables: RoPE tables.
+        scratch: what a thread works with; where it lies is no record's business.
         piece_bytes: matmuls whose weights take more of the file are computed in pieces; None: never.
 
     Attributes:
@@ -64,8 +68,8 @@ class Emitter:
         seq_len: positions that all ops have room for; None where none has a limit.
     """
 
-    def __init__(self, layout: Layout, weights: Weights, tables: RopeTables, piece_bytes: int | None = None) -> None:
-        self.layout, self.weights, self.tables, self.piece_bytes = layout, weights, tables, piece_bytes
+    def __init__(self, layout: Layout, weights: Weights, tables: RopeTables, scratch: Area, piece_bytes: int | None = None) -> None:
+        self.layout, self.weights, self.tables, self.scratch, self.piece_bytes = layout, weights, tables, scratch, piece_bytes
         self.recorder = Recorder()
         self.pieces: list[tuple[int, Piece]] = []
         self.embeddings: list[tuple[int, Op]] = []
@@ -77,46 +81,51 @@ class Emitter:
         Raises:
             GraphError: its sizes contradict each other, or it is one that we cannot compute.
         """
-        self._EMIT[op.code](self, Operands(op, self.layout, self.weights))
+        operands = Operands(op, self.layout, self.weights)
+        try:
+            self._EMIT[op.code](self, operands)
+        except AreaError as error:
+            raise operands.error(str(error)) from None
 
     def _limit_positions(self, o: Operands, seq_len: int) -> None:
         o.require(seq_len >= 1, "it has room for no position")
         self.seq_len = seq_len if self.seq_len is None else min(self.seq_len, seq_len)
 
     # ---------------------------------------------------------------------------------------------------------- column by column
-    def _map(self, kind: Kind, o: Operands, x: Area | None = None, n_planes: int = 0, other: Use | None = None, **extra: int) -> None:
+    def _map(self, kind: Kind, o: Operands, x: Rows | None = None, n_planes: int = 0, other: Use | None = None, **extra: int) -> None:
         if kind in (Kind.SILU, Kind.GELU):
             o.config(NoConfig)
         x = x or o.values(o.op.input)
-        y = o.area(o.op.output, FloatType.Q80 if kind == Kind.TO_BLOCKS else FloatType.F32)
-        n_planes = n_planes or x.planes
-        same = x.width == y.width and y.planes == n_planes
-        o.require(same, f"{x.planes} planes of {x.width} values become {y.planes} of {y.width}")
-        deal = "columns", x.width
-        uses = [reads(o.input, deal), writes(o.output, deal)] + ([other] if other else [])
-        self.recorder.add(kind, uses, **planes("x", x), **planes("y", y), n=x.width, planes=n_planes, **extra)
+        y = o.rows(o.op.output, FloatType.Q80 if kind == Kind.TO_BLOCKS else FloatType.F32)
+        n, n_planes = x.width, n_planes or x.planes
+        same = n == y.width and y.planes == n_planes
+        o.require(same, f"{x.planes} planes of {n} values become {y.planes} of {y.width}")
+        uses = [reads(o.input, ("columns", n)), writes(o.output, ("columns", n))] + ([other] if other else [])
+        operands = x.plane_fields("x", n, n_planes) | y.plane_fields("y", n, n_planes)
+        self.recorder.add(kind, uses, **operands, n=n, planes=n_planes, **extra)
 
     def _mul(self, o: Operands) -> None:
         index = o.config(MulConfig).multiplier_buffer
         m, x = o.buffer(index), o.values(o.op.input)
         same = (m.width, m.planes) == (x.width, x.planes)
         o.require(same, f"it multiplies {x.planes} planes of {x.width} values by {m.planes} of {m.width}")
-        self._map(Kind.MUL, o, x, other=reads(("BUFFER", index), ("columns", x.width)), **planes("m", m))
+        other = reads(("BUFFER", index), ("columns", x.width))
+        self._map(Kind.MUL, o, x, other=other, **m.plane_fields("m", x.width, x.planes))
 
     def _scale(self, o: Operands) -> None:
         index = o.config(ScaleConfig).scale_buffer
         s, x = o.buffer(index), o.values(o.op.input)
         o.require((s.width, s.planes) == (1, x.planes), f"it scales {x.planes} planes by {s.planes} of {s.width} values")
-        self._map(Kind.SCALE, o, x, other=reads(("BUFFER", index)), **planes("s", s))
+        self._map(Kind.SCALE, o, x, other=reads(("BUFFER", index)), **s.plane_fields("s", 1, x.planes))
 
     def _cast(self, o: Operands) -> None:
         o.config(NoConfig)
         o.require(not o.is_packed(o.op.input), "packed activations cannot be cast")
-        x = o.area(o.op.input, FloatType.F32, FloatType.Q80)
+        x = o.rows(o.op.input, FloatType.F32, FloatType.Q80)
         if o.is_packed(o.op.output):
             self._pack(o, x, repeat=False)
             return
-        y = o.area(o.op.output, FloatType.F32, FloatType.Q80)
+        y = o.rows(o.op.output, FloatType.F32, FloatType.Q80)
         kind = _CAST.get((x.float_type, y.float_type))
         if kind is None:
             raise o.error(f"there is no cast from {x.float_type.name} to {y.float_type.name}")
@@ -132,59 +141,60 @@ class Emitter:
         else:
             self._map(Kind.COPY, o, x, n_planes=o.values(o.op.output).planes)
 
-    def _pack(self, o: Operands, x: Area, repeat: bool) -> None:
+    def _pack(self, o: Operands, x: Rows, repeat: bool) -> None:
         """Rows into panels. Repeated planes are one: all read the same panels."""
         y = o.packed(o.op.output)
         same = x.width == y.width and (repeat or x.planes == y.planes)
         o.require(same, f"{x.planes} planes of {x.width} values become {y.planes} of {y.width}")
-        deal = "columns", x.width
+        n, n_planes, deal = x.width, 1 if repeat else x.planes, ("columns", x.width)
         self.recorder.add(
             Kind.PACK if x.float_type == FloatType.F32 else Kind.PACK_BLOCKS,
             [reads(o.input, deal), writes(o.output, deal)],
-            **planes("x", x),
-            n=x.width,
-            panels=y.panels,
-            panels_row=y.panels_row,
-            panels_plane=y.panels_plane,
-            tiles=y.tiles,
-            tile_stride=y.tile_stride,
+            **x.plane_fields("x", n, n_planes),
+            **y.panel_plane_fields("panels", n, n_planes),
+            **y.tile_fields(n),
+            n=n,
+            planes=n_planes,
             flags=ALWAYS_ROWS if y.always_rows else 0,
-            planes=1 if repeat else x.planes,
         )
 
     def _merge_add(self, o: Operands) -> None:
         o.config(NoConfig)
-        x, y = o.area(o.op.input, FloatType.F32, FloatType.Q80), o.values(o.op.output)
+        x, y = o.rows(o.op.input, FloatType.F32, FloatType.Q80), o.values(o.op.output)
         o.require(x.width % y.width == 0 and x.planes == y.planes == 1, f"{x.width} values do not divide into slices of {y.width}")
         whole = x.float_type == FloatType.F32 or y.width % BLOCK_VALUES == 0
         o.require(whole, f"slices of {y.width} values are not whole blocks")
-        deal = "columns", y.width
+        n, deal = y.width, ("columns", y.width)
+        length, n_slices = row_bytes(x.float_type, n), x.width // n
+        stride = x.slice_stride or length
         self.recorder.add(
             Kind.MERGE_ADD_F32 if x.float_type == FloatType.F32 else Kind.MERGE_ADD_BLOCKS,
             [reads(o.input, deal), writes(o.output, deal)],
-            **rows("x", x),
-            x_slice=x.slice_stride or row_bytes(x.float_type, y.width),
-            n_slices=x.width // y.width,
-            **rows("y", y),
-            n=y.width,
+            x=x.area.at(x.offset, length, (x.n_rows, x.row), (n_slices, stride)),
+            x_row=x.row,
+            x_slice=stride,
+            n_slices=n_slices,
+            **y.fields("y", n),
+            n=n,
         )
 
     def _merge_sum(self, o: Operands) -> None:
         o.config(NoConfig)
         x, y = o.values(o.op.input), o.values(o.op.output)
         o.require(x.width == y.width and y.planes == 1, f"{x.planes} planes of {x.width} values become {y.planes} of {y.width}")
-        deal = "columns", y.width
+        n, deal = y.width, ("columns", y.width)
         uses = [reads(o.input, deal), writes(o.output, deal)]
-        self.recorder.add(Kind.MERGE_SUM, uses, **planes("x", x), planes=x.planes, **rows("y", y), n=y.width)
+        self.recorder.add(Kind.MERGE_SUM, uses, **x.plane_fields("x", n, x.planes), planes=x.planes, **y.fields("y", n), n=n)
 
     def _embedding(self, o: Operands) -> None:
         o.config(NoConfig)
         tokens, y, vocab = o.values(o.op.input), o.values(o.op.output), o.op.weight_size.y
         o.require(tokens.width == 1 and tokens.row == 4 and y.planes == 1, "it takes one token a row, from a pipe")
         o.require(vocab >= 1, "its table is empty")
-        table = o.weight(FloatType.F32, 1, vocab, y.width).address
-        uses = [reads(o.input), writes(o.output, ("columns", y.width))]
-        record = self.recorder.add(Kind.EMBED, uses, tokens=tokens.address, table=table, vocab=vocab, n=y.width, **rows("y", y))
+        n, row = y.width, 4 * y.width
+        table = o.weight(FloatType.F32, 1, vocab, n).area.at(0, row, (vocab, row))
+        uses = [reads(o.input), writes(o.output, ("columns", n))]
+        record = self.recorder.add(Kind.EMBED, uses, tokens=tokens.at(0, 1), table=table, vocab=vocab, n=n, **y.fields("y", n))
         self.embeddings.append((record, o.op))
 
     # --------------------------------------------------------------------------------------------------------------------- norms
@@ -196,8 +206,8 @@ class Emitter:
         self.recorder.add(
             Kind.INV_RMS,
             [reads(o.input), writes(o.output, ("rows", c.n_columns))],
-            **rows("x", x),
-            **rows("y", y),
+            **x.fields("x", x.width),
+            **y.fields("y", c.n_columns),
             n_columns=c.n_columns,
             width=x.width // c.n_columns,
             epsilon_bits=int(np.float32(c.epsilon).view(np.int32)),
@@ -208,10 +218,10 @@ class Emitter:
         x, y, inverse = o.values(o.op.input), o.values(o.op.output), o.buffer(c.inv_rms_buffer)
         o.require(x.width == y.width and x.planes == y.planes == inverse.planes == 1, f"{x.width} values become {y.width}")
         o.require(1 <= c.n_columns <= inverse.width and x.width % c.n_columns == 0, f"{x.width} values have no {c.n_columns} equal parts")
-        width, deal = x.width // c.n_columns, ("columns", x.width)
-        weights = o.weight(FloatType.F32, 1, 1, width).address
+        n, width, deal = x.width, x.width // c.n_columns, ("columns", x.width)
+        weights = o.weight(FloatType.F32, 1, 1, width).area.at(0, 4 * width)
         uses = [reads(o.input, deal), reads(("BUFFER", c.inv_rms_buffer)), writes(o.output, deal)]
-        fields = {**rows("x", x), **rows("inverse", inverse), **rows("y", y)}
+        fields = x.fields("x", n) | inverse.fields("inverse", c.n_columns) | y.fields("y", n)
         self.recorder.add(Kind.RMS_NORM, uses, **fields, weights=weights, n_columns=c.n_columns, width=width)
 
     # ------------------------------------------------------------------------------------------------------------------- matmuls
@@ -233,30 +243,36 @@ class Emitter:
             uses.append(reads(("BUFFER", c.expert_indexes_buffer)))
             indexes = o.expert_indexes(c.expert_indexes_buffer, k)
             fields |= {"weights_expert": w.expert, "y_plane": y.plane, "indexes": indexes, "k": k, "n_experts": experts}
+        length = row_bytes(size.float_type, size.y)
 
-        def add(kind: Kind, **operand: int) -> None:
+        def add(kind: Kind, scratch: int, **operand: int) -> None:
+            self.scratch.at(0, scratch)
             for piece in pieces:
-                place = {"weights": w.address + piece.first * w.row, "y": y.address + 4 * piece.first, "d": piece.count}
+                weights = w.at(piece.first, piece.count, length, max(experts, 1))
+                place = {"weights": weights, "y": y.at(piece.first, piece.count, k), "d": piece.count}
                 self.pieces.append((self.recorder.add(kind, uses, **operand, **place, **fields), piece))
 
         if not quantized:
             x = o.values(o.op.input)
             same = (x.width, x.planes) == (size.y, k)
             o.require(same, f"its weight has {size.y} inputs, its input {x.planes} planes of {x.width} values")
-            operand = {**rows("x", x), "x_plane": x.plane} if experts else rows("x", x)
-            add(Kind.EXPERTS_F32 if experts else Kind.MATMUL_F32, **operand, n=size.y)
+            if experts:
+                operand = {"x": x.at(0, size.y, k), "x_row": x.row, "x_plane": x.plane}
+                add(Kind.EXPERTS_F32, experts_scratch_bytes(4 * size.y), **operand, n=size.y)
+            else:
+                add(Kind.MATMUL_F32, 0, **x.fields("x", size.y), n=size.y)
             return
         o.require(o.is_packed(o.op.input), f"{size.float_type.name} weights take Q80 activations from a buffer that only matmuls read")
         p, blocks = o.packed(o.op.input), size.y // BLOCK_VALUES
         o.require((p.width, p.planes) == (size.y, k), f"its weight has {size.y} inputs, its input {p.planes} planes of {p.width} values")
         q80 = size.float_type == FloatType.Q80
         if experts:
-            plane = 0 if o.is_repeated(o.op.input) else p.panels_plane
-            panels = {"x": p.panels, "x_row": p.panels_row, "x_plane": plane, "n": blocks}
-            add(Kind.EXPERTS_Q80 if q80 else Kind.EXPERTS_Q40, **panels)
+            operand = p.panel_plane_fields("x", size.y, k, repeated=o.is_repeated(o.op.input))
+            kind, scratch = Kind.EXPERTS_Q80 if q80 else Kind.EXPERTS_Q40, experts_scratch_bytes(row_panel_bytes(blocks))
+            add(kind, scratch, **operand, n=blocks)
         else:
-            panels = {"panels": p.panels, "panels_row": p.panels_row, "tiles": p.tiles, "tile_stride": p.tile_stride, "n_blocks": blocks}
-            add(Kind.MATMUL_Q80 if q80 else Kind.MATMUL_Q40, **panels)
+            operand = p.panel_fields("panels", size.y) | p.tile_fields(size.y)
+            add(Kind.MATMUL_Q80 if q80 else Kind.MATMUL_Q40, tile_scratch_bytes(blocks), **operand, n_blocks=blocks)
 
     # ----------------------------------------------------------------------------------------------------------------- attention
     def _rope(self, o: Operands) -> None:
@@ -268,15 +284,17 @@ class Emitter:
         halves = c.type == RopeType.FALCON
         begin = 0 if halves else c.q_dim_start if c.is_q else c.kv_dim_start  # FALCON leaves them uninitialised
         o.require(begin % c.head_dim == 0, f"its slice begins inside a head of {c.head_dim}")
-        self._limit_positions(o, c.seq_len)
+        row, table = 4 * c.head_dim, self.tables.area(c)
+        positions = table.nbytes // row
+        self._limit_positions(o, positions)
         deal: Deal = ("heads", x.width // c.head_dim) if halves else ("columns", x.width)
         self.recorder.add(
             Kind.ROPE_HALVES if halves else Kind.ROPE_NEIGHBOURS,
             [writes(o.input, deal)],
-            **rows("x", x),
+            **x.fields("x", x.width),
             n=x.width,
             head_dim=c.head_dim,
-            table=self.tables.address(c),
+            table=table.at(0, row, (positions, row)),
             positions=o.positions(c.position_pipe),
         )
 
@@ -284,18 +302,17 @@ class Emitter:
         c, out = o.config(ShiftConfig), o.op.output
         x = o.values(o.op.input)
         o.require(out.source == PointerSource.BUFFER and out.type == PointerType.RAW, "it writes into a cache, by a raw pointer")
-        head_dim = o.head_dim(out.index)
-        cache = o.cache(out.index, head_dim)
+        cache = o.cache(out.index)
         o.require(x.width == cache.width and x.planes == 1, f"rows of {x.width} values go into a cache of {cache.width}")
         self._limit_positions(o, cache.positions)
         deal = "columns", x.width
         self.recorder.add(
             Kind.SHIFT,
             [reads(o.input, deal), writes(o.output, deal)],
-            **rows("x", x),
+            **x.fields("x", x.width),
             n=x.width,
-            head_dim=head_dim,
-            cache=cache.address,
+            head_dim=cache.head_dim,
+            cache=cache.at(x.width // cache.head_dim, cache.positions),
             head_stride=cache.head_stride,
             positions=o.positions(c.position_pipe),
             cache_type=cache.float_type,
@@ -304,7 +321,7 @@ class Emitter:
     def _attention(self, o: Operands) -> None:
         c = o.config(AttentionConfig)
         q, y = o.buffer(c.query_buffer), o.values(o.op.output)
-        keys, values = o.cache(c.key_cache_buffer, c.head_dim), o.cache(c.value_cache_buffer, c.head_dim)
+        keys, values = o.cache(c.key_cache_buffer), o.cache(c.value_cache_buffer)
         same = (keys.width, keys.positions) == (values.width, values.positions)
         o.require(same, f"its caches have {keys.positions} positions of {keys.width} and {values.positions} of {values.width} values")
         shared = 1 <= c.n_kv_heads <= c.n_heads and c.n_heads % c.n_kv_heads == 0
@@ -317,18 +334,20 @@ class Emitter:
         o.require(n_kv * c.head_dim <= keys.width, f"{n} heads need {n_kv} KV heads, its caches have {keys.width // c.head_dim}")
         self._limit_positions(o, keys.positions)
         group, chunks = min(group, n), -(-keys.positions // CHUNK)
+        heads, touched = n_kv * chunks * group, chunks * CHUNK
+        self.scratch.at(0, attention_scratch_bytes(group, c.head_dim, chunks))
         fields = {
-            **rows("q", q),
-            **rows("y", y),
+            **q.fields("q", width),
+            **y.fields("y", width),
             "n_heads": n,
             "group": group,
             "head_dim": c.head_dim,
-            "keys": keys.address,
-            "values": values.address,
+            "keys": keys.at(n_kv, touched),
+            "values": values.at(n_kv, touched),
             "head_stride": keys.head_stride,
             "positions": o.positions(c.position_pipe),
-            "parts": o.scratch("parts"),
-            "stats": o.scratch("stats"),
+            "parts": o.between("parts", 4 * heads * c.head_dim),
+            "stats": o.between("stats", 8 * heads),
             "max_chunks": chunks,
             "cache_type": keys.float_type,
         }
@@ -343,7 +362,7 @@ class Emitter:
         o.require(o.op.input == o.op.output, "softmax works in place")
         x = o.values(o.op.input)
         o.require(x.planes == 1, "softmax takes one plane")
-        self.recorder.add(Kind.SOFTMAX, [writes(o.input, ("rows", 1))], **rows("x", x), n=x.width)
+        self.recorder.add(Kind.SOFTMAX, [writes(o.input, ("rows", 1))], **x.fields("x", x.width), n=x.width)
 
     def _moe_gate(self, o: Operands) -> None:
         c = o.config(MoeGateConfig)
@@ -354,12 +373,12 @@ class Emitter:
         self.recorder.add(
             Kind.GATE,
             [reads(o.input, deal), writes(o.output, deal), writes(("BUFFER", c.indexes_buffer), deal)],
-            **rows("x", x),
+            **x.fields("x", x.width),
             n=x.width,
             k=c.k,
             normalise=c.norm_topk,
             indexes=o.expert_indexes(c.indexes_buffer, c.k),
-            **planes("weights", w),
+            **w.plane_fields("weights", 1, c.k),
         )
 
     # functions and not bound methods: those would tie the emitter, and all memory that it knows, into a cycle

@@ -2,13 +2,13 @@
 
 import os
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dairllm.engine import system
+from dairllm.engine.area import Area
 from dairllm.engine.memory import aligned
 from dairllm.engine.paging_window import Window
 from dairllm.engine.weights import Weights, WeightsFile, WeightView
@@ -67,8 +67,9 @@ class EmbeddingRows:
     def __init__(self, file: SmallReads, offset: int, row_bytes: int, n_rows: int) -> None:
         self._file, self._offset, self._row_bytes, self._n_rows = file, offset, row_bytes, n_rows
         self._nbytes = row_bytes * n_rows
-        self.address, *self._region = system.reserve(self._nbytes)
-        system.advise(self.address, self._nbytes, "nohugepage")
+        address, *self._region = system.reserve(self._nbytes)
+        self.area = Area("the rows of the embedding", address, self._nbytes)
+        system.advise(address, self._nbytes, "nohugepage")
 
     def load(self, tokens: Iterable[int]) -> int:
         """Bring the rows of tokens, and no others; how many bytes. Outside of the vocabulary the nearest row is meant, as in the kernel.
@@ -77,11 +78,11 @@ class EmbeddingRows:
             EngineError: the file is shorter than it was, or the disk fails.
         """
         self._file.check()
-        system.advise(self.address, self._nbytes, "dontneed")
+        system.advise(self.area.address, self._nbytes, "dontneed")
         rows = {min(max(token, 0), self._n_rows - 1) for token in tokens}
         for row in rows:
             start = row * self._row_bytes
-            self._file.read(self._offset + start, self._row_bytes, self.address + start)
+            self._file.read(self._offset + start, self._row_bytes, self.area.at(start, self._row_bytes))
         return len(rows) * self._row_bytes
 
     def close(self) -> None:
@@ -120,17 +121,18 @@ class PagedWeights:
         if place.offset is None:
             return place
         if op.code == OpCode.MATMUL:
-            return replace(place, address=self._window.address + place.offset)
+            window = Area(f"the window on {self._window.path}", self._window.address, self._window.nbytes)
+            return place._replace(area=window.part(place.area.what, place.offset, place.area.nbytes))
         size = op.weight_size
         if op.code == OpCode.EMBEDDING:
             if self.embedding is None:
                 self.embedding = EmbeddingRows(self._file, place.offset, row_bytes(size.float_type, size.x), size.y)
-            return WeightView(self.embedding.address, place.row, place.expert)
+            return WeightView(self.embedding.area, place.row, place.expert)
         copy = aligned(size.nbytes)
         self._file.read(place.offset, size.nbytes, copy.ctypes.data)
         self._copies.append(copy)
         self.nbytes += copy.nbytes
-        return WeightView(copy.ctypes.data, place.row, place.expert)
+        return WeightView(Area.of(place.area.what, copy), place.row, place.expert)
 
     def close(self) -> None:
         """No program that has these weights may be run any more."""

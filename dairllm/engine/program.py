@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from dairllm.engine.area import Area
 from dairllm.engine.memory import Layout, aligned
 from dairllm.engine.ops import Emitter
 from dairllm.engine.pieces import Piece
@@ -89,7 +90,7 @@ class Program:
         state = aligned(64).view(np.int64)
         self._state = state.data  # numpy takes three times as long to write a number
         self.barrier = aligned(BARRIER_BYTES)
-        self.scratch_stride = scratch_bytes(layout.node)
+        self.scratch_stride = emitter.scratch.nbytes
         self.scratch = aligned(self.scratch_stride * n_threads)
         # taken once: numpy needs a microsecond for each
         self.addresses = (self.records.ctypes.data, state.ctypes.data, self.barrier.ctypes.data, self.scratch.ctypes.data)
@@ -219,7 +220,8 @@ def compile_program(
         raise GraphError("pipe 0 brings the positions: one F32 value a row")
     layout = Layout(network, node, kv_cache)
     layout.allocate()
-    emitter = Emitter(layout, weights, RopeTables(node), piece_bytes)
+    scratch = Area("the memory that a thread works with", 0, scratch_bytes(node))
+    emitter = Emitter(layout, weights, RopeTables(node), scratch, piece_bytes)
     segments = []
     for segment in node.segments:
         first = emitter.recorder.begin_segment()

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
+from dairllm.engine.area import Area
 from dairllm.engine.rope import rope_table
 from dairllm.graph.types import AttentionConfig, NodeConfig, RopeConfig
 
@@ -43,10 +44,14 @@ class RopeTables:
         self._positions = cache_positions(node)
         self._tables: dict[_Key, NDArray[np.float32]] = {}
 
-    def address(self, c: RopeConfig) -> int:
-        """Address of a table [positions][head_dim / 2][2] of (cos, sin)."""
+    def area(self, c: RopeConfig) -> Area:
+        """A table [positions][head_dim / 2][2] of (cos, sin).
+
+        Raises:
+            GraphError: numbers that no rotation can have.
+        """
         c = _bounded(c, self._positions)
         key = _key(c)
         if key not in self._tables:
             self._tables[key] = rope_table(c)
-        return self._tables[key].ctypes.data
+        return Area.of(f"a table of {c.seq_len} positions", self._tables[key])

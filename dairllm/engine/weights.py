@@ -3,12 +3,12 @@
 Kernels take a raw address and strides, so a slice of a mapped file needs no copy.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from dairllm.engine.area import Area
 from dairllm.engine.memory import aligned
 from dairllm.errors import GraphError, RemoteProtocolError
 from dairllm.formats.file_stamp import FileStamp
@@ -18,18 +18,29 @@ from dairllm.graph.types import NodeConfig, Op, OpCode, row_bytes
 __all__ = ["FileWeights", "WeightView", "Weights", "WeightsFile", "WireWeights"]
 
 
-@dataclass(frozen=True, slots=True)
-class WeightView:
-    """Rows of a weight: `row` bytes apart; experts `expert` bytes apart.
+class WeightView(NamedTuple):
+    """Rows of a weight.
 
-    `offset` is where the first byte lies in its file, with the same strides; None where the weight is in memory of its own. A matmul's file
-    is the weights' `matmul_file`, any other op's the model's.
+    Attributes:
+        area: what they lie in, from the first byte to the last.
+        row: bytes from one to the next.
+        expert: bytes from one expert to the next; 0 where there is one.
+        offset: where the first byte lies in its file, with the same strides; None where the weight is in memory of its own. A matmul's
+            file is the weights' `matmul_file`, any other op's the model's.
     """
 
-    address: int
+    area: Area
     row: int
     expert: int
     offset: int | None = None
+
+    def at(self, first: int, count: int, row_bytes: int, experts: int) -> int:
+        """The address of row `first`, from which on `count` rows of so many bytes are read, of each expert.
+
+        Raises:
+            AreaError: they are not all there.
+        """
+        return self.area.at(first * self.row, row_bytes, (count, self.row), (experts, self.expert))
 
 
 class WeightsFile(Protocol):
@@ -63,6 +74,10 @@ def _row(op: Op) -> int:
     return row_bytes(size.float_type, size.y if op.code == OpCode.MATMUL else size.x)
 
 
+def _label(op: Op) -> str:
+    return f"weight {op.name} of layer {op.index}"
+
+
 class WireWeights:
     """Memory for everything that a root announced, filled as it arrives.
 
@@ -90,6 +105,8 @@ class WireWeights:
             self._received[key] = 0
             self.nbytes += -(-nbytes // 64) * 64
         self._memory = np.zeros(0, np.uint8)
+        self._area = Area("the memory of weights", 0, self.nbytes)
+        """Nowhere, until it is allocated."""
 
     @property
     def matmul_file(self) -> None:
@@ -98,6 +115,7 @@ class WireWeights:
     def allocate(self) -> None:
         """Called once the owner has found `nbytes` to be allowed."""
         self._memory = aligned(self.nbytes)
+        self._area = self._area._replace(address=self._memory.ctypes.data)
 
     def into(self, name: str, index: int, offset: int, nbytes: int) -> memoryview:
         """The memory for `nbytes` of a weight from its byte `offset` on.
@@ -127,7 +145,7 @@ class WireWeights:
         if place is None:
             raise GraphError(f"op {op.name} of layer {op.index} needs a weight and announces none")
         row = _row(op)
-        return WeightView(self._memory.ctypes.data + place[0], row, row * op.weight_size.x)
+        return WeightView(self._area.part(_label(op), *place), row, row * op.weight_size.x)
 
 
 class FileWeights:
@@ -135,7 +153,7 @@ class FileWeights:
 
     def __init__(self, model: ModelFile) -> None:
         self._model = model
-        self._base = model.raw.ctypes.data
+        self._file = Area.of(str(model.path), model.raw)
         self.nbytes = 0
 
     @property
@@ -150,4 +168,5 @@ class FileWeights:
         needed, found = op.weight_size.nbytes, first.nbytes * op.weight_size.z
         if needed != found:
             raise GraphError(f"op {op.name} of layer {op.index} needs {needed} bytes of weights; the file has {found}")
-        return WeightView(self._base + first.offset, first.row_bytes, expert, first.offset)
+        held = (op.weight_size.z - 1) * expert + first.nbytes
+        return WeightView(self._file.part(_label(op), first.offset, held), first.row_bytes, expert, first.offset)

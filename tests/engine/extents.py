@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dairllm.engine.program import Program
 from dairllm.graph.types import FloatType
 from dairllm.kernels.records import FIELDS, Kind
+from dairllm.kernels.sizes import attention_rows_together
 
 __all__ = ["extents"]
 
@@ -20,6 +21,8 @@ def extents(program: Program) -> Iterator[tuple[str, int, int]]:
         f = dict(zip(FIELDS[kind], record[1:], strict=False))
         for name, start, nbytes in _operands(kind, f, rows, program.seq_len):
             yield f"{kind.name} {name}", start, start + nbytes
+        scratch = program.scratch.ctypes.data
+        yield f"{kind.name} scratch", scratch, scratch + _scratch(kind, f)
 
 
 def _operands(kind: Kind, f: dict[str, int], rows: int, seq_len: int) -> Iterator[tuple[str, int, int]]:
@@ -112,6 +115,20 @@ def _operands(kind: Kind, f: dict[str, int], rows: int, seq_len: int) -> Iterato
             yield "indexes", f["indexes"], rows * f["k"] * 8
     if "n_experts" in f:
         yield "indexes", f["indexes"], rows * f["k"] * 8
+
+
+def _scratch(kind: Kind, f: dict[str, int]) -> int:
+    """What one thread works with."""
+    match kind:
+        case Kind.MATMUL_Q40 | Kind.MATMUL_Q80:
+            return f["n_blocks"] * (32 + 4) * 8
+        case Kind.EXPERTS_F32 | Kind.EXPERTS_Q40 | Kind.EXPERTS_Q80:
+            return 8 * ((f["n"] * F32 if kind == Kind.EXPERTS_F32 else _panel(f["n"])) + 64 * F32 + 8)
+        case Kind.ATTEND | Kind.FOLD:
+            group, chunks, head = f["group"], f["max_chunks"], f["head_dim"] * F32
+            rows = attention_rows_together(group, f["head_dim"], chunks)
+            return -(-chunks // 16) * 64 + CHUNK * head + rows * group * (CHUNK * F32 + chunks * (head + 8))
+    return 0
 
 
 def _cache_row(f: dict[str, int]) -> int:

@@ -1,7 +1,6 @@
 """Whatever a root sends as a graph: it is refused, or its records stay within the memory of its program."""
 
 import dataclasses
-from enum import IntEnum
 from random import Random
 from typing import Any
 
@@ -30,7 +29,8 @@ from dairllm.graph.types import (
     PointerType,
     Size,
 )
-from tests.engine.extents import extents
+from tests.engine.guarded import outside
+from tests.engine.random_graphs import mutated
 
 ENOUGH = 64 << 20
 """Bytes that a worker of these tests may hold."""
@@ -58,17 +58,8 @@ def kv_types(node: NodeConfig) -> list[FloatType]:
     return [FloatType.F32, FloatType.F16] + [FloatType.Q80] * all(n % 32 == 0 for n in head_dims)
 
 
-def memory_of(program: Program) -> list[tuple[int, int]]:
-    """(first address, end address) of everything that a program may touch."""
-    weights, tables = program._kept
-    pieces = [program._layout._memory, weights._memory, *tables._tables.values()]
-    return [(p.ctypes.data, p.ctypes.data + p.nbytes) for p in pieces if p is not None]
-
-
 def assert_within_its_memory(program: Program) -> None:
-    allowed = memory_of(program)
-    for what, first, end in extents(program):
-        assert any(low <= first and end <= high for low, high in allowed), what
+    assert not outside(program)
 
 
 @pytest.mark.parametrize("number", range(len(GRAPHS)))
@@ -79,33 +70,6 @@ def test_a_good_graph_stays_within_its_memory(number: int) -> None:
             program = compiled(network, node, kv_cache)
             assert program is not None
             assert_within_its_memory(program)
-
-
-def mutated(value: Any, rng: Random) -> Any:
-    """The same value with one number somewhere in it changed."""
-    if isinstance(value, IntEnum):
-        return rng.choice(list(type(value)))
-    if isinstance(value, bool | str):
-        return value
-    if isinstance(value, int):
-        near = [value + 1, value - 1, value * 2, value // 2, value + 32, value - 32, value * 8]
-        return max(0, rng.choice([*near, 0, 1, 2, 3, 8, 31, 64, 1 << 16, 2**31 - 1, 2**32 - 1]))
-    if isinstance(value, float):
-        return rng.choice([0.0, 1.0, -1.0, 1e-30, 1e30, value * 2])
-    if isinstance(value, tuple):
-        if not value:
-            return value
-        at = rng.randrange(len(value))
-        change = rng.random()
-        if change < 0.05:
-            return value[:at] + value[at + 1 :]
-        if change < 0.1:
-            return (*value[:at], rng.choice(value), *value[at:])
-        return (*value[:at], mutated(value[at], rng), *value[at + 1 :])
-    if not dataclasses.fields(value):
-        return value
-    field = rng.choice(dataclasses.fields(value))
-    return dataclasses.replace(value, **{field.name: mutated(getattr(value, field.name), rng)})
 
 
 @settings(max_examples=1500, deadline=None)

@@ -72,7 +72,9 @@ def seen(weights: LocatedWeights, op: Op) -> bytes:
     rows, columns = (size.x, size.y) if op.code == OpCode.MATMUL else (size.y, size.x)
     nbytes = row_bytes(size.float_type, columns)
     return b"".join(
-        ctypes.string_at(view.address + expert * view.expert + row * view.row, nbytes) for expert in range(size.z) for row in range(rows)
+        ctypes.string_at(view.area.address + expert * view.expert + row * view.row, nbytes)
+        for expert in range(size.z)
+        for row in range(rows)
     )
 
 
@@ -99,7 +101,7 @@ def test_a_kernel_sees_what_a_root_would_send(models: dict[str, ModelFile], name
             view = weights.view(op)
             assert (view.offset is not None) == located.in_place
             if view.offset is not None:
-                assert view.address - view.offset == model.raw.ctypes.data
+                assert view.area.address - view.offset == model.raw.ctypes.data
         packed = LocatedWeights(model, graph, weight_references(model.spec, share, graph), packed=True)
         packed.allocate()
         for op in (op for op in ops_of(graph) if op.name != "embedding"):
@@ -227,9 +229,9 @@ def test_whatever_is_claimed_nothing_outside_of_the_file_is_read(
         if view.offset is not None:
             assert view.offset >= 0
             assert view.offset + end <= model.nbytes
-            assert view.address == model.raw.ctypes.data + view.offset
+            assert view.area.address == model.raw.ctypes.data + view.offset
         else:
             assert end == sizes.nbytes
             memory = np.asarray(weights._memory)
-            assert memory.ctypes.data <= view.address
-            assert view.address + end <= memory.ctypes.data + memory.nbytes
+            assert memory.ctypes.data <= view.area.address
+            assert view.area.address + end <= memory.ctypes.data + memory.nbytes

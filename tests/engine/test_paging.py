@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dairllm.engine.area import Area
 from dairllm.engine.pager import Pager
 from dairllm.engine.paging import PagingNeeds, PagingSettings, Policy, weights_needs
 from dairllm.engine.paging_choice import choose_way
@@ -29,6 +30,8 @@ from tests.patience import PATIENCE
 
 BLOCK = 4096
 HUGE = 2 << 20
+
+AREA = Area("weight", 0, 1 << 40)
 
 
 @pytest.fixture(scope="module")
@@ -240,7 +243,7 @@ def matmul(rows: int, experts: int = 0) -> Op:
 def test_pieces_are_all_rows_in_order(rows: int, stride: int) -> None:
     """36 bytes a row; with a larger stride, columns of a larger matrix."""
     for piece_bytes in (None, 1, 36 * 40, 36 * 100, 1 << 20):
-        pieces = matmul_pieces(matmul(rows), WeightView(0, stride, 0, 5000), piece_bytes)
+        pieces = matmul_pieces(matmul(rows), WeightView(AREA, stride, 0, 5000), piece_bytes)
         assert [piece.first for piece in pieces] == [sum(piece.count for piece in pieces[:k]) for k in range(len(pieces))]
         assert sum(piece.count for piece in pieces) == rows
         for piece in pieces:
@@ -250,8 +253,8 @@ def test_pieces_are_all_rows_in_order(rows: int, stride: int) -> None:
 
 
 def test_weights_in_memory_have_no_spans_and_experts_one_each() -> None:
-    assert [(piece.count, piece.spans) for piece in matmul_pieces(matmul(500), WeightView(0, 36, 0), 1)] == [(500, ())]
-    (piece,) = matmul_pieces(matmul(10, experts=3), WeightView(0, 36, 1000, 200), 1)
+    assert [(piece.count, piece.spans) for piece in matmul_pieces(matmul(500), WeightView(AREA, 36, 0), 1)] == [(500, ())]
+    (piece,) = matmul_pieces(matmul(10, experts=3), WeightView(AREA, 36, 1000, 200), 1)
     assert piece.experts
     assert piece.spans == ((200, 360), (1200, 360), (2200, 360))
 
