@@ -10,26 +10,56 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dairllm.engine.fusion import MOST_STEPS, fused
-from dairllm.engine.step import Step, Use
+from dairllm.engine.step import Deal, Memory, Step, Use
 from dairllm.kernels.records import FIELDS, RECORD_WORDS, Kind
 
 __all__ = ["Recorder"]
 
 
+class _Uses:
+    """What has been read and written since a barrier: of each memory, how it was dealt. It takes as long to ask as to add, however much
+    there is.
+    """
+
+    def __init__(self) -> None:
+        self._deals: dict[tuple[Memory, bool], set[Deal]] = {}
+        """By memory, and whether it was written."""
+
+    def conflict(self, new: Use) -> bool:
+        """Whether some thread may meet what another one did."""
+        return self._otherwise(new, written=True) or (new.writes and self._otherwise(new, written=False))
+
+    def _otherwise(self, new: Use, written: bool) -> bool:
+        deals = self._deals.get((new.memory, written))
+        return bool(deals) and (None in deals or deals != {new.deal})
+
+    def add(self, use: Use) -> bool:
+        """Whether it is another than there were."""
+        deals = self._deals.setdefault((use.memory, use.writes), set())
+        known = use.deal in deals
+        deals.add(use.deal)
+        return not known
+
+    def take_back(self, use: Use) -> None:
+        self._deals[use.memory, use.writes].discard(use.deal)
+
+
 class _Placed(NamedTuple):
-    """A step, and what there was before it: records, and uses since the last barrier."""
+    """A step, and how to take it back: the number of records before it, what was used since the barrier before it, and what it added."""
 
     step: Step
     n_records: int
-    since_barrier: tuple[Use, ...]
+    before: _Uses
+    added: list[Use]
 
 
 class Recorder:
-    """Appends records; `len` is their number."""
+    """Appends records; `len` is their number. Each takes the same time, however many there are: a root may ask for many."""
 
     def __init__(self) -> None:
         self._records: list[list[int]] = []
-        self._since_barrier: list[Use] = []
+        self._uses = _Uses()
+        """Since the last barrier."""
         self._recent: list[_Placed] = []
         """Of this segment, the last ones: they may become one with what follows."""
 
@@ -46,11 +76,12 @@ class Recorder:
         if wrong := values.keys() ^ set(FIELDS[kind]):
             raise ValueError(f"fields of {kind.name} that are missing, or that it does not have: {', '.join(sorted(wrong))}")
         step = self._fuse(Step(kind, uses, values))
-        self._recent = [*self._recent, _Placed(step, len(self), tuple(self._since_barrier))][1 - MOST_STEPS :]
-        if any(self._conflicts(use) for use in step.uses):
+        n_records, before = len(self), self._uses
+        if any(before.conflict(use) for use in step.uses):
             self._append(Kind.BARRIER, [])
-            self._since_barrier.clear()
-        self._since_barrier += step.uses
+            self._uses = _Uses()
+        added = [use for use in step.uses if self._uses.add(use)]
+        self._recent = [*self._recent, _Placed(step, n_records, before, added)][1 - MOST_STEPS :]
         self._append(step.kind, [step.values[name] for name in FIELDS[step.kind]])
         return len(self) - 1
 
@@ -60,9 +91,12 @@ class Recorder:
         if found is None:
             return step
         count, whole = found
-        first = self._recent[-count]
-        del self._records[first.n_records :], self._recent[-count:]
-        self._since_barrier = list(first.since_barrier)
+        taken = self._recent[-count:]
+        for placed in reversed(taken):
+            for use in placed.added:
+                self._uses.take_back(use)
+            self._uses = placed.before
+        del self._records[taken[0].n_records :], self._recent[-count:]
         return whole
 
     def program(self) -> NDArray[np.int64]:
@@ -71,9 +105,3 @@ class Recorder:
 
     def _append(self, kind: Kind, values: list[int]) -> None:
         self._records.append([kind, *values] + [0] * (RECORD_WORDS - 1 - len(values)))
-
-    def _conflicts(self, new: Use) -> bool:
-        return any(
-            old.memory == new.memory and (old.writes or new.writes) and (old.deal is None or old.deal != new.deal)
-            for old in self._since_barrier
-        )
