@@ -165,6 +165,11 @@ class Layout:
         self.rows = -(-network.n_batches // TILE_COLUMNS) * TILE_COLUMNS
         self.roles = buffer_roles(node)
         self._wanting_rows = _wanting_rows(node)
+        self.writers: dict[int, set[OpCode]] = {}
+        """By buffer, the kinds of ops that write it."""
+        for op in (op for segment in node.segments for op in segment.ops):
+            if op.output.source == PointerSource.BUFFER:
+                self.writers.setdefault(op.output.index, set()).add(op.code)
         self.nbytes = self.cache_bytes = 0  # of all; of KV caches
         self._places: dict[tuple[str, int], tuple[int, int]] = {}
         """Offset and bytes of each."""

@@ -133,9 +133,7 @@ class Operands:
 
     def is_repeated(self, pointer: Pointer) -> bool:
         """Whether all planes of a packed buffer are always the same, being written by repeat_z alone: then one plane is kept."""
-        here = pointer.source, pointer.index
-        writers = {op.code for s in self._layout.node.segments for op in s.ops if (op.output.source, op.output.index) == here}
-        return writers == {OpCode.REPEAT_Z}
+        return pointer.source == PointerSource.BUFFER and self._layout.writers.get(pointer.index) == {OpCode.REPEAT_Z}
 
     def expert_indexes(self, index: int, k: int) -> int:
         """Address of int64 [rows][k]."""
