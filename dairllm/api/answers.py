@@ -5,13 +5,9 @@ import time
 from abc import ABC, abstractmethod
 from typing import Any
 
-from dairllm import __version__
 from dairllm.nodes.reply import Reply
 
 __all__ = ["ChatShape", "CompletionShape", "Shape"]
-
-FINGERPRINT = f"dairllm-{__version__}"
-"""The same seed gives the same answer for as long as this stays: on any machine, over any number of nodes."""
 
 
 class Shape(ABC):
@@ -19,6 +15,9 @@ class Shape(ABC):
 
     Args:
         model: the name of who answers.
+
+    Attributes:
+        fingerprint: for as long as it stays the same seed gives the same answer. Known when the answer has begun.
     """
 
     prefix: str
@@ -27,6 +26,7 @@ class Shape(ABC):
 
     def __init__(self, model: str) -> None:
         self._model = model
+        self.fingerprint = ""
         self._id = f"{self.prefix}-{secrets.token_hex(12)}"
         self._created = int(time.time())
 
@@ -51,7 +51,7 @@ class Shape(ABC):
         return {**self._head(self.chunk_object), "choices": [], "usage": usage(reply)}
 
     def _head(self, kind: str) -> dict[str, Any]:
-        return {"id": self._id, "object": kind, "created": self._created, "model": self._model, "system_fingerprint": FINGERPRINT}
+        return {"id": self._id, "object": kind, "created": self._created, "model": self._model, "system_fingerprint": self.fingerprint}
 
     @abstractmethod
     def _choice(self, text: str, finish_reason: str | None) -> dict[str, Any]:

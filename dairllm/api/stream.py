@@ -48,6 +48,7 @@ async def send_whole(reply: Reply, shape: Shape, scope: Scope, receive: Receive,
         DairllmError: there is no answer, and nothing has been sent.
     """
     text = await reply.text()
+    shape.fingerprint = reply.fingerprint
     await JSONResponse(shape.whole(text, reply))(scope, receive, send)
 
 
@@ -74,6 +75,7 @@ async def send_stream(
     async with contextlib.aclosing(reply.pieces()) as pieces:
         try:
             first = await anext(pieces, "")
+            shape.fingerprint = reply.fingerprint
             await say(*shape.opening(), *([shape.chunk(first)] if first else []))
             async for piece in pieces:
                 await say(shape.chunk(piece))

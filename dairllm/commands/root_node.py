@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from dairllm.net.compute import Compute
     from dairllm.nodes.root import Cluster
 
-__all__ = ["plan_of", "planned_model", "root_node", "template_bytes"]
+__all__ = ["plan_of", "planned_model", "root_node", "sync_of", "template_bytes"]
 
 
 @contextmanager
@@ -92,7 +92,7 @@ def plan_of(
         peak: what it has held at most until now: a limit below that is broken already.
     """
     runtime = program_bytes() if runtime is None else runtime
-    n_threads, n_nodes, sync = settings.engine.n_threads, len(settings.cluster.workers) + 1, _sync(settings, model)
+    n_threads, n_nodes, sync = settings.engine.n_threads, len(settings.cluster.workers) + 1, sync_of(settings, model)
     limit, chosen = limit or settings.limits.memory, settings.model.max_seq_len
     kv_cache = FloatType[settings.engine.kv_cache.upper()]
     shares = _shares(settings, model, n_nodes)
@@ -133,7 +133,7 @@ def root_node(settings: RootSettings, model: ModelFile, compute: "Compute[Progra
         GraphError: the model cannot be computed, or not shared so.
         ConfigError: workers and shares are not the same number.
     """
-    n_threads, workers, sync = settings.engine.n_threads, settings.cluster.workers, _sync(settings, model)
+    n_threads, workers, sync = settings.engine.n_threads, settings.cluster.workers, sync_of(settings, model)
     kv_cache = FloatType[settings.engine.kv_cache.upper()]
     paging = None if plan.room_blocks is None else PagingSettings.chosen(settings.paging, plan.room_blocks, plan.needs.block_bytes)
     if not workers:
@@ -155,7 +155,8 @@ def root_node(settings: RootSettings, model: ModelFile, compute: "Compute[Progra
     )
 
 
-def _sync(settings: RootSettings, model: ModelFile) -> FloatType:
+def sync_of(settings: RootSettings, model: ModelFile) -> FloatType:
+    """What crosses the wire between nodes, by the settings."""
     chosen = settings.engine.sync
     return default_sync(model.spec.weight_type) if chosen == "auto" else FloatType[chosen.upper()]
 

@@ -10,15 +10,18 @@ from dairllm.api.server import HttpServer
 from dairllm.commands.generate_options import tokenizer_path
 from dairllm.commands.plan_text import reading
 from dairllm.commands.progress import COMPILING, telling
-from dairllm.commands.root_node import planned_model, root_node
+from dairllm.commands.root_node import planned_model, root_node, sync_of
 from dairllm.config import RootSettings
 from dairllm.engine.executor import Executor
 from dairllm.engine.program import Program
 from dairllm.errors import ConfigError
+from dairllm.formats.digest import sampled_digest
 from dairllm.formats.model_file import ModelFile
+from dairllm.graph.types import FloatType
 from dairllm.net.compute import Compute
 from dairllm.net.runner import Steps, in_thread, until_one_ends
 from dairllm.net.runner import run as run_service
+from dairllm.nodes.fingerprint import Fingerprint
 from dairllm.nodes.local import LocalNode
 from dairllm.nodes.memory_plan import MemoryPlan
 from dairllm.nodes.root import Cluster
@@ -72,11 +75,13 @@ async def _serve(settings: RootSettings, model: ModelFile, plan: MemoryPlan, tok
         await in_thread("kernels", executor.close)
 
     server = settings.server
+    digest = await in_thread("digest", lambda: sampled_digest(model))
     service = Service(
         opened,
         tokenizer,
         readiness,
         meters,
+        fingerprint=Fingerprint(digest, sync_of(settings, model), FloatType[settings.engine.kv_cache.upper()]),
         queue=server.queue,
         reconnect=settings.deadlines.reconnect,
         recovery=settings.deadlines.recovery,

@@ -27,6 +27,7 @@ __all__ = [
     "keep_digests",
     "kept_digests",
     "model_digests",
+    "sampled_digest",
 ]
 
 WORTH_KEEPING = 64 << 20
@@ -37,6 +38,7 @@ Progress = Callable[[str, int, int], None]
 
 _FORMAT = "dairllm digests 1"
 _PIECE_BYTES = 1 << 20
+_SAMPLES, _SAMPLE_BYTES = 256, 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +132,25 @@ def compute_digests(model: ModelFile, progress: Progress | None = None) -> Diges
     if progress is not None:
         progress("", model.nbytes, model.nbytes)
     return Digests(model.stamp.nbytes, model.stamp.mtime_ns, header, tensors)
+
+
+def sampled_digest(model: ModelFile) -> bytes:
+    """Of the header and of the first bytes of tensors all over the file: it tells models apart, and is read in a moment.
+
+    Raises:
+        FormatError: the file cannot be read, or is not the file any more that `model` is of.
+    """
+    step = -(-len(model.tensors) // _SAMPLES)
+    places = [(0, model.header_bytes), *((tensor.offset, min(tensor.nbytes, _SAMPLE_BYTES)) for tensor in model.tensors[::step])]
+    digester = blake3(model.nbytes.to_bytes(8, "little"))
+    try:
+        with model.path.open("rb", buffering=0) as file:
+            _check_unchanged(model, file.fileno())
+            for offset, nbytes in places:
+                digester.update(os.pread(file.fileno(), nbytes, offset))
+    except OSError as error:
+        raise FormatError(model.path, None, "a readable .m model file", error.strerror or str(error)) from error
+    return digester.digest()
 
 
 def digests_path(model: Path) -> Path:

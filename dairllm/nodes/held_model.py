@@ -21,12 +21,14 @@ class HeldModel:
         token_seconds: told the time from one token of an answer to the next.
 
     Attributes:
+        fingerprint: of the model and its nodes.
         ids: the tokens whose K and V the model holds, by position.
         failure: what a pass ended with that left the model in an unknown state, or None.
     """
 
-    def __init__(self, model: Model, token_seconds: Histogram) -> None:
+    def __init__(self, model: Model, token_seconds: Histogram, fingerprint: str) -> None:
         self.seq_len, self.vocab_size, self.n_batches = model.seq_len, model.vocab_size, model.n_batches
+        self.fingerprint = fingerprint
         self.ids: list[int] = []
         self.failure: BaseException | None = None
         self._model, self._token_seconds = model, token_seconds

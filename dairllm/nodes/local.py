@@ -28,7 +28,8 @@ PROMPT_ROWS = 256
 def default_sync(weight_type: FloatType) -> FloatType:
     """What crosses the wire where nobody chose:
 
-    F32 for F32 weights, else Q80. A local run rounds likewise, so that its answer is a cluster's.
+    F32 for F32 weights, else Q80. A local run rounds likewise: it is a cluster of one node. More nodes add up parts that were
+    rounded one by one, so their bits are others (docs/arithmetic.md).
     """
     return FloatType.F32 if weight_type == FloatType.F32 else FloatType.Q80
 

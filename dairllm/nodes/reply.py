@@ -53,6 +53,7 @@ class Reply:
     Attributes:
         order: what was asked for.
         request_id: who asks, in the log.
+        fingerprint: of the model that answers, when it has begun.
         cached_tokens: prompt tokens that the model still held from the request before.
         n_ids: tokens generated so far.
         finish_reason: "stop" or "length" when the answer is complete, else None.
@@ -72,6 +73,7 @@ class Reply:
         request_id: str = "",
     ) -> None:
         self.order, self.request_id = order, request_id
+        self.fingerprint = ""
         self.cached_tokens = self.n_ids = self.beginnings = 0
         self.finish_reason: str | None = None
         self.stopped: DairllmError | None = None

@@ -14,7 +14,7 @@ import contextlib
 import math
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol
 
 import structlog
@@ -22,12 +22,14 @@ import structlog
 from dairllm.engine.sampler import Sampler
 from dairllm.errors import DairllmError, NetworkError, RefusedError, RemoteProtocolError
 from dairllm.nodes.answer import Answer
+from dairllm.nodes.fingerprint import Fingerprint
 from dairllm.nodes.generation import Generation, Model
 from dairllm.nodes.held_model import HeldModel
+from dairllm.nodes.link_totals import LinkTotals
 from dairllm.nodes.recovery import Recovery
 from dairllm.nodes.reply import STALL_SECONDS, AbandonedError, Order, Reply, StalledError
 from dairllm.nodes.report import NodeReport
-from dairllm.telemetry import LinkBytes, PagingCounts, Readiness, ServiceMeters
+from dairllm.telemetry import PagingCounts, Readiness, ServiceMeters
 from dairllm.text.tokenizer import Tokenizer
 from dairllm.units import format_duration
 
@@ -88,6 +90,7 @@ class Service:
         tokenizer: of the model.
         readiness: told why requests cannot be answered. Its reason at `start` is what is said until the model was first opened.
         meters: counts what happens.
+        fingerprint: of the model, told with each answer.
         queue: requests that may wait.
         reconnect: seconds between attempts to open the model.
         recovery: seconds that requests wait for a model that was lost.
@@ -102,6 +105,7 @@ class Service:
         readiness: Readiness,
         meters: ServiceMeters,
         *,
+        fingerprint: Fingerprint,
         queue: int,
         reconnect: float,
         recovery: float,
@@ -109,7 +113,7 @@ class Service:
         patience: float = STALL_SECONDS,
     ) -> None:
         self._opens, self._tokenizer = opens, tokenizer
-        self._readiness, self._meters = readiness, meters
+        self._readiness, self._meters, self._fingerprint = readiness, meters, fingerprint
         self._queue, self._reconnect, self._shutdown, self._patience = queue, reconnect, shutdown, patience
         self._line: deque[Reply] = deque()
         self._arrival = asyncio.Event()
@@ -117,10 +121,10 @@ class Service:
         self._model: OpenModel | None = None
         self._was_open = self._closing = False
         self._life: asyncio.Task[None] | None = None
-        self._past_links: dict[tuple[int, str], LinkBytes] = {}
+        self._links = LinkTotals()
         self._last_took = 1.0
         self._recovery = Recovery(readiness, recovery, self._give_up)
-        meters.links = self._link_bytes
+        meters.links = lambda: self._links.over(() if self._model is None else self._model.nodes)
 
     async def start(self) -> None:
         """Begin to open the model; returns at once."""
@@ -236,7 +240,7 @@ class Service:
             await asyncio.sleep(self._reconnect)
 
     async def _close(self, model: OpenModel) -> None:
-        self._past_links = {(link.node, link.address): link for link in self._link_bytes(model)}
+        self._links.keep(model.nodes)
         try:
             await model.close()
         except DairllmError as error:
@@ -260,7 +264,7 @@ class Service:
 
     async def _serve(self, model: OpenModel) -> str | None:
         """Answer one after the other; returns why the model cannot be used any more, or None when the service is being closed."""
-        held = HeldModel(model, self._meters.token_seconds)
+        held = HeldModel(model, self._meters.token_seconds, self._fingerprint.of(model.nodes))
         while not self._closing:
             if not self._line:
                 self._arrival.clear()
@@ -287,6 +291,7 @@ class Service:
         order, begun = reply.order, time.perf_counter()
         generation: Generation | None = None
         reply.beginnings += 1
+        reply.fingerprint = held.fingerprint
         try:
             reply.cached_tokens = held.serve(reply)
             sampler = Sampler(order.temperature, order.top_p, order.seed)
@@ -365,18 +370,6 @@ class Service:
 
     def _count(self) -> None:
         self._meters.waiting, self._meters.running = len(self._line), int(self._at_hand is not None)
-
-    def _link_bytes(self, model: OpenModel | None = None) -> Iterator[LinkBytes]:
-        """What was exchanged with each worker since the service began, over all models."""
-        model = model or self._model
-        links = dict(self._past_links)
-        for one in () if model is None else model.nodes:
-            if one.node > 0:
-                key = one.node, one.address
-                past = links.get(key, LinkBytes(*key, 0, 0, 0))
-                sent, received = past.sent + one.bytes_sent, past.received + one.bytes_received
-                links[key] = LinkBytes(*key, sent, received, past.weights + one.weight_bytes_sent)
-        yield from links.values()
 
 
 def _outcome(reply: Reply) -> str:

@@ -22,7 +22,9 @@ from dairllm.errors import DairllmError
 from dairllm.formats.model_file import ModelFile
 from dairllm.formats.random_model import byte_vocabulary, small_spec, write_random_model
 from dairllm.formats.tokenizer_file import TokenizerFile
+from dairllm.graph.types import FloatType
 from dairllm.net.compute import Compute
+from dairllm.nodes.fingerprint import Fingerprint
 from dairllm.nodes.local import LocalNode
 from dairllm.nodes.report import NodeReport
 from dairllm.nodes.service import OpenModel, Service
@@ -30,6 +32,7 @@ from dairllm.telemetry import Readiness, ServiceMeters
 from dairllm.text.tokenizer import Tokenizer
 from tests.patience import PATIENCE
 
+FINGERPRINT = Fingerprint(b"small", FloatType.Q80, FloatType.F32)
 SEQ_LEN = 4096
 VOCAB = 320
 TEMPLATE = (
@@ -215,7 +218,8 @@ async def serving(
     readiness, meters = Readiness("connecting to nobody"), ServiceMeters()
     async with models.ready() as opens:
         service = Service(
-            opens, tokenizer, readiness, meters, queue=queue, reconnect=reconnect, recovery=recovery, shutdown=shutdown, patience=patience
+            opens, tokenizer, readiness, meters, fingerprint=FINGERPRINT, queue=queue, reconnect=reconnect, recovery=recovery,
+            shutdown=shutdown, patience=patience,
         )  # fmt: skip
         renderer = tokenizer.chat_renderer()
         served = ServedModel(

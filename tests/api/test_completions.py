@@ -13,7 +13,7 @@ from dairllm.engine.executor import Executor
 from dairllm.engine.sampler import Sampler
 from dairllm.nodes.generation import Generation
 from tests.api.conftest import Serve
-from tests.api.serving import SEQ_LEN, Models, Serving, write_model
+from tests.api.serving import FINGERPRINT, SEQ_LEN, Models, Serving, write_model
 
 MESSAGES: list[Any] = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is that?"}]
 PROMPT = "<|begin|><|turn|>system: Be brief.<|turn|>user: What is that?<|turn|>assistant: "
@@ -42,7 +42,7 @@ async def test_an_answer_is_what_the_model_generates_alone(serve: Serve, model_p
     assert answer.object == "chat.completion"
     assert answer.id.startswith("chatcmpl-")
     assert answer.model == "small"
-    assert answer.system_fingerprint.startswith("dairllm-")
+    assert answer.system_fingerprint == FINGERPRINT.of(models.last.nodes)
     usage = answer.usage
     assert (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) == (len(prompt_ids), 24, len(prompt_ids) + 24)
     assert usage.prompt_tokens_details.cached_tokens == 0
@@ -53,6 +53,7 @@ async def test_a_stream_says_the_same_in_pieces(serve: Serve) -> None:
         whole = await chat(serving)
         chunks = [chunk async for chunk in await chat(serving, stream=True, stream_options={"include_usage": True})]
     *text, usage = chunks
+    assert {chunk.system_fingerprint for chunk in chunks} == {whole.system_fingerprint}
     assert {(chunk.object, chunk.id, chunk.created, chunk.model) for chunk in chunks} == {
         ("chat.completion.chunk", chunks[0].id, chunks[0].created, "small")
     }

@@ -16,7 +16,7 @@ from dairllm.nodes.reply import MOST_UNREAD, AbandonedError, Order, Reply, Stall
 from dairllm.nodes.service import QueueFullError, Service, UnavailableError
 from dairllm.telemetry import Readiness, ServiceMeters
 from dairllm.text.tokenizer import Tokenizer
-from tests.api.serving import Models, write_model
+from tests.api.serving import FINGERPRINT, Models, write_model
 from tests.patience import PATIENCE
 
 PROMPT = tuple(range(40, 60))
@@ -59,7 +59,7 @@ def make(model_path: Path, executors: list[Executor]) -> Make:
         readiness, meters = Readiness("connecting"), ServiceMeters()
         async with models.ready() as opens:
             tokenizer = Tokenizer.load(model_path.with_suffix(".t"))
-            settings = {"queue": 4, "reconnect": 0.01, "recovery": 60.0, "shutdown": 10.0, **settings}
+            settings = {"fingerprint": FINGERPRINT, "queue": 4, "reconnect": 0.01, "recovery": 60.0, "shutdown": 10.0, **settings}
             serviced = Serviced(Service(opens, tokenizer, readiness, meters, **settings), models, readiness, meters)
             if start:
                 await serviced.service.start()
