@@ -10,7 +10,8 @@ from typing import Any, NoReturn, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from dairllm.errors import ConfigError
+from dairllm.config_document import read_document
+from dairllm.errors import ConfigError, printable
 
 __all__ = ["ENVIRONMENT_PREFIX", "read_settings"]
 
@@ -78,7 +79,7 @@ def read_settings(
     path = tuple(str(part) for part in first["loc"])
     message = first["msg"].removeprefix("Value error, ")
     if message.startswith("Input should "):
-        message = f"expected {message.removeprefix('Input should ').removeprefix('be ')}, found {first['input']!r}"
+        message = f"expected {message.removeprefix('Input should ').removeprefix('be ')}, found {printable(repr(first['input']))}"
     sources = [given[path[:n]].where for n in range(len(path), 0, -1) if path[:n] in given]
     raise ConfigError(": ".join([*sources[:1], ".".join(path), message]))
 
@@ -147,17 +148,10 @@ class _File:
     def __init__(self, schema: type[BaseModel], file: Path) -> None:
         self._schema, self._file = schema, file
         self._given: dict[_Path, _Given] = {}
+        self._loader = yaml.SafeLoader("")
 
     def values(self) -> dict[_Path, _Given]:
-        try:
-            self._loader = yaml.SafeLoader(self._file.read_text(encoding="utf-8"))
-            root = self._loader.get_single_node()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{self._file}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
-        except yaml.YAMLError as error:
-            mark = getattr(error, "problem_mark", None)
-            where = f"{self._file}, line {mark.line + 1}" if mark else f"{self._file}"
-            raise ConfigError(f"{where}: not YAML: {getattr(error, 'problem', None) or error}") from None
+        root = read_document(self._file)
         if root is not None:
             self._walk(self._schema, root, ())
         return self._given
@@ -169,7 +163,7 @@ class _File:
             self._fail(node, prefix or ("the file",), f"expected keys ({', '.join(schema.model_fields)}), found {_what(node)}")
         seen: dict[str, int] = {}
         for key, value in node.value:
-            name = key.value if isinstance(key, yaml.ScalarNode) else _what(key)
+            name = printable(key.value) if isinstance(key, yaml.ScalarNode) else _what(key)
             path = (*prefix, name)
             if name not in schema.model_fields:
                 self._fail(key, path, _unknown(self._schema, schema, name))
@@ -182,12 +176,14 @@ class _File:
                 continue
             try:
                 self._given[path] = _Given(self._loader.construct_object(value, deep=True), f"{self._file}, line {seen[name]}")
-            except (yaml.YAMLError, ValueError) as error:
-                self._fail(key, path, getattr(error, "problem", None) or str(error))
+            except Exception as error:  # of a value that is not what its tag says, the library raises KeyError, AttributeError and others
+                self._fail(key, path, getattr(error, "problem", None) or f"{_what(value)} cannot be read: {error}")
 
     def _fail(self, node: yaml.Node, path: _Path, message: str) -> NoReturn:
-        raise ConfigError(f"{self._file}, line {node.start_mark.line + 1}: {'.'.join(path)}: {message}")
+        raise ConfigError(f"{self._file}, line {node.start_mark.line + 1}: {'.'.join(path)}: {printable(message, 1000)}")
 
 
 def _what(node: yaml.Node) -> str:
-    return repr(node.value) if isinstance(node, yaml.ScalarNode) else "a list" if isinstance(node, yaml.SequenceNode) else "a mapping"
+    if isinstance(node, yaml.ScalarNode):
+        return printable(repr(node.value))
+    return "a list" if isinstance(node, yaml.SequenceNode) else "a mapping"

@@ -15,6 +15,10 @@
     +-- ProgramError            a program that is measured failed (dairllm.bench.processes)
 
 Any other exception that reaches a user is a bug.
+
+Messages quote files and peers, which may say anything. So whatever a message is made of, it is one
+line that a terminal can show: characters that move a cursor, clear a screen or turn text around are
+escaped here, where all messages pass, and what is very long is cut.
 """
 
 from pathlib import Path
@@ -31,13 +35,36 @@ __all__ = [
     "ProtocolError",
     "RefusedError",
     "RemoteProtocolError",
+    "printable",
 ]
+
+_LONGEST_MESSAGE = 4000
+"""Characters; a path alone may have 4095 bytes."""
+
+_LONGEST_PART = 400
+"""Of a FormatError: what was expected, what was found."""
+
+
+def printable(text: object, limit: int = 200) -> str:
+    """What a stranger said (a file, a peer), as it can be shown: one line of at most `limit` characters
+    and three dots.
+
+    What is not printable is written as Python's escapes: \\x1b, \\n, \\u202e.
+    """
+    said = str(text)
+    shown = said[:limit]
+    if not shown.isprintable():
+        shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
+    return shown if len(said) <= limit and len(shown) <= limit else f"{shown[:limit]}..."
 
 
 class DairllmError(Exception):
     """Root of all errors that dairllm raises on purpose; ``str()`` is one clear line for people."""
 
     exit_code = 1
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(printable(message, _LONGEST_MESSAGE))
 
 
 class ConfigError(DairllmError):
@@ -59,7 +86,7 @@ class FormatError(DairllmError):
     def __init__(self, path: str | Path, offset: int | None, expected: str, found: str) -> None:
         self.path, self.offset, self.expected, self.found = Path(path), offset, expected, found
         where = f"{path}" if offset is None else f"{path}, byte {offset}"
-        super().__init__(f"{where}: expected {expected}, found {found}")
+        super().__init__(f"{where}: expected {printable(expected, _LONGEST_PART)}, found {printable(found, _LONGEST_PART)}")
 
 
 class GraphError(DairllmError):

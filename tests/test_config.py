@@ -108,13 +108,39 @@ def test_sections_may_be_empty_and_files_too(file: Path) -> None:
         ("worker: {port: 1\n", r"line \d: not YAML: "),
         ("a: 1\n---\nb: 2\n", r"line 2: not YAML: but found another document"),
         ("worker:\n  port: !!python/object:os.system 5\n", r"line 2: worker\.port: could not determine a constructor"),
+        ("worker:\n  port: !!timestamp x\n", r"line 2: worker\.port: 'x' cannot be read: "),
+        ("worker:\n  port: !!bool x\n", r"line 2: worker\.port: 'x' cannot be read: "),
+        ("worker:\n  port: !!int ''\n", r"line 2: worker\.port: '' cannot be read: "),
+        ("worker:\n  port: 2026-99-99\n", r"line 2: worker\.port: '2026-99-99' cannot be read: "),
+        ("worker:\n  port: .inf\n", r"line 2: worker\.port: expected a valid integer, found inf|finite number"),
+        ("worker:\n  port: " + "9" * 5000 + "\n", r"line 2: worker\.port: '9{199}\.\.\. cannot be read: "),
+        ('worker:\n  "\\e[2J\\a": 1\n', r"line 2: worker\.\\x1b\[2J\\x07: unknown key"),
+        ("worker:\n  port: \x02\n", r"w\.yaml: not YAML: unacceptable character #x0002"),
+        ("[" * 100_000, r"line 1: expected at most 10000 values, nested at most 100 deep, found more"),
+        ("worker:\n  host: " + "{a: " * 5000, r"line 2: expected at most 10000 values, nested at most 100 deep, found more"),
+        ("- 1\n" * 10_001, r"line \d+: expected at most 10000 values"),
+        ("worker: {host: &a [*a]}\n", r"line 1: a value that contains itself"),
+        ("worker:\n  host: " + "x" * (1 << 20), r"w\.yaml: expected settings of at most 1 MiB, found more"),
     ],
+    ids=lambda text: repr(text[:40]),
 )
 def test_a_mistake_in_the_file_names_file_line_and_key(file: Path, text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
         load(file, text)
     assert "\n" not in str(caught.value)
     assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("first", "link"), [("[x, x]", "[*a{0}, *a{0}]"), ("{x: x}", "{{x: *a{0}, y: *a{0}}}"), ("{x: x}", "{{<<: [*a{0}, *a{0}]}}")]
+)
+def test_few_lines_that_stand_for_a_great_deal(file: Path, first: str, link: str) -> None:
+    """Thirty lines: 2^29 values, which a message with the value in it would write out."""
+    lines = [f"a0: &a0 {first}", *(f"a{n}: &a{n} {link.format(n - 1)}" for n in range(1, 30)), "worker: {port: *a29}"]
+    with pytest.raises(ConfigError, match=r"line \d+: expected at most 10000 values"):
+        load(file, "\n".join(lines))
+    file.write_text("worker: {host: &h localhost}\nmetrics: {host: *h}\n")
+    assert load(file).metrics.host == "localhost", "an alias by itself is no harm"
 
 
 def test_a_mistake_in_the_environment_names_the_variable() -> None:

@@ -13,7 +13,8 @@ from pathlib import Path
 import yaml
 
 from dairllm.config import RootSettings, WorkerSettings, load_settings
-from dairllm.errors import ConfigError, NetworkError
+from dairllm.config_document import read_document
+from dairllm.errors import ConfigError, NetworkError, printable
 
 __all__ = ["run"]
 
@@ -106,17 +107,18 @@ def _reachable(host: str) -> str:
 def _is_of_a_root(config: Path) -> bool:
     """Whether more of a file's sections are a root's than a worker's. What is wrong with the file is told by whoever loads it."""
     try:
-        found = yaml.safe_load(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+        root = read_document(config)
+    except ConfigError:
         return False
-    sections = set(found) if isinstance(found, dict) else set()
+    keys = [key for key, _ in root.value] if isinstance(root, yaml.MappingNode) else []
+    sections = {key.value for key in keys if isinstance(key, yaml.ScalarNode)}
     return len(sections & _ROOT_SECTIONS) > len(sections & _WORKER_SECTIONS)
 
 
 def _reason(body: bytes) -> str | None:
     try:
         told = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     reason = told.get("reason") if isinstance(told, dict) else None
-    return reason if isinstance(reason, str) else None
+    return printable(reason) if isinstance(reason, str) else None

@@ -89,7 +89,10 @@ def convert_gguf(source: Path, target: Path, weight_type: FloatType | None = Non
         vocabulary = read_vocabulary(file, spec.vocab_size)
         model = ModelWriter(target, spec)
         sources = tensor_sources(file, model.tensors)
-        tokenizer = vocabulary.file.encode()
+        try:
+            tokenizer = vocabulary.file.encode()
+        except ValueError as error:
+            raise FormatError(source, None, "a vocabulary that a .t file can say", str(error)) from error
         texts = {target.with_suffix(".t"): tokenizer}
         if vocabulary.json is not None:
             texts[target.with_name("tokenizer.json")] = vocabulary.json.encode()

@@ -16,6 +16,7 @@ from dairllm.errors import FormatError
 from dairllm.formats.file_stamp import FileStamp
 from dairllm.formats.model_file import ModelFile
 from dairllm.formats.replaced_file import replaced_file
+from dairllm.formats.strict_json import read_json, whole_number
 from dairllm.graph.references import IDENTITY_BYTES
 
 __all__ = [
@@ -161,11 +162,11 @@ def digests_path(model: Path) -> Path:
 def kept_digests(model: ModelFile) -> Digests | None:
     """What is kept beside the model, whether it still fits or not; None where nothing is, or nothing that can be one of this model."""
     try:
-        kept = json.loads(digests_path(model.path).read_bytes())
+        kept = read_json(digests_path(model.path).read_bytes())
         if kept["format"] != _FORMAT:
             return None
         header, *tensors = (bytes.fromhex(kept["digests"][label]) for label in _labels(model))
-        found = Digests(int(kept["bytes"]), int(kept["mtime_ns"]), header, tuple(tensors))
+        found = Digests(whole_number(kept["bytes"]), whole_number(kept["mtime_ns"]), header, tuple(tensors))
     except (OSError, ValueError, TypeError, KeyError):
         return None
     whole = len(kept["digests"]) == len(tensors) + 1 and all(len(digest) == IDENTITY_BYTES for digest in (header, *tensors))

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from dairllm.errors import ConfigError, FormatError
+from dairllm.errors import ConfigError, FormatError, printable
 from dairllm.formats.quants import dequantize_q40, dequantize_q80
 
 __all__ = ["FLOAT_TYPES", "READABLE_TYPES", "GgufFile", "GgufTensor"]
@@ -146,6 +146,10 @@ class GgufFile:
 
         return self._get(key, default, "a list of numbers", fits)
 
+    def integers(self, key: str, default: list[int] | None = None) -> list[int]:
+        """A list of integers of the metadata. Raises FormatError as `integer` does."""
+        return self._get(key, default, "a list of integers", lambda value: isinstance(value, list) and all(type(v) is int for v in value))
+
     def raw_rows(self, tensor: GgufTensor, first: int, count: int) -> npt.NDArray[np.uint8]:
         """Rows of a tensor as they are stored: uint8 [count, row_bytes].
 
@@ -189,8 +193,7 @@ class GgufFile:
         except UnicodeDecodeError as error:
             raise FormatError(self.path, field.offset, f"{what} as {key}", str(error)) from error
         if not fits(value):
-            shown = repr(value)
-            raise FormatError(self.path, field.offset, f"{what} as {key}", shown if len(shown) < 60 else f"{shown[:60]}...")
+            raise FormatError(self.path, field.offset, f"{what} as {key}", printable(repr(value), 60))
         return value  # type: ignore[no-any-return]  # `fits` has looked
 
 
@@ -226,7 +229,7 @@ def _read_structure(path: Path) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
         for found in reader.tensors:
             shape = tuple(int(n) for n in reversed(found.shape.tolist()))
             if not shape or not all(shape):
-                raise FormatError(path, int(found.field.offset), f"a shape of tensor {found.name} without zeros", str(shape))
+                raise FormatError(path, int(found.field.offset), f"a shape of tensor {printable(found.name)} without zeros", str(shape))
             block_values, block_bytes = gguf.GGML_QUANT_SIZES[found.tensor_type]
             row_bytes = shape[-1] // block_values * block_bytes
             tensors[found.name] = GgufTensor(found.name, found.tensor_type.name, shape, int(found.data_offset), row_bytes)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from dairllm.errors import FormatError
+from dairllm.errors import FormatError, printable
 from dairllm.formats.gguf import GgufFile, GgufTensor
 from dairllm.formats.model_layout import Tensor
 from dairllm.graph.model import Architecture, ModelSpec
@@ -63,7 +63,7 @@ def llama_spec(file: GgufFile, weight_type: FloatType) -> ModelSpec:
     """
     arch = file.text("general.architecture")
     if arch != "llama":
-        raise FormatError(file.path, None, "a model of the architecture llama", arch)
+        raise FormatError(file.path, None, "a model of the architecture llama", printable(arch))
     if file.integer("split.count", 1) > 1:
         raise FormatError(file.path, None, "a whole model in one file (llama-gguf-split --merge makes it)", "one part of a split model")
     if file.integer("llama.expert_count", 0):
@@ -133,7 +133,9 @@ def tensor_sources(file: GgufFile, tensors: tuple[Tensor, ...]) -> TensorSources
     unknown = [name for name in file.tensors if name not in used]
     if unknown:
         more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
-        raise FormatError(file.path, None, "no tensors but those of a llama model without biases", ", ".join(unknown[:3]) + more)
+        raise FormatError(
+            file.path, None, "no tensors but those of a llama model without biases", ", ".join(map(printable, unknown[:3])) + more
+        )
     return lambda tensor: sources[tensor.name, tensor.layer]
 
 
@@ -185,6 +187,7 @@ def _llama3_divisors(head_dim: int, theta: float, factor: int) -> np.ndarray[tup
 
     Short wavelengths stay, long ones are divided by `factor`, those between go over smoothly.
     """
-    wavelengths = 2 * np.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
-    smooth = (_LLAMA3_LENGTH / wavelengths - _LLAMA3_LOW) / (_LLAMA3_HIGH - _LLAMA3_LOW)
+    with np.errstate(all="ignore"):  # a base that is no number gives none, which are not the file's
+        wavelengths = 2 * np.pi * np.float64(theta) ** (np.arange(0, head_dim, 2) / head_dim)
+        smooth = (_LLAMA3_LENGTH / wavelengths - _LLAMA3_LOW) / (_LLAMA3_HIGH - _LLAMA3_LOW)
     return 1 / ((1 - np.clip(smooth, 0, 1)) / factor + np.clip(smooth, 0, 1))

@@ -4,12 +4,14 @@ Two kinds (`tokenizer.ggml.model`): "gpt2" is byte-level BPE, whose tokens are b
 merges have an order; "llama" is SentencePiece, whose tokens are text with U+2581 for a space, or <0xNN> for a byte, and have scores.
 """
 
-import struct
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
-from dairllm.errors import FormatError
+import numpy as np
+
+from dairllm.errors import FormatError, printable
 from dairllm.formats.gguf import GgufFile
 from dairllm.formats.token_names import byte_level_piece, sentence_piece
 from dairllm.formats.tokenizer_file import TokenizerFile
@@ -63,7 +65,7 @@ def read_vocabulary(file: GgufFile, n_rows: int) -> Vocabulary:
     """
     kind = file.text(f"{_KEY}.model")
     tokens = file.texts(f"{_KEY}.tokens")
-    types = [int(number) for number in file.numbers(f"{_KEY}.token_type", [_TokenType.NORMAL] * len(tokens))]
+    types = file.integers(f"{_KEY}.token_type", [_TokenType.NORMAL] * len(tokens))
     if not tokens or len(tokens) > n_rows:
         raise FormatError(file.path, None, f"from 1 to {n_rows} tokens, the rows of the embedding", str(len(tokens)))
     if len(types) != len(tokens):
@@ -73,7 +75,7 @@ def read_vocabulary(file: GgufFile, n_rows: int) -> Vocabulary:
     elif kind == "llama":
         pieces, scores, json, warnings = _sentence_piece(file, tokens, types)
     else:
-        raise FormatError(file.path, None, f"a vocabulary of the kind gpt2 or llama ({_KEY}.model)", kind)
+        raise FormatError(file.path, None, f"a vocabulary of the kind gpt2 or llama ({_KEY}.model)", printable(kind))
     for number, piece in enumerate(pieces):
         if not piece:
             raise FormatError(file.path, None, f"bytes of token {number}", "none")
@@ -120,6 +122,9 @@ def _sentence_piece(file: GgufFile, tokens: list[str], types: list[int]) -> _Fou
     scores = [_single(score) for score in file.numbers(f"{_KEY}.scores")]
     if len(scores) != len(tokens):
         raise FormatError(file.path, None, f"as many scores as tokens ({len(tokens)})", str(len(scores)))
+    if not all(map(math.isfinite, scores)):
+        number = next(number for number, score in enumerate(scores) if not math.isfinite(score))
+        raise FormatError(file.path, None, f"a number as the score of token {number}", f"{scores[number]}")
     json, warnings = None, []
     try:
         json = build_sentence_json(
@@ -155,7 +160,7 @@ def _merges(file: GgufFile) -> list[tuple[str, str]]:
         space = text.find(" ", 1)
         left, right = text[:space], text[space + 1 :]
         if space < 0 or not right:
-            raise FormatError(file.path, None, f"two tokens and a space between them as merge {number}", repr(text))
+            raise FormatError(file.path, None, f"two tokens and a space between them as merge {number}", printable(repr(text)))
         merges.append((left, right))
     return merges
 
@@ -218,4 +223,5 @@ def _bos(file: GgufFile, types: list[int], pieces: list[bytes], kind: str) -> tu
 
 def _single(value: float) -> float:
     """A score as float32 has it."""
-    return float(struct.unpack("<f", struct.pack("<f", value))[0])
+    with np.errstate(over="ignore"):
+        return float(np.float32(value))

@@ -4,6 +4,7 @@ The format is distributed-llama's; Q80 weights are ours (its C++ program reads F
 within bounds that no known model comes near, and all of them agree with each other: sizes, memory and loops follow from them.
 """
 
+import math
 import struct
 from dataclasses import dataclass
 from enum import IntEnum
@@ -183,10 +184,10 @@ def encode_header(path: str | Path, spec: ModelSpec) -> bytes:
     if spec.moe_hidden_dim:
         values[HeaderKey.MOE_HIDDEN_DIM] = spec.moe_hidden_dim
     nbytes = PREFIX_BYTES * (1 + len(values))
-    try:
-        data = _PREFIX.pack(MODEL_MAGIC, nbytes) + b"".join(_PREFIX.pack(key, value) for key, value in values.items())
-    except struct.error as error:
-        raise FormatError(path, None, "header values of 32 bits", str(spec)) from error
+    for key, value in values.items():
+        if not -_INT_MAX <= value <= _INT_MAX:
+            raise FormatError(path, None, f"{_name(key)} of at most {_INT_MAX}, the largest number of a .m header", str(value))
+    data = _PREFIX.pack(MODEL_MAGIC, nbytes) + b"".join(_PREFIX.pack(key, value) for key, value in values.items())
     parse_header(path, data, nbytes)
     return data
 
@@ -295,7 +296,7 @@ def _name(key: HeaderKey) -> str:
 
 
 def _integer(path: str | Path, what: str, value: float) -> int:
-    if value != int(value):
+    if not math.isfinite(value) or value != int(value):
         raise FormatError(path, None, f"a {what} that a .m header can say (a whole number)", repr(value))
     return int(value)
 

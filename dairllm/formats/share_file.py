@@ -31,6 +31,7 @@ from dairllm.formats.digest import Progress
 from dairllm.formats.file_stamp import FileStamp
 from dairllm.formats.model_file import ModelFile
 from dairllm.formats.share_layout import PlacedSlice, share_layout
+from dairllm.formats.strict_json import read_json, whole_number
 from dairllm.graph.references import IDENTITY_BYTES
 from dairllm.graph.slicing import Share, Span
 from dairllm.machine import ask_for_huge_pages
@@ -101,20 +102,20 @@ class Contents:
     @classmethod
     def decode(cls, text: bytes) -> "Contents":
         """Raises ValueError, TypeError or KeyError where it is something else."""
-        found = json.loads(text)
+        found = read_json(text)
         heads, kv_heads = (tuple(_span(pair) for pair in found[name]) for name in ("heads", "kv_heads"))
         share = Share(heads, kv_heads, _span(found["ffn"]), _span(found["logits"]))
-        slices = tuple((str(label), int(offset), int(nbytes)) for label, offset, nbytes in found["slices"])
+        slices = tuple((str(label), whole_number(offset), whole_number(nbytes)) for label, offset, nbytes in found["slices"])
         end = 0
         for _, offset, nbytes in slices:
             if offset < end or nbytes < 1:
                 raise ValueError("slices that overlap")
             end = offset + nbytes
-        return cls(bytes.fromhex(found["identity"]), int(found["node"]), int(found["nodes"]), share, slices)
+        return cls(bytes.fromhex(found["identity"]), whole_number(found["node"]), whole_number(found["nodes"]), share, slices)
 
 
 def _span(pair: Any) -> Span:
-    start, stop = map(int, pair)
+    start, stop = map(whole_number, pair)
     return Span(start, stop)
 
 

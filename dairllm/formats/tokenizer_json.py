@@ -7,16 +7,19 @@ Of a SentencePiece vocabulary it says scores: of all neighbours that together ar
 first. Merges say the same: every way to make a token of two others, in the order of the scores.
 """
 
+import json
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from dairllm.errors import printable
+from dairllm.formats.library_panic import panics_are_errors
 from dairllm.formats.token_names import SPACE
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from tokenizers.pre_tokenizers import PreTokenizer
 
-__all__ = ["PRE_TOKENIZERS", "UnsayableTokenizer", "build_sentence_json", "build_tokenizer_json", "json_vocabulary"]
+__all__ = ["PRE_TOKENIZERS", "UnsayableTokenizer", "build_sentence_json", "build_tokenizer_json", "check_subword_prefix", "json_vocabulary"]
 
 _LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _QWEN2 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -71,7 +74,7 @@ def build_tokenizer_json(
 
     kind = PRE_TOKENIZERS.get(pre)
     if kind is None:
-        raise UnsayableTokenizer(f"its pre-tokenizer {pre!r} is not known")
+        raise UnsayableTokenizer(f"its pre-tokenizer {printable(repr(pre))} is not known")
     vocabulary = _vocabulary(tokens)
 
     def build() -> "Tokenizer":
@@ -143,16 +146,20 @@ def json_vocabulary(text: str | bytes) -> dict[str, int]:
     from tokenizers import Tokenizer
 
     try:
-        return Tokenizer.from_buffer(text if isinstance(text, bytes) else text.encode()).get_vocab(with_added_tokens=True)
+        check_subword_prefix(json.loads(text))
+        with panics_are_errors():
+            return Tokenizer.from_buffer(text if isinstance(text, bytes) else text.encode()).get_vocab(with_added_tokens=True)
+    except UnsayableTokenizer:
+        raise
     except Exception as error:  # the library raises plain Exception for what it cannot read
-        raise UnsayableTokenizer(f"the tokenizers library cannot read it: {error}") from error
+        raise UnsayableTokenizer(f"the tokenizers library cannot read it: {printable(error)}") from error
 
 
 def _vocabulary(tokens: Sequence[str]) -> dict[str, int]:
     vocabulary = {token: number for number, token in enumerate(tokens)}
     if len(vocabulary) != len(tokens):
         twice = next(token for number, token in enumerate(tokens) if vocabulary[token] != number)
-        raise UnsayableTokenizer(f"token {twice!r} comes twice in its vocabulary")
+        raise UnsayableTokenizer(f"token {printable(repr(twice))} comes twice in its vocabulary")
     return vocabulary
 
 
@@ -163,16 +170,30 @@ def _finished(
     from tokenizers import AddedToken
 
     try:
-        tokenizer = build()
-        tokenizer.add_special_tokens([AddedToken(tokens[number], normalized=False, special=True) for number in special])
-        tokenizer.add_tokens([AddedToken(tokens[number], normalized=False) for number in added])
-        if tokenizer.get_vocab(with_added_tokens=True) != vocabulary:
-            raise UnsayableTokenizer("the tokenizers library gives other ids to its tokens")
-        return tokenizer.to_str(pretty=True)
+        with panics_are_errors():
+            tokenizer = build()
+            tokenizer.add_special_tokens([AddedToken(tokens[number], normalized=False, special=True) for number in special])
+            tokenizer.add_tokens([AddedToken(tokens[number], normalized=False) for number in added])
+            if tokenizer.get_vocab(with_added_tokens=True) != vocabulary:
+                raise UnsayableTokenizer("the tokenizers library gives other ids to its tokens")
+            return tokenizer.to_str(pretty=True)
     except UnsayableTokenizer:
         raise
     except Exception as error:  # the library raises plain Exception for what it cannot take
-        raise UnsayableTokenizer(f"the tokenizers library does not take it: {error}") from error
+        raise UnsayableTokenizer(f"the tokenizers library does not take it: {printable(error)}") from error
+
+
+def check_subword_prefix(document: Any) -> None:
+    """Raise UnsayableTokenizer where the second token of a merge lacks the prefix that the document says such tokens have: the library
+    cuts it off unseen, and may end the process where that is in the middle of a character."""
+    model = document.get("model") if isinstance(document, dict) else None
+    prefix = model.get("continuing_subword_prefix") if isinstance(model, dict) else None
+    if not isinstance(model, dict) or not prefix:
+        return
+    for merge in model.get("merges") or ():
+        pair = merge.split(" ") if isinstance(merge, str) else merge
+        if not isinstance(prefix, str) or len(pair) != 2 or not str(pair[1]).startswith(prefix):
+            raise UnsayableTokenizer(f"merge {printable(merge)} has no token that begins with {printable(repr(prefix))}")
 
 
 def _pre_tokenizer(kind: str) -> "PreTokenizer":

@@ -11,7 +11,10 @@ from typing import Any
 
 from tokenizers import Tokenizer as LibraryTokenizer
 
+from dairllm.errors import FormatError, printable
+from dairllm.formats.library_panic import panics_are_errors
 from dairllm.formats.token_names import byte_level_piece, sentence_piece
+from dairllm.formats.tokenizer_json import check_subword_prefix
 from dairllm.machine import give_back_memory
 
 __all__ = ["ModelTokenizer", "VocabularyMismatch"]
@@ -31,7 +34,8 @@ class ModelTokenizer:
         special: ids of the tokens that the file marks as special.
     """
 
-    def __init__(self, library: LibraryTokenizer, special: frozenset[int]) -> None:
+    def __init__(self, path: Path, library: LibraryTokenizer, special: frozenset[int]) -> None:
+        self._path = path
         self._library = library
         self.special = special
 
@@ -50,20 +54,30 @@ class ModelTokenizer:
             document = json.loads(text)
             added = [(int(token["id"]), str(token["content"]), bool(token.get("special"))) for token in document.get("added_tokens") or ()]
             _compare(document, added, pieces)
+            check_subword_prefix(document)
             del document  # tens of megabytes, which the library can use
-            library = LibraryTokenizer.from_buffer(text)
+            with panics_are_errors():
+                library = LibraryTokenizer.from_buffer(text)
+                library.no_truncation()
+                library.no_padding()
         except VocabularyMismatch:
             raise
         except Exception as error:  # the library raises plain Exception for what it cannot read
-            raise VocabularyMismatch(f"it cannot be read as a tokenizer: {error}") from error
+            raise VocabularyMismatch(f"it cannot be read as a tokenizer: {printable(error)}") from error
         give_back_memory()  # the library needs three times what it keeps
-        library.no_truncation()
-        library.no_padding()
-        return cls(library, frozenset(token for token, _, special in added if special))
+        return cls(path, library, frozenset(token for token, _, special in added if special))
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`; adds nothing to it."""
-        return list(self._library.encode(text, add_special_tokens=False).ids)
+        """Ids of `text`; adds nothing to it.
+
+        Raises:
+            FormatError: the file contradicts itself in a way that only a text brings to light.
+        """
+        try:
+            with panics_are_errors():
+                return list(self._library.encode(text, add_special_tokens=False).ids)
+        except Exception as error:  # plain, as above
+            raise FormatError(self._path, None, "a tokenizer that can encode any text", str(error)) from error
 
 
 def _compare(document: dict[str, Any], added: list[tuple[int, str, bool]], pieces: Sequence[bytes]) -> None:
@@ -92,7 +106,7 @@ def _compare(document: dict[str, Any], added: list[tuple[int, str, bool]], piece
         else:
             raise VocabularyMismatch(f"it has no token {token}")
         if piece not in forms:
-            raise VocabularyMismatch(f"token {token} is {min(forms)!r}, in the .t file {piece!r}")
+            raise VocabularyMismatch(f"token {token} is {printable(repr(min(forms)))}, in the .t file {printable(repr(piece))}")
 
 
 def _same_at_once(names: Sequence[str], pieces: Sequence[bytes]) -> bool:

@@ -106,6 +106,9 @@ def test_what_the_file_contradicts_stays_for_verify(path: Path, monkeypatch: pyt
     [
         lambda kept: kept.update(format="dairllm digests 9"),
         lambda kept: kept.update(bytes="many"),
+        lambda kept: kept.update(bytes=float("inf")),
+        lambda kept: kept.update(mtime_ns=float("nan")),
+        lambda kept: kept.update(bytes=[]),
         lambda kept: kept.pop("mtime_ns"),
         lambda kept: kept["digests"].pop("embedding"),
         lambda kept: kept["digests"].update(another="00" * 32),
@@ -126,7 +129,7 @@ def test_a_spoilt_companion_counts_for_nothing(path: Path, spoil: object) -> Non
         assert kept_digests(model) is None
 
 
-@pytest.mark.parametrize("text", ["", "[]", "null", "{", "\x00"])
+@pytest.mark.parametrize("text", ["", "[]", "null", "{", "\x00", '{"bytes": 1e400}', "[" * 100_000], ids=lambda text: text[:8])
 def test_a_companion_that_is_none_counts_for_nothing(path: Path, text: str) -> None:
     digests_path(path).write_text(text)
     with ModelFile.open(path) as model:

@@ -155,6 +155,10 @@ def test_sentence_piece_without_bos_suits_distributed_llama(make_gguf: MakeGguf)
         ({"tokenizer.ggml.token_type": [1, 1]}, r"as many types as tokens \(268\), found 2"),
         ({"tokenizer.ggml.eos_token_id": 268}, "eos_token_id below 268, found 268"),
         ({"tokenizer.ggml.tokens": ["a", "", "b"], "tokenizer.ggml.token_type": [1, 1, 1]}, "bytes of token 1, found none"),
+        (SENTENCE | {"tokenizer.ggml.scores": [float("inf")] * 265}, "a number as the score of token 0, found inf"),
+        (SENTENCE | {"tokenizer.ggml.scores": [0.0] * 264 + [float("nan")]}, "a number as the score of token 264, found nan"),
+        ({"tokenizer.ggml.token_type": [float("nan")] * 268}, "a list of integers as tokenizer.ggml.token_type, found .nan, nan"),
+        ({"tokenizer.ggml.model": "\x1b[2J" * 100}, r"found \\x1b\[2J\\x1b\[2J"),
         (SENTENCE | {"tokenizer.ggml.scores": [0.0]}, r"as many scores as tokens \(265\), found 1"),
     ],
 )

@@ -88,9 +88,12 @@ def test_rope_scaling_is_encoded() -> None:
     ("changes", "message"),
     [
         ({"rope_theta": 10000.5}, "a rope theta that a .m header can say"),
+        ({"rope_theta": float("inf")}, "a rope theta that a .m header can say"),
+        ({"rope_theta": float("nan")}, "a rope theta that a .m header can say"),
+        ({"rope_theta": 3580165449.0}, "rope_theta of at most 2147483647, the largest number of a .m header, found 3580165449"),
         ({"norm_epsilon": 1e-4}, "a norm epsilon that a .m header can say"),
         ({"rope_scaling_factor": 1.5}, "a rope scaling factor that a .m header can say"),
-        ({"vocab_size": 2**40}, "header values of 32 bits"),
+        ({"vocab_size": 2**40}, "vocab_size of at most 2147483647"),
         ({"dim": 2**30, "n_heads": 2**10}, "dim from 1 to"),
         ({"n_kv_heads": 3}, "n_kv_heads that divides n_heads"),
     ],

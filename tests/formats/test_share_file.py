@@ -9,6 +9,7 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
+from blake3 import blake3
 
 from dairllm.errors import FormatError, LimitError
 from dairllm.formats import share_writer
@@ -16,7 +17,7 @@ from dairllm.formats.digest import model_digests
 from dairllm.formats.model_file import ModelFile
 from dairllm.formats.model_slices import outgoing_weights
 from dairllm.formats.random_model import small_spec, write_random_model
-from dairllm.formats.share_file import ShareFile, is_share_file, share_paths
+from dairllm.formats.share_file import HEAD, ShareFile, is_share_file, share_paths
 from dairllm.formats.share_writer import ShareWriter
 from dairllm.graph.model import Architecture, ModelSpec
 from dairllm.graph.slicing import deal_shares, nearly_equal_sizes, parse_shares
@@ -153,6 +154,32 @@ def test_what_is_no_share_is_refused(path: Path, change: object, problem: str) -
     with ModelFile.open(path) as model:
         assert not writer_of(model).is_there
         assert writer_of(model).prepare().state == "written"
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (b'"node": 1', b'"node": 1e400'),
+        (b'"nodes": 2', b'"nodes": Infinity'),
+        (b'"nodes": 2', b'"nodes": 2.0'),
+        (b'"ffn": [', b'"ffn": [NaN, '),
+        (b'"logits": [', b'"logits": [-Infinity, '),
+        (b'["block_matmul_q of layer 0", 0,', b'["block_matmul_q of layer 0", 1e999,'),
+        (b'"slices": [', b'"slices": ' + b"[" * 100_000),
+    ],
+    ids=lambda text: repr(text[:24]),
+)
+def test_a_sealed_description_with_hostile_numbers(path: Path, old: bytes, new: bytes) -> None:
+    """Whoever makes such a file seals it."""
+    share = prepared(path)
+    raw = share.read_bytes()
+    magic, length, _ = HEAD.unpack_from(raw)
+    description, digests = raw[HEAD.size : HEAD.size + length], raw[HEAD.size + length : HEAD.size + length + 3200]
+    assert old in description
+    changed = description.replace(old, new)
+    share.write_bytes(HEAD.pack(magic, len(changed), blake3(changed + digests).digest()) + changed + digests)
+    with pytest.raises(FormatError, match="expected the description of a share, found another text: ValueError"):
+        ShareFile.open(share)
 
 
 def test_no_share_of_another_model(path: Path, tmp_path: Path) -> None:

@@ -1,8 +1,10 @@
 import json
+from typing import Any
 
 import pytest
 from tokenizers import Tokenizer
 
+from dairllm.formats.library_panic import panics_are_errors
 from dairllm.formats.tokenizer_json import PRE_TOKENIZERS, UnsayableTokenizer, build_tokenizer_json, json_vocabulary
 
 PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -74,3 +76,27 @@ def test_the_vocabulary_of_a_file() -> None:
     assert json_vocabulary(text) == json_vocabulary(text.encode()) == {token: number for number, token in enumerate(TOKENS)}
     with pytest.raises(UnsayableTokenizer, match="cannot read it"):
         json_vocabulary("{}")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"normalizer": {"type": "Precompiled", "precompiled_charsmap": ""}},
+        {"model": {"continuing_subword_prefix": "####"}},
+        {"model": {"continuing_subword_prefix": "h"}},  # ends the process, if the library reads it: "Ì" is cut within the character
+        {"model": {"continuing_subword_prefix": 5}},
+    ],
+    ids=str,
+)
+def test_a_file_that_the_library_panics_about(changes: dict[str, Any]) -> None:
+    document = json.loads(build_tokenizer_json(TOKENS, MERGES, "gpt-2", [0], [TOOL]))
+    for key, value in changes.items():
+        document[key] = document[key] | value if key == "model" else value
+    with pytest.raises(UnsayableTokenizer):
+        json_vocabulary(json.dumps(document))
+
+
+def test_only_panics_are_caught() -> None:
+    for error in (KeyboardInterrupt, SystemExit, GeneratorExit, ZeroDivisionError):
+        with pytest.raises(error), panics_are_errors():
+            raise error

@@ -74,8 +74,20 @@ def test_without_it_the_t_file_alone(model_folder: Path) -> None:
         (lambda document: document["model"]["vocab"].update(th=263, Ġcat=258), "token 258 is b' cat', in the .t file b'th'"),
         (lambda document: document.pop("model"), "it cannot be read as a tokenizer: 'model'"),
         (lambda document: document["model"].update({"type": "Nonesuch"}), "it cannot be read as a tokenizer"),
+        (
+            lambda document: document.update(normalizer={"type": "Precompiled", "precompiled_charsmap": ""}),
+            "it cannot be read as a tokenizer: the library panics: Precompiled",
+        ),
+        (lambda document: document["model"].update(continuing_subword_prefix="##"), "it cannot be read as a tokenizer: merge"),
+        (
+            lambda document: document["added_tokens"][1].update({"content": "\x1b[2J" * 1000}),
+            "token 1 is b'\\x1b[2J\\x1b[2J",
+        ),
     ],
-    ids=["more", "other id", "other piece", "of one length", "of other lengths", "no model", "unknown kind"],
+    ids=[
+        *("more", "other id", "other piece", "of one length", "of other lengths"),
+        *("no model", "unknown kind", "a panic", "an abort", "a long name"),
+    ],
 )
 def test_another_vocabulary_is_a_warning(
     model_folder: Path, edit_tokenizer_json: Edit, change: Callable[[dict[str, Any]], None], reason: str
@@ -87,6 +99,8 @@ def test_another_vocabulary_is_a_warning(
     assert [entry["log_level"] for entry in logs] == ["warning"]
     assert logs[0]["file"] == str(model_folder / "tokenizer.json")
     assert logs[0]["reason"].startswith(reason)
+    assert logs[0]["reason"].isprintable()
+    assert len(logs[0]["reason"]) < 500
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b"null"])
@@ -95,6 +109,15 @@ def test_a_torn_file_is_a_warning(model_folder: Path, content: bytes) -> None:
     with structlog.testing.capture_logs() as logs:
         assert Tokenizer.load(model_folder / "small.t").encoder == ".t"
     assert len(logs) == 1
+
+
+def test_a_file_that_panics_when_it_is_used(model_folder: Path, edit_tokenizer_json: Edit) -> None:
+    edit_tokenizer_json(lambda document: document.update(pre_tokenizer={"type": "FixedLength", "length": 0}))
+    tokenizer = Tokenizer.load(model_folder / "small.t")
+    with pytest.raises(
+        FormatError, match=r"tokenizer\.json: expected a tokenizer that can encode any text, found the library panics: chunk"
+    ):
+        tokenizer.encode("the cat")
 
 
 def test_one_that_cannot_be_read_is_a_warning(model_folder: Path) -> None:
