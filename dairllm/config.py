@@ -163,6 +163,11 @@ def _duration(low: str, high: str) -> Callable[[object], float]:
     return validate
 
 
+def _auto_or_duration(low: str, high: str) -> Callable[[object], float | str]:
+    duration = _duration(low, high)
+    return lambda value: "auto" if value == "auto" else duration(value)
+
+
 def _auto_or(low: int, high: int) -> Callable[[object], int | str]:
     def validate(value: object) -> int | str:
         if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and low <= value <= high):
@@ -174,6 +179,7 @@ def _auto_or(low: int, high: int) -> Callable[[object], int | str]:
 
 Seconds = Annotated[float, BeforeValidator(_duration("10ms", "24h"))]
 WholeSeconds = Annotated[float, BeforeValidator(_duration("1s", "1h"))]
+Exchange = Annotated[float | Literal["auto"], BeforeValidator(_auto_or_duration("10ms", "24h"))]
 Port = Annotated[int, Field(ge=0, le=65535)]
 Threads = Annotated[int | Literal["auto"], BeforeValidator(_auto_or(1, 1024))]
 KvCache = Literal["f32", "f16", "q80"]
@@ -230,7 +236,7 @@ class Deadlines(_Section):
     mesh: Seconds = 30.0
     configuration: Seconds = 30.0
     weights: Seconds = 60.0
-    exchange: Seconds = 60.0
+    exchange: Exchange = 60.0
     shutdown: Seconds = 10.0
 
 
@@ -349,7 +355,7 @@ class RootDeadlines(_Section):
     connect: Seconds = 10.0
     answer: Seconds = 60.0
     weights: Seconds = 60.0
-    exchange: Seconds = 60.0
+    exchange: Exchange = "auto"
     reconnect: Seconds = 5.0
     recovery: Seconds = 60.0
     shutdown: Seconds = 10.0

@@ -165,6 +165,8 @@ class Meters:
     weight_bytes: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: {"compute": 0.0, "exchange": 0.0, "wait": 0.0})
     """Time in sessions: compute, exchange (moving slices), wait (for the next control packet)."""
+    pass_running: Callable[[], float] = float
+    """Asked at each scrape: for how long the pass in hand has been running; 0 where none is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,6 +207,8 @@ class ServiceMeters:
     """Requests that were put back into the line since the model was lost before their answers had begun."""
     links: Callable[[], Iterable[LinkBytes]] = tuple
     """Asked at each scrape."""
+    pass_running: Callable[[], float] = float
+    """Asked at each scrape: for how long the pass in hand has been running; 0 where none is."""
 
 
 @dataclass(slots=True)
@@ -230,6 +234,9 @@ def registry(meters: Meters | ServiceMeters) -> "CollectorRegistry":
             yield InfoMetricFamily("dairllm_build", "Version of dairllm.", {"version": __version__})
             yield InfoMetricFamily("dairllm_kernels", "Form of the kernels in use.", {"form": meters.kernel_form or "none"})
             yield GaugeMetricFamily("dairllm_peak_rss_bytes", "Most memory held so far (VmHWM).", machine.peak_rss_bytes())
+            yield GaugeMetricFamily(
+                "dairllm_pass_running_seconds", "For how long the pass in hand has been running.", meters.pass_running()
+            )
             yield from _of_paging(meters.paging)
             yield from _of_worker(meters) if isinstance(meters, Meters) else _of_service(meters)
 

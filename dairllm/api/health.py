@@ -2,7 +2,7 @@
 
 =============  ====================================================================================================
 ``/healthz``   200 while the process serves (liveness)
-``/readyz``    200 when the node can take work, else 503 with the reason (readiness)
+``/readyz``    200 when the node can take work, else 503 with the reason (readiness); for how long the pass in hand has been running
 ``/health``    the same as ``/readyz``, the name that llama.cpp and vLLM gave it
 ``/metrics``   Prometheus' text format
 =============  ====================================================================================================
@@ -34,9 +34,11 @@ def health_routes(readiness: Readiness, meters: Meters | ServiceMeters) -> list[
         return JSONResponse({"status": "ok"})
 
     async def ready(_: Request) -> Response:
+        running = meters.pass_running()
+        at_hand = {"pass_running_seconds": round(running, 3)} if running else {}
         if readiness.reason is None:
-            return JSONResponse({"status": "ok"})
-        told = {"status": "unavailable", "reason": readiness.reason}
+            return JSONResponse({"status": "ok", **at_hand})
+        told = {"status": "unavailable", "reason": readiness.reason, **at_hand}
         if readiness.waiting_until is not None:
             told["requests_wait"] = format_duration(max(0.0, math.ceil(readiness.waiting_until - time.monotonic())))
         return JSONResponse(told, status_code=503)

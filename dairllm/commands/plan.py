@@ -56,8 +56,9 @@ def run(
         machine.give_back_memory()
         runtime, of_root = program_bytes() + _ANOTHER_START, template_bytes(words)
         del words
+        told: dict[Path, str] = {}
         plans = [
-            plan_of(settings, file, node, runtime=runtime + (0 if node else of_root), peak=peak)
+            plan_of(settings, file, node, runtime=runtime + (0 if node else of_root), peak=peak, told=told)
             for node in range(len(settings.cluster.workers) + 1)
         ]
         measured = _measured(settings, file, plans) if measure else {}

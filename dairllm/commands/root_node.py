@@ -18,8 +18,10 @@ from dairllm.graph.build import N_BATCHES, build_graph, build_network, build_nod
 from dairllm.graph.references import weight_references
 from dairllm.graph.slicing import Share, deal_shares, nearly_equal_sizes, parse_shares
 from dairllm.graph.types import FloatType, NetworkConfig, NodeConfig
+from dairllm.nodes.cluster_history import ClusterHistory
 from dairllm.nodes.local import LocalNode, default_sync
 from dairllm.nodes.memory_plan import MemoryPlan, plan_memory, possible_limit, program_bytes
+from dairllm.nodes.pass_clock import PassClock
 from dairllm.nodes.prepared_share import find_share
 from dairllm.nodes.weight_stream import SENDING_BYTES
 from dairllm.text.chat_renderer import PROCESS_BYTES
@@ -83,6 +85,7 @@ def plan_of(
     limit: MemoryAmount | None = None,
     runtime: int | None = None,
     peak: int = 0,
+    told: dict[Path, str] | None = None,
 ) -> MemoryPlan:
     """The plan of a node of the cluster that the settings describe, by default of the root. Raises as `planned_model`.
 
@@ -90,6 +93,7 @@ def plan_of(
         limit: in place of the settings'.
         runtime: what its process holds beside model and caches; this process', as it is now, and what is to come, if None.
         peak: what it has held at most until now: a limit below that is broken already.
+        told: what the log was told of prepared shares, as `find_share` has it.
     """
     runtime = program_bytes() if runtime is None else runtime
     n_threads, n_nodes, sync = settings.engine.n_threads, len(settings.cluster.workers) + 1, sync_of(settings, model)
@@ -113,7 +117,7 @@ def plan_of(
 
     _, graph = shared(model.spec.seq_len, N_BATCHES)
     references = weight_references(model.spec, shares[node], graph)
-    prepared = find_share(model, references)
+    prepared = find_share(model, references, told=told)
 
     def weigh(graph: NodeConfig) -> tuple[Weights, Weights]:
         strided, packed = (LocatedWeights(model, graph, references, prepared, packed=packed) for packed in (False, True))
@@ -126,8 +130,19 @@ def plan_of(
     )  # fmt: skip
 
 
-def root_node(settings: RootSettings, model: ModelFile, compute: "Compute[Program]", plan: MemoryPlan) -> "LocalNode | Cluster":
+def root_node(
+    settings: RootSettings,
+    model: ModelFile,
+    compute: "Compute[Program]",
+    plan: MemoryPlan,
+    clock: PassClock | None = None,
+    history: ClusterHistory | None = None,
+) -> "LocalNode | Cluster":
     """What computes, not yet open.
+
+    Args:
+        clock: of its passes.
+        history: of a cluster that is opened again and again.
 
     Raises:
         GraphError: the model cannot be computed, or not shared so.
@@ -137,7 +152,7 @@ def root_node(settings: RootSettings, model: ModelFile, compute: "Compute[Progra
     kv_cache = FloatType[settings.engine.kv_cache.upper()]
     paging = None if plan.room_blocks is None else PagingSettings.chosen(settings.paging, plan.room_blocks, plan.needs.block_bytes)
     if not workers:
-        return LocalNode(model, compute, n_threads=n_threads, sync=sync, rows=plan.rows, kv_cache=kv_cache, paging=paging)
+        return LocalNode(model, compute, n_threads=n_threads, sync=sync, rows=plan.rows, kv_cache=kv_cache, paging=paging, clock=clock)
     from dairllm.nodes.root import Cluster
 
     return Cluster(
@@ -152,6 +167,8 @@ def root_node(settings: RootSettings, model: ModelFile, compute: "Compute[Progra
         overlap=settings.engine.overlap,
         deadlines=settings.deadlines,
         keepalive=settings.keepalive,
+        clock=clock,
+        history=history,
     )
 
 

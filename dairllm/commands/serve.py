@@ -21,9 +21,11 @@ from dairllm.graph.types import FloatType
 from dairllm.net.compute import Compute
 from dairllm.net.runner import Steps, in_thread, until_one_ends
 from dairllm.net.runner import run as run_service
+from dairllm.nodes.cluster_history import ClusterHistory
 from dairllm.nodes.fingerprint import Fingerprint
 from dairllm.nodes.local import LocalNode
 from dairllm.nodes.memory_plan import MemoryPlan
+from dairllm.nodes.pass_clock import PassClock
 from dairllm.nodes.root import Cluster
 from dairllm.nodes.service import Service
 from dairllm.telemetry import Readiness, ServiceMeters
@@ -58,13 +60,14 @@ def run(settings: RootSettings) -> None:
 
 async def _serve(settings: RootSettings, model: ModelFile, plan: MemoryPlan, tokenizer: Tokenizer) -> None:
     """Checks, then the server, which says what it waits for; then kernels; then the model, as often as it takes."""
-    executor = Executor(settings.engine.n_threads, settings.engine.kernels)
+    executor, clock, history = Executor(settings.engine.n_threads, settings.engine.kernels), PassClock(), ClusterHistory()
     compute: Compute[Program] = Compute(executor)
     root_node(settings, model, compute, plan)  # told now, what could be known to fail
     readiness, meters = Readiness("starting"), ServiceMeters(kernel_form=executor.form)
+    meters.pass_running = lambda: clock.running_seconds
 
     async def opened() -> LocalNode | Cluster:
-        node = root_node(settings, model, compute, plan)
+        node = root_node(settings, model, compute, plan, clock, history)
         await node.open()
         if (way := node.way) is not None:
             log.info("paging", threads=executor.n_threads, **reading(way, plan))

@@ -25,7 +25,6 @@ import contextlib
 import math
 import os
 import select
-import socket
 import time
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar, cast
@@ -34,6 +33,7 @@ from dairllm.config import Keepalive
 from dairllm.errors import LocalProtocolError, NetworkError, ProtocolError, RemoteProtocolError
 from dairllm.net.addresses import Address, address_of
 from dairllm.net.silence import Silence
+from dairllm.net.socket_options import set_options
 from dairllm.units import format_duration
 
 __all__ = ["Connection", "Incoming", "dial"]
@@ -86,6 +86,8 @@ class Connection(asyncio.BufferedProtocol):
         self._closed = self._loop.create_future()
         self.on_early: Callable[[Connection], None] | None = None
         """Called when a connection that nobody is attached to says something, or ends."""
+        self.on_end: Callable[[], None] | None = None
+        """Called once, when the other end has said its last."""
         self.peer = "nobody"
         """The other end, for messages: address and port."""
         self.peer_address: Address | None = None
@@ -93,7 +95,7 @@ class Connection(asyncio.BufferedProtocol):
         """The address of ours that the other end knows. Both are None where the connection was gone before it could be asked."""
         self.bytes_received = self.bytes_sent = 0
         self.ended_at = math.inf
-        """The loop's time when the other end had said its last."""
+        """The loop's time when the other end had said its last: where it was given up for its silence, when that began."""
 
     def __repr__(self) -> str:
         state = "open" if not self.has_ended else str(self._error or "the other end has said all")
@@ -103,6 +105,11 @@ class Connection(asyncio.BufferedProtocol):
     def has_ended(self) -> bool:
         """Whether the other end will say no more."""
         return self._eof or self._error is not None
+
+    @property
+    def ending(self) -> str | None:
+        """How it ended, for people; None while it has not."""
+        return str(self._error) if self._error is not None else f"{self.peer} closed the connection" if self._eof else None
 
     @property
     def is_hung_up(self) -> bool:
@@ -213,7 +220,7 @@ class Connection(asyncio.BufferedProtocol):
             self._transport.abort()
 
     async def closed(self) -> None:
-        """Wait for the end of a connection that was told to close."""
+        """Wait for the end of one that was told to close."""
         await asyncio.shield(self._closed)
 
     # For the event loop.
@@ -225,7 +232,7 @@ class Connection(asyncio.BufferedProtocol):
             sock = transport.get_extra_info("socket")
             self._fileno = sock.fileno()
             self._readable.register(self._fileno, select.POLLIN)
-            _configure(sock, self._keepalive)
+            set_options(sock, self._keepalive)
         peer, own = transport.get_extra_info("peername"), transport.get_extra_info("sockname")
         if peer and own:
             self.peer_address, self.own_address = address_of(peer[0]), address_of(own[0])
@@ -251,7 +258,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def eof_received(self) -> bool:
         self._eof = True
-        self.ended_at = min(self.ended_at, self._loop.time())
+        self._end_at(self._loop.time())
         self._settle_reader()
         self._notice_early()
         return True  # we may still have something to say
@@ -324,6 +331,12 @@ class Connection(asyncio.BufferedProtocol):
     def _stuck(self, incoming: Incoming[object]) -> LocalProtocolError:
         return LocalProtocolError(f"{self.peer}: waited for, but full, and its owner has to act first; expecting {incoming.expecting}")
 
+    def _end_at(self, moment: float) -> None:
+        if self.ended_at == math.inf:
+            self.ended_at = moment
+            if self.on_end is not None:
+                self.on_end()
+
     def _notice_early(self) -> None:
         if self._incoming is None and self.on_early is not None:
             self.on_early(self)
@@ -358,12 +371,13 @@ class Connection(asyncio.BufferedProtocol):
         return self._taken_at
 
     def _give_up(self, silence: float) -> None:
+        self._end_at(self._loop.time() - silence)
         self._fail(NetworkError(f"{self.peer} was silent for {format_duration(silence)}"))
         self.abort()
 
     def _fail(self, error: NetworkError) -> None:
         self._error = self._error or error
-        self.ended_at = min(self.ended_at, self._loop.time())
+        self._end_at(self._loop.time())
         self._settle_reader()
         if self._writer is not None and not self._writer.done():
             self._writer.set_exception(self._end_of(self._incoming))
@@ -387,16 +401,3 @@ async def dial(address: Address, port: int, keepalive: Keepalive, within: float,
     except OSError as error:
         raise NetworkError(f"{address} port {port} cannot be reached: {error.strerror or error}") from None
     return connection
-
-
-def _configure(sock: socket.socket, keepalive: Keepalive) -> None:
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, value in (
-        ("TCP_KEEPIDLE", math.ceil(keepalive.idle)),
-        ("TCP_KEEPINTVL", math.ceil(keepalive.interval)),
-        ("TCP_KEEPCNT", keepalive.count),
-        ("TCP_USER_TIMEOUT", math.ceil(keepalive.user_timeout * 1000)),
-    ):
-        if hasattr(socket, option):  # Linux has them all, others some
-            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)

@@ -2,11 +2,15 @@
 
     dial all > greet all > go > network, and who is of our kind > node > weights
 
+Workers that were missing the last time are dialled first, before the root's own share is opened, and greeted first. Until they have
+answered, nobody else is called: a worker that is switched off over night costs the others nothing, and the root little.
+
 A worker of our kind says which model it has on a disk of its own. Where that is this one, it is told which parts of it are its weights, and
 none is sent.
 """
 
 import asyncio
+import math
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 
@@ -19,6 +23,8 @@ from dairllm.graph.model import ModelSpec
 from dairllm.graph.references import NO_MODEL, weight_references
 from dairllm.graph.types import FloatType, NetworkConfig
 from dairllm.net.runner import in_thread
+from dairllm.nodes.cluster_history import ClusterHistory
+from dairllm.nodes.first_to_leave import first_to_leave
 from dairllm.nodes.remote_worker import RemoteWorker
 from dairllm.nodes.weight_stream import WeightStream
 from dairllm.protocol.dllama.codec import Greeting, Peer
@@ -44,62 +50,79 @@ _HINTS = {
 
 
 class Introduction:
-    """`lead` it once.
+    """`find_absent`, then `lead`, each once.
 
     Args:
         model: open; the caller's.
         workers: in the order of their node numbers, from 1 on.
-        identity: the model's (dairllm.formats.digest).
         logits_rows: outputs of each node's part of the classifier.
+        history: whom earlier introductions missed; told whom this one does.
     """
 
     def __init__(
-        self, model: ModelFile, network: NetworkConfig, workers: Sequence[RemoteWorker], identity: bytes, logits_rows: int
+        self,
+        model: ModelFile,
+        network: NetworkConfig,
+        workers: Sequence[RemoteWorker],
+        logits_rows: int,
+        history: ClusterHistory,
     ) -> None:
         self._model, self._network, self._workers = model, network, workers
-        self._identity, self._logits_rows = identity, logits_rows
+        self._logits_rows, self._history = logits_rows, history
+        self._absent = [worker for worker in workers if worker.address in history.absent]
 
-    async def lead(self, progress: Progress | None) -> None:
-        """From dialling to the last weight. Raises what `Cluster.open` says of workers."""
-        await self._dial()
-        await self._greet()
-        await self._configure()
+    async def find_absent(self) -> None:
+        """Dial those that were missing the last time. Raises what `Cluster.open` says of workers."""
+        await self._dial(self._absent)
+
+    async def lead(self, identity: bytes, progress: Progress | None) -> None:
+        """From dialling to the last weight. Raises what `Cluster.open` says of workers.
+
+        Args:
+            identity: the model's (dairllm.formats.digest).
+        """
+        for some in (self._absent, [worker for worker in self._workers if worker not in self._absent]):
+            await self._dial([worker for worker in some if not worker.is_connected])
+            await self._greet(some)
+        for worker in self._workers:
+            worker.link.send([worker.wire.go()])
+        await self._configure(identity)
         await self._send_weights(progress)
+        self._history.complete()
 
-    async def _dial(self) -> None:
-        """Connect to all, or to none: until all are there, nothing has been said to anybody."""
-        results = await asyncio.gather(*(worker.dial() for worker in self._workers), return_exceptions=True)
-        failed = [result for result in results if isinstance(result, BaseException)]
-        if not failed:
+    async def _dial(self, workers: Sequence[RemoteWorker]) -> None:
+        """Connect to these, or to none: until all of them are there, nothing has been said to any."""
+        results = await asyncio.gather(*(worker.dial() for worker in workers), return_exceptions=True)
+        failed = {worker: result for worker, result in zip(workers, results, strict=True) if isinstance(result, BaseException)}
+        if workers and not failed:
             await asyncio.sleep(AFTER_DIALLING)
-            failed = [
-                NetworkError(f"{worker.name} closed the connection at once: it serves another root, or is no worker")
-                for worker in self._workers
+            failed = {
+                worker: NetworkError(f"{worker.name} closed the connection at once: it serves another root, or is no worker")
+                for worker in workers
                 if worker.link.has_ended
-            ]
-        for error in failed:
+            }
+        for error in failed.values():
             if not isinstance(error, DairllmError):
                 raise error
         if failed:
-            raise NetworkError("; ".join(map(str, failed)))
+            self._history.missed(worker.address for worker in failed)
+            raise NetworkError("; ".join(map(str, failed.values())))
 
-    async def _greet(self) -> None:
-        """Tell each worker of the others, and when all have answered, all to make their mesh."""
+    async def _greet(self, workers: Sequence[RemoteWorker]) -> None:
+        """Tell each of these of all others, and hear that it is there."""
         peers = [Peer(worker.address.host, worker.address.port) for worker in self._workers]
 
         async def greet(worker: RemoteWorker) -> None:
             index = worker.node - 1
             await worker.tell(worker.wire.greet(Greeting(len(peers), index, (*peers[:index], *peers[index + 1 :]))))
 
-        await self._all(greet)
-        for worker in self._workers:
-            worker.link.send([worker.wire.go()])
+        await self._all(greet, workers)
 
-    async def _configure(self) -> None:
+    async def _configure(self, identity: bytes) -> None:
         async def network(worker: RemoteWorker) -> None:
             acknowledged = await worker.tell(worker.wire.configure_network(self._network))
             worker.kind = "dairllm" if acknowledged.ours else "dllama"
-            worker.has_model = acknowledged.model == self._identity
+            worker.has_model = acknowledged.model == identity
             if not worker.has_model:
                 has = "none" if acknowledged.model == NO_MODEL else "another"
                 log.info("weights are to be sent", worker=str(worker.address), kind=worker.kind, own_model=has)
@@ -110,13 +133,13 @@ class Introduction:
             references = weight_references(spec, worker.share, graph) if worker.has_model else ()
             await worker.tell(worker.wire.configure_node(graph, references))
 
-        await self._all(network)
+        await self._all(network, self._workers)
         obstacle = _dllama_obstacle(self._model.spec)
         foreign = [worker for worker in self._workers if worker.kind == "dllama"]
         if obstacle and foreign:
             names = ", ".join(worker.name for worker in foreign)
             raise ConfigError(f"{names}: of distributed-llama, whose workers {obstacle}; or run `dairllm worker` there")
-        await self._all(node)
+        await self._all(node, self._workers)
 
     async def _send_weights(self, progress: Progress | None) -> None:
         """Each worker at its own pace; to those that have the model, nothing but that this is all."""
@@ -138,25 +161,37 @@ class Introduction:
                 await worker.send_weights(stream, tell)
             await worker.tell(worker.wire.end_weights())
 
-        await self._all(send)
+        await self._all(send, self._workers)
 
-    async def _all(self, step: Callable[[RemoteWorker], Awaitable[None]]) -> None:
-        """The same with every worker at once. The first that fails ends the others' waits, and is named."""
+    async def _all(self, step: Callable[[RemoteWorker], Awaitable[None]], workers: Sequence[RemoteWorker]) -> None:
+        """The same with these workers at once. The first that fails ends the others' waits.
+
+        Whoever went first is named, which need not be the one that was heard of first.
+        """
 
         async def named(worker: RemoteWorker) -> None:
             try:
                 await step(worker)
             except (NetworkError, RemoteProtocolError) as error:
-                hint = _HINTS.get(worker.wire.stage, "")
-                raise type(error)(f"{worker.name}, {worker.wire.stage.value}: {error}{hint}") from None
+                raise type(error)(await self._blame(worker, error)) from None
 
-        tasks = [asyncio.ensure_future(named(worker)) for worker in self._workers]
+        tasks = [asyncio.ensure_future(named(worker)) for worker in workers]
         try:
             await asyncio.gather(*tasks)
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _blame(self, worker: RemoteWorker, error: DairllmError) -> str:
+        """What to say of an error that was met with a worker."""
+        culprit, problem = worker, str(error)
+        if worker.ended_at < math.inf:
+            culprit = await first_to_leave(self._workers, worker.node) or worker
+            problem = problem if culprit is worker else culprit.link.ending or problem
+        self._history.missed([culprit.address])
+        stage = culprit.wire.stage
+        return f"{culprit.name}, {stage.value}: {problem}{_HINTS.get(stage, '')}"
 
 
 def _dllama_obstacle(spec: ModelSpec) -> str | None:

@@ -17,6 +17,7 @@ from dairllm.graph.build import LOGITS_PIPE, TOKEN_PIPE, build_graph
 from dairllm.graph.types import FloatType
 from dairllm.net.compute import Compute
 from dairllm.nodes.node_program import NodeProgram, open_program
+from dairllm.nodes.pass_clock import PassClock
 from dairllm.nodes.report import NodeReport
 
 __all__ = ["PROMPT_ROWS", "LocalNode", "default_sync"]
@@ -44,6 +45,7 @@ class LocalNode:
         rows: of a prompt that go through the layers together.
         kv_cache: F32, F16 or Q80.
         paging: room for part of the weights; all are used in place if None.
+        clock: of its passes, for who wants to know how long the one in hand has been running.
 
     Raises:
         GraphError: the model has a shape that we cannot compute. Told before any kernel is needed.
@@ -59,11 +61,13 @@ class LocalNode:
         rows: int | None = None,
         kv_cache: FloatType = FloatType.F32,
         paging: PagingSettings | None = None,
+        clock: PassClock | None = None,
     ) -> None:
         spec = model.spec
         self.seq_len, self.vocab_size = spec.seq_len, spec.vocab_size
         self.n_batches = min(PROMPT_ROWS if rows is None else rows, spec.seq_len)
         self.n_threads = n_threads
+        self._clock = clock or PassClock()
         self._model, self._compute, self._kv_cache, self._paging = model, compute, kv_cache, paging
         self._graph = build_graph(spec, 1, default_sync(spec.weight_type) if sync is None else sync, self.n_batches)
         self._own: NodeProgram | None = None
@@ -99,12 +103,13 @@ class LocalNode:
         self._tokens[:rows, 0] = tokens
         program, compute = own.program, own.compute
         last = program.n_segments - 1
-        if rows == 1 and logits:
-            await compute.run(program, 0, last + 1, position, 1)
-        else:
-            await compute.run(program, 0, last, position, rows)
-            if logits:  # the last segment is the classifier, wanted for the last row alone
-                await compute.run(program, last, last + 1, position, rows, rows - 1)
+        with self._clock.running(rows):
+            if rows == 1 and logits:
+                await compute.run(program, 0, last + 1, position, 1)
+            else:
+                await compute.run(program, 0, last, position, rows)
+                if logits:  # the last segment is the classifier, wanted for the last row alone
+                    await compute.run(program, last, last + 1, position, rows, rows - 1)
         return self._logits[rows - 1] if logits else None
 
     @property

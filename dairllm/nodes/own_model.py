@@ -29,6 +29,7 @@ class OwnModel:
 
     def __init__(self, file: ModelFile, identity: bytes) -> None:
         self.file, self._identity = file, identity
+        self._told: dict[Path, str] = {}  # of prepared shares, to the log
 
     @classmethod
     def open(cls, path: str | Path, progress: Progress | None = None) -> "OwnModel":
@@ -85,7 +86,7 @@ class OwnModel:
             return None
 
     def _locate(self, received: NodeReceived, references: tuple[WeightReference, ...]) -> tuple[LocatedWeights, LocatedWeights]:
-        share = find_share(self.file, references, lambda: self._identity)
+        share = find_share(self.file, references, lambda: self._identity, self._told)
         strided, packed = (LocatedWeights(self.file, received.node, references, share, packed=packed) for packed in (False, True))
         return strided, packed
 

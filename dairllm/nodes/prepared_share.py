@@ -1,6 +1,7 @@
 """A node's share in a file of its own (`dairllm prepare`), found beside the model where there is one that belongs to it."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import structlog
 
@@ -17,32 +18,48 @@ __all__ = ["find_share"]
 log = structlog.get_logger()
 
 
-def find_share(model: ModelFile, references: Sequence[WeightReference], identify: Callable[[], bytes] | None = None) -> ShareFile | None:
-    """The file of the share that a node's weights are, located; None where there is none. One that is not used is told to the log.
+def find_share(
+    model: ModelFile,
+    references: Sequence[WeightReference],
+    identify: Callable[[], bytes] | None = None,
+    told: dict[Path, str] | None = None,
+) -> ShareFile | None:
+    """The file of the share that a node's weights are, located; None where there is none.
 
     Args:
         references: all of the node's weights.
         identify: which model it is, asked only where a file of that share is there; its digests are looked up, or made, if None.
+        told: what the log was told of each file last; what is new is told now. None: the log is told nothing.
 
     Raises:
         FormatError: the model cannot be read.
     """
+
+    def is_news(path: Path, line: str) -> bool:
+        if told is None or told.get(path) == line:
+            return False
+        told[path] = line
+        return True
+
     for path in share_paths(model.path):
         try:
             file = ShareFile.open(path)
         except FormatError as error:
-            log.warning("a prepared share is not used", reason=str(error))
+            if is_news(path, str(error)):
+                log.warning("a prepared share is not used", reason=str(error))
             continue
         if _is_share(model.spec, file.contents.share, references):
             try:
                 if file.contents.identity == (identify or (lambda: model_digests(model).identity))():
                     file.locate(model)
-                    log.info("weights are read from the prepared share", share=str(path))
+                    if is_news(path, ""):
+                        log.info("weights are read from the prepared share", share=str(path))
                     return file
                 reason = f"it was made of another model than {model.path} is now; `dairllm prepare` makes it anew"
             except FormatError as error:
                 reason = str(error)
-            log.warning("a prepared share is not used", share=str(path), reason=reason)
+            if is_news(path, reason):
+                log.warning("a prepared share is not used", share=str(path), reason=reason)
         file.close()
     return None
 

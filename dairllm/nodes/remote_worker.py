@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Literal
@@ -55,6 +56,11 @@ class RemoteWorker:
     @property
     def is_connected(self) -> bool:
         return self._connection is not None and not self._connection.has_ended
+
+    @property
+    def ended_at(self) -> float:
+        """The loop's time when it had said its last; infinite while it is there, and where it was not dialled."""
+        return math.inf if self._connection is None else self._connection.ended_at
 
     @property
     def link(self) -> Connection:

@@ -21,7 +21,7 @@ from dairllm.engine.paging import PagingMeters, PagingSettings
 from dairllm.engine.paging_choice import WayChoice
 from dairllm.engine.paging_effort import Effort
 from dairllm.engine.program import Program
-from dairllm.errors import ConfigError, EngineError, NetworkError, RemoteProtocolError
+from dairllm.errors import ConfigError, DairllmError, EngineError, NetworkError, RemoteProtocolError
 from dairllm.formats.digest import WORTH_KEEPING, model_digests
 from dairllm.formats.model_file import ModelFile
 from dairllm.graph.build import LOGITS_PIPE, TOKEN_PIPE, build_network, build_node
@@ -31,9 +31,12 @@ from dairllm.graph.slicing import ShareSize, deal_shares, nearly_equal_sizes
 from dairllm.graph.types import FloatType
 from dairllm.net.compute import Compute
 from dairllm.net.runner import in_thread
+from dairllm.nodes.cluster_history import ClusterHistory
+from dairllm.nodes.first_to_leave import first_to_leave
 from dairllm.nodes.introduction import Introduction, Progress
 from dairllm.nodes.local import default_sync
 from dairllm.nodes.node_program import NodeProgram, open_program
+from dairllm.nodes.pass_clock import PassClock
 from dairllm.nodes.prepared_share import find_share
 from dairllm.nodes.remote_worker import FAREWELL_SECONDS, RemoteWorker
 from dairllm.nodes.report import NodeReport
@@ -68,6 +71,8 @@ class Cluster:
         paging: room for part of the root's weights; all are used in place if None.
         overlap: compute large batches in two parts, one on the wire while the other is computed. Not where weights are paged: they would be
             read twice.
+        clock: of its passes, for who wants to know how long the one in hand has been running.
+        history: what earlier openings of the same cluster found out.
 
     Raises:
         ConfigError: no workers, or another number of sizes than of nodes.
@@ -88,6 +93,8 @@ class Cluster:
         overlap: bool = True,
         deadlines: RootDeadlines | None = None,
         keepalive: Keepalive | None = None,
+        clock: PassClock | None = None,
+        history: ClusterHistory | None = None,
     ) -> None:
         n_nodes = len(workers) + 1
         if n_nodes < 2:
@@ -100,6 +107,7 @@ class Cluster:
         self._kv_cache, self._paging = kv_cache, paging
         self._own: NodeProgram | None = None
         self._deadlines, self._keepalive = deadlines or RootDeadlines(), keepalive or Keepalive()
+        self._clock, self._history = clock or PassClock(), history or ClusterHistory()
         shares = deal_shares(spec, nearly_equal_sizes(spec, n_nodes) if sizes is None else sizes)
         self._network = build_network(spec, shares, default_sync(spec.weight_type) if sync is None else sync)
         self._node = build_node(spec, self._network, 0, shares[0])
@@ -154,20 +162,25 @@ class Cluster:
             ConfigError: a worker of distributed-llama cannot compute this model; says how to convert it.
             EngineError: the root's own share cannot be computed.
         """
-        self._identity = await in_thread("digests", lambda: self._identify(progress))
-        weights = await in_thread("weights", self._locate)
+        introduction = Introduction(self._model, self._network, self._workers, self._logits_rows, self._history)
         n_threads, kv_cache, model = self._n_threads, self._kv_cache, self._model
-        self._own = own = await open_program(
-            self._network, self._node, weights, self._compute, n_threads=n_threads, kv_cache=kv_cache, model=model, paging=self._paging
-        )
         try:
-            await Introduction(self._model, self._network, self._workers, self._identity, self._logits_rows).lead(progress)
+            await introduction.find_absent()
+            self._identity = await in_thread("digests", lambda: self._identify(progress))
+            weights = await in_thread("weights", self._locate)
+            self._own = own = await open_program(
+                self._network, self._node, weights, self._compute, n_threads=n_threads, kv_cache=kv_cache, model=model, paging=self._paging
+            )
+            await introduction.lead(self._identity, progress)
         except BaseException:
             await self._leave()
             raise
         connections = {worker.node: worker.link for worker in self._workers}
         links = {worker.node: worker.wire for worker in self._workers}
-        overlap, silence = self._overlap and self._paging is None, self._deadlines.exchange
+        overlap = self._overlap and self._paging is None
+        exchange = self._deadlines.exchange
+        silence = self._clock.silence if exchange == "auto" else lambda _: exchange
+        self._clock.forget()
         program, compute = own.program, own.compute
         self._pass = TensorPass(program, self._plan, compute, connections, links, overlap=overlap, silence=silence, meter=self._meter)
         self._tokens = program.values(TOKEN_PIPE)
@@ -229,7 +242,7 @@ class Cluster:
     def _locate(self) -> LocatedWeights:
         """The root's own share."""
         references = weight_references(self._model.spec, self._share, self._node)
-        prepared = find_share(self._model, references, lambda: self._identity)
+        prepared = find_share(self._model, references, lambda: self._identity, self._history.told)
         weights = LocatedWeights(self._model, self._node, references, prepared, packed=self._paging is None)
         weights.allocate()
         return weights
@@ -241,18 +254,25 @@ class Cluster:
         self._tokens[:rows, 0] = tokens
         control = Control(position, rows)
         try:
-            for worker in self._workers:
-                worker.link.send([worker.wire.control(control)])
-            await self._pass.run(position, rows, rows - 1 if logits else rows)
+            with self._clock.running(rows):
+                for worker in self._workers:
+                    worker.link.send([worker.wire.control(control)])
+                await self._pass.run(position, rows, rows - 1 if logits else rows)
         except (NetworkError, RemoteProtocolError) as error:
-            raise type(error)(f"{self._culprit()}, {Stage.READY.value}, position {position}: {error}") from None
+            raise type(error)(await self._blame(error, position)) from None
         self._usable = True
 
-    def _culprit(self) -> str:
-        """Who was gone first, as far as can be told from here: a worker that lost another one goes too."""
-        gone = [worker for worker in self._workers if worker.link.has_ended]
-        awaited = self._pass.awaited  # of several whose end was seen at the same moment
-        return min(gone, key=lambda worker: (worker.link.ended_at, worker.node != awaited)).name if gone else "a worker"
+    async def _blame(self, error: DairllmError, position: int) -> str:
+        """What to say of a pass that failed: a worker that lost another one goes too."""
+        awaited = self._pass.awaited
+        culprit = await first_to_leave(self._workers, awaited)
+        problem = str(error)
+        if culprit is None:  # all are there still: it said something wrong
+            culprit = next(worker for worker in self._workers if worker.node == awaited)
+        elif culprit.node != awaited:
+            problem = culprit.link.ending or problem
+        self._history.missed([culprit.address])
+        return f"{culprit.name}, {Stage.READY.value}, position {position}: {problem}"
 
     def _put_down(self, task: asyncio.Task[None]) -> None:
         self._in_hand = None

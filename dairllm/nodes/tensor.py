@@ -5,6 +5,7 @@ follows from the graph: run segments, exchange slices of a pipe, run the next. W
 the transport's, computing the engine's; here is the order of things, and which memory they share.
 """
 
+import asyncio
 import contextlib
 import math
 import time
@@ -23,11 +24,13 @@ from dairllm.graph.references import NO_MODEL
 from dairllm.graph.types import FloatType
 from dairllm.net.compute import Compute
 from dairllm.net.mesh import Mesh
+from dairllm.net.presence import while_there
 from dairllm.net.runner import in_thread
 from dairllm.net.transport import Connection
 from dairllm.nodes.memory_plan import plan_node, possible_limit
 from dairllm.nodes.node_program import NodeProgram, open_program
 from dairllm.nodes.own_model import OwnModel
+from dairllm.nodes.pass_clock import PassClock
 from dairllm.nodes.tensor_pass import TensorPass
 from dairllm.nodes.weight_check import CHECK_BYTES, WeightCheck
 from dairllm.nodes.weight_intake import WeightIntake
@@ -42,6 +45,10 @@ __all__ = ["TensorSession"]
 
 log = structlog.get_logger()
 T = TypeVar("T")
+STAY_SECONDS = 1.0
+"""A worker stays so long when another one has gone. Longer than a root looks for who else goes, which then closes the connection."""
+GONE_SECONDS = 1.0
+"""A session whose root has gone ends so soon, though another worker is waited for: the next root may be there already."""
 
 
 class TensorSession:
@@ -79,6 +86,14 @@ class TensorSession:
         Raises:
             DairllmError: whoever did something wrong: RemoteProtocolError, NetworkError, LimitError, GraphError, EngineError.
         """
+        try:
+            await self._serve()
+        except (NetworkError, RemoteProtocolError):
+            if not self._wire.dead:  # another worker's fault, it seems
+                await self._stay()
+            raise
+
+    async def _serve(self) -> None:
         await self._join()
         received, marker, model = await self._configure()
         try:
@@ -113,7 +128,8 @@ class TensorSession:
         """The root knows that we are here, we that all others are; then the mesh."""
         self._acknowledge()
         await self._expect(Go, self._settings.deadlines.handshake)
-        await self._mesh.connect(self._root.own_address)
+        async with while_there(self._root, GONE_SECONDS):
+            await self._mesh.connect(self._root.own_address)
 
     async def _configure(self) -> tuple[NodeReceived, bytes, bytes]:
         """What to compute; what the root has left in the network configuration; the identity of our own model, as it was told."""
@@ -173,13 +189,17 @@ class TensorSession:
 
     async def _meet(self, received: NodeReceived) -> None:
         """Peers may speak once we have acknowledged the weights: their links are attached before, and nothing is waited for between."""
-        for node, connection in (await self._mesh.settle()).items():
+        async with while_there(self._root, GONE_SECONDS):
+            settled = await self._mesh.settle()
+        for node, connection in settled.items():
             self._links[node] = link = PeerLink(received.network, received.plan, node)
             self._connections[node] = connection
             connection.attach(link)
 
     async def _infer(self, own: NodeProgram, plan: tuple[Run | Exchange, ...]) -> None:
-        silence, program = self._settings.deadlines.exchange, own.program
+        exchange, program, clock = self._settings.deadlines.exchange, own.program, PassClock()
+        silence = clock.silence if exchange == "auto" else lambda _: exchange
+        self._meters.pass_running = lambda: clock.running_seconds
         overlap = self._settings.worker.overlap and own.paging is None  # in two parts, paged weights would be read twice
         tensor_pass = TensorPass(
             program, plan, own.compute, self._connections, self._links, overlap=overlap, silence=silence, meter=self._meters
@@ -199,7 +219,9 @@ class TensorSession:
             for link in self._links.values():
                 if isinstance(link, PeerLink):
                     link.begin(event.rows)
-            await tensor_pass.run(event.position, event.rows)
+            async with while_there(self._root, GONE_SECONDS):
+                with clock.running(event.rows):
+                    await tensor_pass.run(event.position, event.rows)
             self._token_in_hand = False
             self._count(event.rows, time.perf_counter() - started)
             self._meters.paging.follow(own.paging)
@@ -215,6 +237,13 @@ class TensorSession:
 
     def _acknowledge(self) -> None:
         self._root.send([self._wire.acknowledge()])
+
+    async def _stay(self) -> None:
+        """Leave the root a moment to see who went first: who leaves at once because of another is taken for the one that failed."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(STAY_SECONDS):
+                while not self._root.is_hung_up:  # noqa: ASYNC110 - reading may be paused, and then nothing tells
+                    await asyncio.sleep(STAY_SECONDS / 50)
 
     async def _refuse(self, reason: str) -> None:
         """Tell a root of ours why, and stay until it leaves: the other workers would miss us in the mesh that they still make."""

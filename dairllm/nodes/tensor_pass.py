@@ -10,7 +10,7 @@ have left, and what is to come for them must have come.
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Protocol
@@ -62,7 +62,7 @@ class TensorPass:
         links: what each connection is attached to; rows are due when the pass begins.
         overlap: compute large batches in two parts, if that is found faster than whole: with a network that costs next to nothing the
             weights are read twice for it.
-        silence: seconds without a byte after which a node is given up.
+        silence: seconds without a byte after which a node is given up in a pass of so many rows.
         meter: counts seconds of compute and exchange.
     """
 
@@ -75,10 +75,11 @@ class TensorPass:
         links: Mapping[int, RowsFrom],
         *,
         overlap: bool,
-        silence: float,
+        silence: Callable[[int], float],
         meter: Meter,
     ) -> None:
-        self.program, self._compute, self._meter, self._silence = program, compute, meter, silence
+        self.program, self._compute, self._meter, self._silence_of = program, compute, meter, silence
+        self._silence = 0.0
         self._connections, self._links = connections, links
         self._overlap = Trial([_halves, _whole] if overlap else [_whole])
         self._stages = _stages(plan)
@@ -105,7 +106,7 @@ class TensorPass:
         """
         clock, seconds = time.perf_counter, self._meter.seconds
         begun = before = yielded = clock()
-        parts = self._overlap.way(rows)
+        parts, self._silence = self._overlap.way(rows), self._silence_of(rows)
         for stage in self._stages:
             for part, (first, stop) in enumerate(parts):
                 if stage.run is not None:
