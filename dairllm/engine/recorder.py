@@ -31,7 +31,7 @@ class _Uses:
 
     def _otherwise(self, new: Use, written: bool) -> bool:
         deals = self._deals.get((new.memory, written))
-        return bool(deals) and (None in deals or deals != {new.deal})
+        return deals is not None and bool(deals) and (None in deals or deals != {new.deal})
 
     def add(self, use: Use) -> bool:
         """Whether it is another than there were."""
