@@ -22,6 +22,7 @@ escaped here, where all messages pass, and what is very long is cut.
 """
 
 from pathlib import Path
+from typing import TypeVar
 
 __all__ = [
     "ConfigError",
@@ -36,7 +37,10 @@ __all__ = [
     "RefusedError",
     "RemoteProtocolError",
     "printable",
+    "without_trace",
 ]
+
+E = TypeVar("E", bound=BaseException)
 
 _LONGEST_MESSAGE = 4000
 """Characters; a path alone may have 4095 bytes."""
@@ -119,3 +123,10 @@ class NetworkError(DairllmError):
 
 class EngineError(DairllmError):
     """The computation failed."""
+
+
+def without_trace(error: E) -> E:
+    """The same error without the frames that it came through and the errors that it came of: whoever
+    keeps it would keep all that those worked on, a model's memory, say."""
+    error.__traceback__ = error.__cause__ = error.__context__ = None
+    return error

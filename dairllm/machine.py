@@ -21,6 +21,8 @@ __all__ = [
 
 
 _PAGE_OUT = 21  # MADV_PAGEOUT
+_LIBC = ctypes.CDLL(None)
+"""Loaded once: each time makes a class, which only the search for garbage ends."""
 
 
 def memory_bytes(root: Path = Path("/")) -> int:
@@ -97,7 +99,7 @@ def ask_for_huge_pages(mapped: mmap.mmap) -> None:
 
 def give_back_memory() -> None:
     """Let the system have what native libraries have freed, which the C library would keep for later."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc alone
+    trim = getattr(_LIBC, "malloc_trim", None)  # of glibc alone
     if trim is not None:
         trim(0)
 
@@ -107,7 +109,7 @@ def give_back_libraries() -> None:
 
     Pages that other processes use as well stay.
     """
-    advise = ctypes.CDLL(None).madvise
+    advise = _LIBC.madvise
     for line in (_read(Path("/proc/self/maps")) or "").splitlines():
         span, rights, _, _, _, *path = line.split(maxsplit=5)
         if rights in ("r--p", "r-xp") and path and ".so" in path[0]:

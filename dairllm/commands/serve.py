@@ -68,7 +68,7 @@ async def _serve(settings: RootSettings, model: ModelFile, plan: MemoryPlan, tok
 
     async def opened() -> LocalNode | Cluster:
         node = root_node(settings, model, compute, plan, clock, history)
-        await node.open()
+        await node.open()  # which leaves nothing behind where it fails
         if (way := node.way) is not None:
             log.info("paging", threads=executor.n_threads, **reading(way, plan))
         return node

@@ -10,7 +10,7 @@ import time
 
 import numpy as np
 
-from dairllm.engine.memory import aligned
+from dairllm.engine.allocation import aligned
 from dairllm.engine.program import Program
 from dairllm.errors import EngineError
 from dairllm.kernels.entry import Entry

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dairllm.engine.allocation import aligned
 from dairllm.engine.area import Area
-from dairllm.engine.memory import aligned
 from dairllm.engine.weights import WeightsFile, WeightView
 from dairllm.errors import GraphError
 from dairllm.formats.model_file import ModelFile

@@ -5,14 +5,13 @@ that only matmuls read lie packed in panels, a RoPE cache is a table that ops sh
 The *role* of each buffer follows from the ops that use it.
 """
 
-import contextlib
-import mmap
 from collections.abc import Iterator
 from enum import Enum
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dairllm.engine.allocation import sparse
 from dairllm.engine.area import Area
 from dairllm.engine.packed import Packed
 from dairllm.engine.rope import MAX_POSITIONS
@@ -41,7 +40,7 @@ from dairllm.graph.types import (
 from dairllm.kernels.panels import TILE_COLUMNS, row_panel_bytes, tile_panel_bytes
 from dairllm.kernels.sizes import CHUNK
 
-__all__ = ["Layout", "Role", "aligned", "buffer_roles"]
+__all__ = ["Layout", "Role", "buffer_roles"]
 
 _LINE = 64
 _PAGE = 4096
@@ -54,24 +53,6 @@ class Role(Enum):
     PACKED = "packed activations"
     CACHE = "KV cache"
     INDEXES = "expert indexes"
-
-
-def aligned(nbytes: int) -> NDArray[np.uint8]:
-    """Zeroed bytes at an address that is a multiple of 64; the kernel gives the pages when they are first touched."""
-    raw = np.zeros(nbytes + _LINE, np.uint8)
-    offset = -raw.ctypes.data % _LINE
-    return raw[offset : offset + nbytes]
-
-
-def _sparse(nbytes: int) -> NDArray[np.uint8]:
-    """As `aligned`, in small pages.
-
-    A cache keeps its positions head by head, megabytes apart. In huge pages, which numpy asks for, the first token would take all of them.
-    """
-    memory = mmap.mmap(-1, max(nbytes, 1), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a kernel without huge pages
-        memory.madvise(mmap.MADV_NOHUGEPAGE)
-    return np.frombuffer(memory, np.uint8, nbytes)
 
 
 def _uses(op: Op) -> Iterator[tuple[int, Role]]:
@@ -264,7 +245,7 @@ class Layout:
         self.nbytes += -(-nbytes // _LINE) * _LINE
 
     def allocate(self) -> None:
-        self._memory = _sparse(self.nbytes)
+        self._memory = sparse(self.nbytes)
         self._whole = Area.of("the program's memory", self._memory)
 
     def area(self, kind: str, index: int) -> Area:

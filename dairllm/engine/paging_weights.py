@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dairllm.engine import system
+from dairllm.engine.allocation import aligned
 from dairllm.engine.area import Area
-from dairllm.engine.memory import aligned
 from dairllm.engine.paging_window import Window
 from dairllm.engine.weights import Weights, WeightsFile, WeightView
 from dairllm.errors import EngineError

@@ -8,8 +8,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from dairllm.engine.allocation import aligned
 from dairllm.engine.area import Area
-from dairllm.engine.memory import Layout, aligned
+from dairllm.engine.memory import Layout
 from dairllm.engine.ops import Emitter
 from dairllm.engine.pieces import Piece
 from dairllm.engine.tables import RopeTables, table_bytes

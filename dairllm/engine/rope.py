@@ -11,6 +11,7 @@ from decimal import Decimal, localcontext
 import numpy as np
 import numpy.typing as npt
 
+from dairllm.engine.allocation import aligned
 from dairllm.errors import GraphError
 from dairllm.graph.types import RopeConfig, RopeType
 
@@ -41,7 +42,7 @@ def rope_table(config: RopeConfig) -> Floats:
     if not 1 <= config.seq_len <= MAX_POSITIONS:
         raise GraphError(f"rope: a table of {config.seq_len} positions; expected 1 to {MAX_POSITIONS}")
     frequencies = rope_frequencies(config).astype(np.float64)
-    table = np.empty((config.seq_len, len(frequencies), 2), np.float32)
+    table = aligned(config.seq_len * len(frequencies) * 8).view(np.float32).reshape(config.seq_len, len(frequencies), 2)
     step = max(1, _CHUNK // len(frequencies))
     for first in range(0, config.seq_len, step):
         part = table[first : first + step]

@@ -8,8 +8,8 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from dairllm.engine.allocation import aligned
 from dairllm.engine.area import Area
-from dairllm.engine.memory import aligned
 from dairllm.errors import GraphError, RemoteProtocolError
 from dairllm.formats.file_stamp import FileStamp
 from dairllm.formats.model_file import ModelFile

@@ -153,6 +153,7 @@ class Compute(Generic[P]):
             raise
         finally:
             self._call_in(None)
+            self._done = None  # an error in it would keep all that its waiters held
 
     def _break_off_in(self, seconds: float, reason: str) -> None:
         def break_off() -> None:

@@ -153,27 +153,34 @@ async def in_thread(name: str, call: Callable[[], T]) -> T:
     """
     loop = asyncio.get_running_loop()
     future: asyncio.Future[T] = loop.create_future()
-
-    def settle(result: T | None, error: BaseException | None) -> None:
-        if not future.done():
-            if error is None:
-                future.set_result(result)  # type: ignore[arg-type] # a result of None is one of T's
-            else:
-                future.set_exception(error)
-
-    def work() -> None:
-        result, error = None, None
-        try:
-            result = call()
-        except BaseException as caught:  # it is raised where it is waited for
-            error = caught
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
-            loop.call_soon_threadsafe(settle, result, error)
-
-    thread = threading.Thread(target=work, name=name, daemon=True)
+    thread = threading.Thread(target=_work, args=(loop, future, call), name=name, daemon=True)
     thread.start()
     try:
         return await future
     except asyncio.CancelledError:
         thread.name = _ABANDONED + name
         raise
+    finally:
+        # An error knows this frame, and the future the error: a circle, which would keep what the call held.
+        del future, call, thread
+
+
+def _work(loop: asyncio.AbstractEventLoop, future: "asyncio.Future[T]", call: Callable[[], T]) -> None:
+    """The thread's body."""
+    result, error = None, None
+    try:
+        result = call()
+    except BaseException as caught:  # it is raised where it is waited for
+        error = caught
+    with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
+        loop.call_soon_threadsafe(_settle, future, result, error)
+    del error  # which knows this frame
+
+
+def _settle(future: "asyncio.Future[T]", result: T | None, error: BaseException | None) -> None:
+    if future.done():
+        return
+    if error is None:
+        future.set_result(result)  # type: ignore[arg-type] # a result of None is one of T's
+    else:
+        future.set_exception(error)

@@ -40,6 +40,7 @@ class Silence:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        self._moved_at, self._expire = _never, _nothing  # they hold the connection, which holds this
 
     def _arm(self, due: float) -> None:
         if math.isfinite(due):
@@ -57,3 +58,11 @@ class Silence:
             self._arm(due)
         else:
             self._expire(self._allowed)
+
+
+def _never() -> float:
+    return -math.inf
+
+
+def _nothing(_allowed: float) -> None:
+    pass

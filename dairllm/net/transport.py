@@ -169,6 +169,7 @@ class Connection(asyncio.BufferedProtocol):
             self._read_silence.end()
             soon = time.perf_counter() - begun < LINGER_SECONDS
             self._patience = LINGER_SECONDS if soon else self._patience / 2
+            del reader  # it knows the error, which knows this frame, which would keep all that its callers hold
 
     def send(self, pieces: Sequence[bytes | memoryview]) -> None:
         """Begin to send; what the kernel does not take at once is still *referred to* until `flushed`.
@@ -327,6 +328,8 @@ class Connection(asyncio.BufferedProtocol):
         else:
             if event is not None:
                 reader.set_result(event)
+        finally:
+            del reader  # as in `next_event`
 
     def _stuck(self, incoming: Incoming[object]) -> LocalProtocolError:
         return LocalProtocolError(f"{self.peer}: waited for, but full, and its owner has to act first; expecting {incoming.expecting}")

@@ -83,7 +83,12 @@ class LocalNode:
         self._own = own = await open_program(
             network, node, weights, self._compute, n_threads=self.n_threads, kv_cache=kv_cache, model=self._model, paging=self._paging
         )
-        self._tokens, self._logits = (own.program.values(pipe) for pipe in (TOKEN_PIPE, LOGITS_PIPE))
+        try:
+            self._tokens, self._logits = (own.program.values(pipe) for pipe in (TOKEN_PIPE, LOGITS_PIPE))
+        except BaseException:
+            self._own = None
+            await own.close()
+            raise
 
     async def feed(self, tokens: Sequence[int], position: int, *, logits: bool) -> NDArray[np.float32] | None:
         """As `Model.feed`; the logits are a view.

@@ -120,6 +120,8 @@ class Cluster:
             for node, address in enumerate(workers, 1)
         ]
         self._meter = _Seconds()
+        self._passes: tuple[TensorPass, NDArray[np.float32]] | None = None
+        """What makes them, and the pipe of their tokens."""
         self._in_hand: asyncio.Task[None] | None = None
         self._usable = False
 
@@ -153,7 +155,7 @@ class Cluster:
         return f"{', '.join(gone)}: the connection was closed between two passes" if gone else None
 
     async def open(self, progress: Progress | None = None) -> None:
-        """Connect, configure, send the weights.
+        """Connect, configure, send the weights. Where that fails, nothing of it is held any more.
 
         Raises:
             NetworkError: a worker cannot be reached, or went away; names it and the stage.
@@ -163,18 +165,26 @@ class Cluster:
             EngineError: the root's own share cannot be computed.
         """
         introduction = Introduction(self._model, self._network, self._workers, self._logits_rows, self._history)
-        n_threads, kv_cache, model = self._n_threads, self._kv_cache, self._model
         try:
-            await introduction.find_absent()
-            self._identity = await in_thread("digests", lambda: self._identify(progress))
-            weights = await in_thread("weights", self._locate)
-            self._own = own = await open_program(
-                self._network, self._node, weights, self._compute, n_threads=n_threads, kv_cache=kv_cache, model=model, paging=self._paging
-            )
-            await introduction.lead(self._identity, progress)
+            await self._open(introduction, progress)
         except BaseException:
-            await self._leave()
+            try:
+                await self._leave()
+            finally:
+                await self._release()
             raise
+        self._usable = True
+        log.info("cluster ready", nodes=len(self._workers) + 1, workers=[worker.description for worker in self._workers])
+
+    async def _open(self, introduction: Introduction, progress: Progress | None) -> None:
+        n_threads, kv_cache, model = self._n_threads, self._kv_cache, self._model
+        await introduction.find_absent()
+        self._identity = await in_thread("digests", lambda: self._identify(progress))
+        weights = await in_thread("weights", self._locate)
+        self._own = own = await open_program(
+            self._network, self._node, weights, self._compute, n_threads=n_threads, kv_cache=kv_cache, model=model, paging=self._paging
+        )
+        await introduction.lead(self._identity, progress)
         connections = {worker.node: worker.link for worker in self._workers}
         links = {worker.node: worker.wire for worker in self._workers}
         overlap = self._overlap and self._paging is None
@@ -182,10 +192,8 @@ class Cluster:
         silence = self._clock.silence if exchange == "auto" else lambda _: exchange
         self._clock.forget()
         program, compute = own.program, own.compute
-        self._pass = TensorPass(program, self._plan, compute, connections, links, overlap=overlap, silence=silence, meter=self._meter)
-        self._tokens = program.values(TOKEN_PIPE)
-        self._usable = True
-        log.info("cluster ready", nodes=len(self._workers) + 1, workers=[worker.description for worker in self._workers])
+        tensor_pass = TensorPass(program, self._plan, compute, connections, links, overlap=overlap, silence=silence, meter=self._meter)
+        self._passes = tensor_pass, program.values(TOKEN_PIPE)
 
     async def feed(self, tokens: Sequence[int], position: int, *, logits: bool) -> NDArray[np.float32] | None:
         """Compute up to `n_batches` tokens at position, position + 1, ...; the logits after the last of them, float32 [vocab], valid until
@@ -203,12 +211,14 @@ class Cluster:
             raise EngineError(f"expected 1 to {self.n_batches} token ids in 0..{self.vocab_size - 1}")
         if position < 0 or position + rows > self.seq_len:
             raise EngineError(f"positions {position} to {position + rows - 1}: the context has room for {self.seq_len}")
-        if not self._usable or self._in_hand is not None:
-            raise EngineError("the cluster is not open" if not self._usable else "the cluster is computing something else")
-        self._in_hand = asyncio.ensure_future(self._run(tokens, position, rows, logits))
+        if self._passes is None or not self._usable or self._in_hand is not None:
+            raise EngineError("the cluster is computing something else" if self._usable and self._passes else "the cluster is not open")
+        tensor_pass, pipe = self._passes
+        pipe[:rows, 0] = tokens
+        self._in_hand = asyncio.ensure_future(self._run(tensor_pass, position, rows, logits))
         self._in_hand.add_done_callback(self._put_down)
         await asyncio.shield(self._in_hand)
-        return self._pass.program.row(LOGITS_PIPE, rows - 1)[: self.vocab_size] if logits else None
+        return tensor_pass.program.row(LOGITS_PIPE, rows - 1)[: self.vocab_size] if logits else None
 
     async def close(self) -> None:
         """Finish the pass in hand, say goodbye, end the connections."""
@@ -221,10 +231,10 @@ class Cluster:
         for worker in self._workers:
             if self._usable and worker.is_connected:
                 worker.link.send([worker.wire.stop()])
-        await self._hang_up()
-        if self._own is not None:
-            own, self._own = self._own, None
-            await own.close()
+        try:
+            await self._hang_up()
+        finally:
+            await self._release()
 
     # The stages of `open`.
 
@@ -249,22 +259,20 @@ class Cluster:
 
     # Passes.
 
-    async def _run(self, tokens: Sequence[int], position: int, rows: int, logits: bool) -> None:
+    async def _run(self, tensor_pass: TensorPass, position: int, rows: int, logits: bool) -> None:
         self._usable = False
-        self._tokens[:rows, 0] = tokens
         control = Control(position, rows)
         try:
             with self._clock.running(rows):
                 for worker in self._workers:
                     worker.link.send([worker.wire.control(control)])
-                await self._pass.run(position, rows, rows - 1 if logits else rows)
+                await tensor_pass.run(position, rows, rows - 1 if logits else rows)
         except (NetworkError, RemoteProtocolError) as error:
-            raise type(error)(await self._blame(error, position)) from None
+            raise type(error)(await self._blame(error, tensor_pass.awaited, position)) from None
         self._usable = True
 
-    async def _blame(self, error: DairllmError, position: int) -> str:
+    async def _blame(self, error: DairllmError, awaited: int | None, position: int) -> str:
         """What to say of a pass that failed: a worker that lost another one goes too."""
-        awaited = self._pass.awaited
         culprit = await first_to_leave(self._workers, awaited)
         problem = str(error)
         if culprit is None:  # all are there still: it said something wrong
@@ -288,6 +296,12 @@ class Cluster:
         for worker in self._workers:
             worker.say_goodbye()
         await self._hang_up()
+
+    async def _release(self) -> None:
+        """Give back what the root holds for its own share. Nothing is being computed."""
+        own, self._own, self._passes = self._own, None, None
+        if own is not None:
+            await own.close()
 
     async def _hang_up(self) -> None:
         self._usable = False

@@ -19,8 +19,10 @@ from typing import Protocol
 
 import structlog
 
+from dairllm import machine
 from dairllm.engine.sampler import Sampler
-from dairllm.errors import DairllmError, NetworkError, RefusedError, RemoteProtocolError
+from dairllm.errors import DairllmError, NetworkError, RefusedError, RemoteProtocolError, without_trace
+from dairllm.net.runner import in_thread
 from dairllm.nodes.answer import Answer
 from dairllm.nodes.fingerprint import Fingerprint
 from dairllm.nodes.generation import Generation, Model
@@ -247,6 +249,7 @@ class Service:
             log.warning("closing the model failed", reason=str(error))
         except Exception:
             log.exception("closing the model failed by a defect of this program")
+        await in_thread("give back", machine.give_back_memory)
 
     def _lose(self, reason: str) -> None:
         """The model is not there any more; requests wait for it."""
@@ -283,7 +286,8 @@ class Service:
                 self._at_hand = None
                 self._count()
             if held.failure is not None:
-                return _reason(held.failure)
+                reason, held.failure = _reason(held.failure), None  # it knows frames that know `held`, and the model
+                return reason
         return None
 
     async def _answer(self, held: HeldModel, reply: Reply) -> None:
@@ -314,7 +318,7 @@ class Service:
                 reply.stop(self._unavailable())
             if not isinstance(error, DairllmError):
                 log.exception("request failed by a defect of this program", request_id=reply.request_id)
-            reply.stop(error if isinstance(error, DairllmError) else DairllmError(_reason(error)))
+            reply.stop(without_trace(error) if isinstance(error, DairllmError) else DairllmError(_reason(error)))
         finally:
             if generation is not None:
                 self._record(reply, generation, begun)

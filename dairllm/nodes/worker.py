@@ -11,6 +11,7 @@ import contextlib
 
 import structlog
 
+from dairllm import machine
 from dairllm.config import WorkerSettings
 from dairllm.engine.executor import Executor
 from dairllm.engine.program import Program
@@ -18,6 +19,7 @@ from dairllm.errors import DairllmError, NetworkError, RemoteProtocolError
 from dairllm.net.addresses import listening_socket
 from dairllm.net.compute import Compute
 from dairllm.net.mesh import Mesh
+from dairllm.net.runner import in_thread
 from dairllm.net.transport import Connection
 from dairllm.nodes.own_model import OwnModel
 from dairllm.nodes.tensor import TensorSession
@@ -138,6 +140,8 @@ class Worker:
                 self._refuse(connection, "busy", "another root is being served")
             elif isinstance(greeting, Greeting):
                 await self._serve(connection, wire, greeting)
+        finally:
+            wire.close()
 
     async def _serve(self, root: Connection, wire: WorkerSession, greeting: Greeting) -> None:
         """One session, however it ends."""
@@ -191,5 +195,9 @@ class Worker:
                     await root.closed()
             root.abort()
         finally:
-            self._mesh = self._session = self._root = self._serving = None
-            self._meters.sessions_running = 0
+            self._mesh = self._session = None
+            try:  # before the next root's plan counts what this process holds
+                await in_thread("give back", machine.give_back_memory)
+            finally:
+                self._root = self._serving = None
+                self._meters.sessions_running = 0

@@ -14,8 +14,8 @@ from typing import cast as cast_type
 import numpy as np
 import numpy.typing as npt
 
+from dairllm.engine.allocation import aligned
 from dairllm.engine.executor import Executor
-from dairllm.engine.memory import aligned
 from dairllm.engine.program import Program
 from dairllm.graph.types import FloatType, RopeType, row_bytes
 from dairllm.kernels.elementwise import exp_one

@@ -39,7 +39,7 @@ def main(folder: Path, seconds: float | None) -> None:
 
     entry.compile_objects = counted
     loaded = entry.load_entry()
-    from dairllm.engine.memory import aligned
+    from dairllm.engine.allocation import aligned
 
     mailbox = aligned(320).view("int64")
     loaded.ring(mailbox.ctypes.data, 7)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dairllm.engine.memory import aligned
+from dairllm.engine.allocation import aligned
 from dairllm.kernels.object_code import MACHINES, ObjectCode, ObjectCodeError
 from dairllm.kernels.object_code_cache import Objects
 from tests.kernels.start_kernels import own_objects

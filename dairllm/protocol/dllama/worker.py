@@ -94,6 +94,12 @@ class WorkerSession(Link):
         self._script = self._conversation()
         self._step: _Step | None = next(self._script)
 
+    def close(self) -> None:
+        """The owner is done with it: it gives up its memory, which it would hold itself, as a circle."""
+        self._script.close()
+        self._step = None
+        self._intake.release()
+
     def __repr__(self) -> str:
         state = "dead" if self.dead else self._stage.value
         return f"<WorkerSession {state}, {self.bytes_received} bytes received, expecting {self.expecting}>"
