@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import os
 import select
+import threading
 from types import TracebackType
 
 import structlog
@@ -33,6 +34,9 @@ _FEW_PROCESSORS = 8
 
 LONGEST_CALL = 3600.0
 """Seconds that a call may take. None takes so long; it is the last resort against waiting for ever."""
+
+_LOOKS = 4
+"""At what is computed, while a call may take so long."""
 
 LEAVING_SECONDS = 2.0
 """Until threads that have been told to leave have come to the next barrier: an op of a large batch."""
@@ -64,6 +68,9 @@ class Executor:
         """The processor that all threads but the first keep off; -1: none."""
         self.eventfd = -1
         self.stuck: str | None = None
+        self._calls = 0
+        """So far: how the guard tells one from the next."""
+        self._closed = threading.Event()
 
     def start(self) -> "Executor":
         """Compile or load the kernels (seconds at first run) and start the threads. Blocks: not for the event loop."""
@@ -75,7 +82,20 @@ class Executor:
         self._entry = entry
         self.eventfd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._start_threads()
+        self._closed.clear()
+        threading.Thread(target=self._guard, args=(LONGEST_CALL,), name="executor guard", daemon=True).start()
         return self
+
+    def _guard(self, patience: float) -> None:
+        """Break off a call that takes longer than any does: who computes in the place of thread 0 could not be told so otherwise."""
+        seen, looks = 0, 0
+        while not self._closed.wait(patience / _LOOKS):
+            threads = self._threads
+            running = threads is not None and threads.program is not None
+            looks = looks + 1 if running and self._calls == seen else 0
+            seen = self._calls
+            if looks > _LOOKS and threads is not None:
+                threads.fail(f"it has not ended within {format_duration(patience)}")
 
     def _start_threads(self) -> ComputeThreads:
         self._addresses: tuple[int, ...] = ()  # of the program that the mailboxes know
@@ -168,6 +188,7 @@ class Executor:
         if not 0 <= first_segment < end_segment <= len(program.segments):
             raise EngineError(f"segments {first_segment} to {end_segment} of {len(program.segments)}")
         program.prepare(position, rows, first_row)
+        self._calls += 1
         threads = self._with(program, awaited)
         if not awaited and 1 < self.n_threads <= len(self._processors) <= _FEW_PROCESSORS:
             self._keep_apart(threads)
@@ -269,6 +290,7 @@ class Executor:
         """Wait for what is running for so many seconds, then have it left; end the threads. Those that do not leave are given up."""
         if self.eventfd < 0:
             return
+        self._closed.set()
         try:
             if self._running is not None:
                 self.wait(patience)

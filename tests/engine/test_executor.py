@@ -177,3 +177,19 @@ def test_closing_ends_though_a_thread_does_not(faults: Faults, program: Program,
     assert time.monotonic() - begun < PATIENCE
     assert executor.stuck is not None
     let_go(faults, eventfd)
+
+
+def test_a_guest_does_not_wait_for_ever(faults: Faults, program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It computes in the place of thread 0, so that nothing but another thread can tell it to leave."""
+    with Executor(2) as executor:
+        want = compute(executor, program, "run")
+    monkeypatch.setattr(executor_module, "LONGEST_CALL", 2.0)
+    monkeypatch.setattr(executor_module, "LEAVING_SECONDS", 0.1)
+    with Executor(2) as executor:
+        for _ in range(3):
+            assert compute(executor, program, "run") == want
+        faults.next[1] = "hang"
+        eventfd = executor.eventfd
+        with pytest.raises(EngineError, match=r"have not left within .*: it has not ended within 2s"):
+            compute(executor, program, "run")
+    let_go(faults, eventfd)

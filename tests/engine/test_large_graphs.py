@@ -1,4 +1,7 @@
-"""A root may ask for as many buffers and ops as the wire allows: what a worker does with each of them does not grow with their number."""
+"""A root may ask for as many buffers and ops as the wire allows: what a worker does with each of them does not grow with their number.
+
+The largest graph is in tests/commands/test_large_graph.py.
+"""
 
 import dataclasses
 import sys
@@ -27,7 +30,6 @@ from dairllm.graph.types import (
     PointerType,
     Size,
 )
-from dairllm.protocol.dllama.limits import Limits
 
 F32, Q80 = FloatType.F32, FloatType.Q80
 NO_WEIGHT = Size(F32, 0, 0, 0)
@@ -106,12 +108,3 @@ def test_four_times_the_graph_takes_four_times_as_long(build: Callable[[int], Gr
     small, large = (instructions(partial(configured, *build(size))) for size in (n, 4 * n))
     assert small > 10_000
     assert large < 4.4 * small
-
-
-def test_the_largest_graph() -> None:
-    """As many buffers and ops as the wire may announce."""
-    limits = Limits()
-    network, node = activations(limits.max_buffers)
-    assert sum(len(segment.ops) for segment in node.segments) == limits.max_ops
-    program = configured(network, node)
-    assert len(program.records) == limits.max_ops

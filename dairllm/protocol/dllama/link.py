@@ -29,13 +29,16 @@ class IncomingRows:
 
 def incoming_rows(network: NetworkConfig, plan: Iterable[Run | Exchange], peer: int) -> tuple[IncomingRows, ...]:
     """What node `peer` sends us after each control packet, in order."""
-    return tuple(
-        IncomingRows(network.pipes[step.pipe].name, transfer.slice, transfer.row_bytes)
-        for step in plan
-        if isinstance(step, Exchange)
-        for transfer in step.receives
-        if transfer.node == peer
-    )
+    known: dict[int, tuple[IncomingRows, ...]] = {}  # a plan has a handful of different exchanges, each with a transfer per node
+
+    def rows(step: Exchange) -> tuple[IncomingRows, ...]:
+        if id(step) not in known:
+            name = network.pipes[step.pipe].name
+            known[id(step)] = tuple(IncomingRows(name, t.slice, t.row_bytes) for t in step.receives if t.node == peer)
+        return known[id(step)]
+
+    steps = list(plan)  # which keeps them alive, and so their ids apart
+    return tuple(each for step in steps if isinstance(step, Exchange) for each in rows(step))
 
 
 class Link(ABC):
