@@ -21,7 +21,7 @@ def outcome(first: int, count: int, tmp_path: Path, *threads: str) -> tuple[int,
     return done.returncode, int(seeds.read_bytes()), json.loads(done.stdout) if done.returncode == 0 else {"error": done.stderr[-2000:]}
 
 
-@pytest.mark.parametrize(("first", "count", "threads"), [(0, 1200, "1"), (50_000, 300, "3")])
+@pytest.mark.parametrize(("first", "count", "threads"), [(0, 2000, "1"), (50_000, 500, "3")])
 def test_random_graphs_are_refused_or_stay_between_their_guards(first: int, count: int, threads: str, tmp_path: Path) -> None:
     code, seed, counts = outcome(first, count, tmp_path, threads)
     assert code == 0, f"seed {seed}: {signal.Signals(-code).name if code < 0 else counts}"
