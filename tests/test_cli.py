@@ -192,7 +192,7 @@ def test_wrong_usage_is_2(words: tuple[str, ...], message: str) -> None:
         (("worker", "--memory-limit", "2"), 2, "flag --memory-limit: limits.memory: expected a size such as 2GiB"),
         (("health", "--config", "nonesuch.yaml"), 2, "nonesuch.yaml: cannot be read"),
         (("tokenize", "nonesuch.t", "a"), 1, "nonesuch.t: expected a readable .t tokenizer file, found No such file or directory"),
-        (("tokenize", DATA / "golden.json", "a"), 1, "golden.json, byte 0: expected magic 0x567124"),
+        (("tokenize", DATA / "golden.json", "a"), 1, "golden.json: expected a .t tokenizer file, found a JSON file"),
         (("tokenize", DATA, "a"), 1, "expected a .t tokenizer file, found a folder"),
         (("inspect", "nonesuch.m"), 1, "nonesuch.m: "),
         (("convert", "nonesuch.gguf", "a.m"), 1, "nonesuch.gguf: "),
@@ -204,6 +204,24 @@ def test_a_mistake_is_one_line(words: tuple[object, ...], code: int, message: st
     found, out, err = call(*words)
     assert message in one_line(err)
     assert (found, out) == (code, "")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(("generate", "--prompt", "a", "--model"), ("generate", "--prompt-ids", "1", "--model")),
+        *(("serve", "--model"), ("plan",), ("verify",), ("prepare", "--nodes", "2"), ("bench",)),
+    ],
+    ids=lambda words: " ".join(words),
+)
+def test_a_gguf_file_is_named_as_one_by_every_command(tmp_path: Path, words: tuple[str, ...]) -> None:
+    """The likeliest mistake of all; its missing tokenizer is no part of it."""
+    file = tmp_path / "some-model.gguf"
+    file.write_bytes(b"GGUF" + bytes(100))
+    code, out, err = call(*words, file)
+    assert (code, out) == (1, "")
+    expected = f"{file}: expected a .m model file, found a GGUF file: dairllm convert {file} {file.with_suffix('.m')}"
+    assert expected in one_line(err)
 
 
 def test_an_error_in_a_file_of_settings_names_file_line_and_key(tmp_path: Path) -> None:

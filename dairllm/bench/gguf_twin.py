@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dairllm.errors import ConfigError
+from dairllm.formats.gguf import LIBRARY_ADVICE
 from dairllm.formats.model_file import ModelFile
 from dairllm.graph.model import Architecture, ModelSpec
 from dairllm.graph.types import FloatType, RopeType
@@ -42,7 +43,7 @@ def gguf_twin(source: Path, target: Path) -> None:
     try:
         import gguf
     except ImportError as error:
-        raise ConfigError("writing GGUF files needs the gguf library: pip install 'dairllm[convert]'") from error
+        raise ConfigError(f"writing GGUF files needs the gguf library: {LIBRARY_ADVICE}") from error
     with ModelFile.open(source) as model:
         if model.spec.arch != Architecture.LLAMA or model.spec.rope_type != RopeType.LLAMA:
             raise ConfigError(f"{source}: llama.cpp can be measured on models of the Llama architecture with plain rope only")

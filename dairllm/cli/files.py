@@ -42,7 +42,9 @@ def convert(
         Path,
         typer.Argument(metavar="SOURCE", help="GGUF file; tensors of any type but Q1_0: F32, F16, BF16, Q4_0 to Q8_0, K, IQ, TQ, FP4."),
     ],
-    target: Annotated[Path, typer.Argument(metavar="OUT.m", help="Model file to write; OUT.t and tokenizer.json go beside it.")],
+    target: Annotated[
+        Path, typer.Argument(metavar="OUT.m", help="Model file to write, or a folder; OUT.t and tokenizer.json go beside it.")
+    ],
     weights: Annotated[
         str,
         typer.Option(
@@ -61,7 +63,7 @@ def convert(
 
 @app.command()
 def inspect(
-    model: Annotated[Path, typer.Argument(metavar="F.m", help="Model file.")],
+    model: Annotated[Path, typer.Argument(metavar="F.m", help="Model file, or a GGUF file.")],
     layer: Annotated[int | None, typer.Option(metavar="N", min=0, help="Only the tensors of this layer.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:

@@ -19,20 +19,21 @@ _log = structlog.get_logger(__name__)
 
 
 def run(source: Path, target: Path, weights: str = "auto") -> None:
-    """Convert `source` (a GGUF file) into `target` and what lies beside it; print the files that were written.
+    """Convert `source` (a GGUF file) into `target` and what lies beside it; print the files that were written. In a folder the model
+    bears its source's name.
 
     A progress bar goes to stderr where that is a terminal and NO_COLOR is not set.
 
     Raises:
-        ConfigError: `weights`, `target` or the kind of `source` is none of those known.
+        ConfigError: `weights` is none of those known, or `target` no name of a model file.
         FormatError: `source` cannot be read, or is a model that a `.m` file cannot say.
         LimitError: there is no room on the disk.
         OSError: a file cannot be written.
     """
     if weights.lower() not in _WEIGHTS:
         raise ConfigError(f"--weights is one of {', '.join(_WEIGHTS)}, not {weights!r}")
-    if source.is_dir():
-        raise ConfigError(f"{source} is a folder; a GGUF file can be converted")
+    if target.is_dir():
+        target /= f"{source.stem}.m"
     with byte_bar(target.name) as progress:
         conversion = convert_gguf(source, target, _WEIGHTS[weights.lower()], progress)
     for warning in conversion.warnings:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from dairllm.config import MAX_ID, RootSettings, Sampling
 from dairllm.errors import ConfigError
+from dairllm.formats.file_kind import check_is_model
 from dairllm.graph.slicing import parse_shares
 
 __all__ = ["GenerateOptions", "parse_prompt_ids", "read_prompt", "tokenizer_path"]
@@ -138,12 +139,18 @@ def parse_prompt_ids(text: str) -> tuple[int, ...]:
 
 
 def tokenizer_path(model: Path, given: str | None, *, needed: bool) -> Path | None:
-    """The `.t` file that was named, or the one beside the model; ConfigError where one is needed and there is none."""
+    """The `.t` file that was named, or the one beside the model.
+
+    Raises:
+        ConfigError: one is needed, and there is none.
+        FormatError: there is none because `model` is a file of another kind.
+    """
     if given is not None:
         return Path(given)
     beside = model.with_suffix(".t")
     if beside.exists():
         return beside
-    if needed and model.exists():  # a model that is not there is the better complaint
+    if needed and model.exists():  # a model that is not there, or is none, is the better complaint
+        check_is_model(model)
         raise ConfigError(f"no tokenizer: there is no {beside} beside the model; name one with --tokenizer")
     return beside if needed else None

@@ -7,7 +7,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from dairllm.commands import inspect_gguf
 from dairllm.errors import ConfigError
+from dairllm.formats.file_kind import is_gguf
 from dairllm.formats.model_file import ModelFile, Tensor
 from dairllm.graph.model import ModelSpec
 from dairllm.units import format_size
@@ -16,7 +18,7 @@ __all__ = ["run"]
 
 
 def run(model: Path, *, layer: int | None = None, json: bool = False) -> None:
-    """Print the header and the tensors of a `.m` file.
+    """Print the header and the tensors of a `.m` file, or what a GGUF file has.
 
     Args:
         model: the file.
@@ -24,9 +26,12 @@ def run(model: Path, *, layer: int | None = None, json: bool = False) -> None:
         json: one JSON object for programs, with every tensor, in place of tables for people.
 
     Raises:
-        FormatError: it is no whole `.m` file.
+        FormatError: it is neither.
         ConfigError: there is no such layer.
     """
+    if is_gguf(model):
+        inspect_gguf.run(model, layer=layer, json=json)
+        return
     with ModelFile.open(model) as file:
         if layer is not None and not 0 <= layer < file.spec.n_layers:
             raise ConfigError(f"{model} has layers 0 to {file.spec.n_layers - 1}, not {layer}")

@@ -23,7 +23,7 @@ from dairllm.formats.gguf_vocabulary import Vocabulary, read_vocabulary
 from dairllm.formats.model_layout import Tensor
 from dairllm.formats.model_writer import ModelWriter
 from dairllm.formats.quants import q80_of_q40
-from dairllm.formats.replaced_file import replaced_file
+from dairllm.formats.replaced_file import made_folder, replaced_file
 from dairllm.formats.tokenizer_json import UnsayableTokenizer, json_vocabulary
 from dairllm.graph.model import ModelSpec
 from dairllm.graph.types import BLOCK_VALUES, FloatType, row_bytes
@@ -70,7 +70,8 @@ def convert_gguf(source: Path, target: Path, weight_type: FloatType | None = Non
 
     Args:
         source: the GGUF file.
-        target: the `.m` file to write; its `.t` lies beside it under the same name, and `tokenizer.json` in the same folder.
+        target: the `.m` file to write; its `.t` lies beside it under the same name, and `tokenizer.json` in the same folder. The
+            folder is made where it is missing.
         weight_type: F32, Q40 or Q80: what the weights are stored as; None for the one that keeps them as they are, as far as one does.
         progress: is told how far it is.
 
@@ -82,8 +83,6 @@ def convert_gguf(source: Path, target: Path, weight_type: FloatType | None = Non
     """
     if target.suffix != ".m":
         raise ConfigError(f"expected a target whose name ends in .m, found {target}")
-    if not target.parent.is_dir():
-        raise ConfigError(f"{target.parent} is not a folder")
     with GgufFile.open(source) as file, ExitStack() as stack:
         spec = llama_spec(file, nearest_weight_type(file) if weight_type is None else weight_type)
         vocabulary = read_vocabulary(file, spec.vocab_size)
@@ -96,6 +95,7 @@ def convert_gguf(source: Path, target: Path, weight_type: FloatType | None = Non
         texts = {target.with_suffix(".t"): tokenizer}
         if vocabulary.json is not None:
             texts[target.with_name("tokenizer.json")] = vocabulary.json.encode()
+        stack.enter_context(made_folder(target.parent))
         warnings = [*vocabulary.warnings, *_check_beside(target, vocabulary), *_rounded_again(model.tensors, sources)]
         _check_room(target, model.nbytes + sum(map(len, texts.values())))
         # The last to be entered is the first to get its name: the model comes last.

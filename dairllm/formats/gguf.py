@@ -15,9 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from dairllm.errors import ConfigError, FormatError, printable
+from dairllm.formats.file_kind import HEAD_BYTES, kind_of, kind_of_folder
 from dairllm.formats.quants import dequantize_q40, dequantize_q80
 
-__all__ = ["FLOAT_TYPES", "READABLE_TYPES", "GgufFile", "GgufTensor"]
+__all__ = ["FLOAT_TYPES", "LIBRARY_ADVICE", "READABLE_TYPES", "GgufFile", "GgufTensor"]
 
 FLOAT_TYPES = ("F32", "F16", "BF16")
 READABLE_TYPES = (
@@ -30,6 +31,9 @@ READABLE_TYPES = (
 """GGML's names of the types of tensors whose values can be had."""
 
 _MAGIC = b"GGUF"
+
+LIBRARY_ADVICE = "pip install gguf (in the folder that dairllm's source is in, pip install '.[convert]' installs both)"
+"""What to do where it is missing. dairllm itself is not on PyPI: its name there is not ours."""
 
 _T = TypeVar("_T")
 
@@ -88,15 +92,16 @@ class GgufFile:
         """
         path = Path(path)
         if path.exists() and not path.is_file():
-            raise FormatError(path, None, "a GGUF file", "a folder" if path.is_dir() else "no plain file")
+            raise FormatError(path, None, "a GGUF file", kind_of_folder(path) if path.is_dir() else "no plain file")
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise FormatError(path, None, "a readable GGUF file", error.strerror or str(error)) from error
         try:
-            magic = os.pread(descriptor, 4, 0)
-            if magic != _MAGIC:
-                raise FormatError(path, 0, f"the magic {_MAGIC!r} of a GGUF file", repr(magic) if magic else "an empty file")
+            head = os.pread(descriptor, HEAD_BYTES, 0)
+            if not head.startswith(_MAGIC):
+                found = kind_of(path, head) or (repr(head[:4]) if head else "an empty file")
+                raise FormatError(path, 0, f"a GGUF file, which begins with {_MAGIC!r}", found)
             fields, tensors = _read_structure(path)
         except BaseException:
             os.close(descriptor)
@@ -117,6 +122,10 @@ class GgufFile:
     def keys(self) -> tuple[str, ...]:
         """Names of all metadata."""
         return tuple(self._fields)
+
+    def value(self, key: str) -> Any:
+        """Any value of the metadata: a number, a truth value, a text, or a list of them. Raises FormatError as `integer` does."""
+        return self._get(key, None, "a value", lambda _: True)
 
     def integer(self, key: str, default: int | None = None) -> int:
         """An integer of the metadata. Raises FormatError where it is missing (without a default) or something else."""
@@ -201,7 +210,7 @@ def _read_structure(path: Path) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
     try:
         import gguf
     except ImportError as error:
-        raise ConfigError("reading GGUF files needs the gguf library: pip install 'dairllm[convert]'") from error
+        raise ConfigError(f"reading GGUF files needs the gguf library: {LIBRARY_ADVICE}") from error
 
     class Reader(gguf.GGUFReader):
         """Reads what is in the file, and no further.

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dairllm.errors import FormatError
+from dairllm.formats.file_kind import kind_of_folder
 from dairllm.formats.file_stamp import FileStamp
 from dairllm.formats.model_header import MAX_HEADER_BYTES, Header, parse_header
 from dairllm.formats.model_layout import Slice, Tensor, layout_bytes, node_slice, tensor_layout, walk_layout
@@ -65,7 +66,7 @@ class ModelFile:
         """
         path = Path(path)
         if path.exists() and not path.is_file():  # a pipe would wait for ever
-            raise FormatError(path, None, "a .m model file", "a folder" if path.is_dir() else "no plain file")
+            raise FormatError(path, None, "a .m model file", kind_of_folder(path) if path.is_dir() else "no plain file")
         try:
             with path.open("rb") as file:
                 stamp = FileStamp.of(file.fileno())

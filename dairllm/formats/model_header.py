@@ -11,6 +11,7 @@ from enum import IntEnum
 from pathlib import Path
 
 from dairllm.errors import FormatError
+from dairllm.formats.file_kind import kind_of
 from dairllm.graph.model import Architecture, HiddenAct, ModelSpec
 from dairllm.graph.types import BLOCK_VALUES, FloatType, RopeType
 
@@ -129,6 +130,9 @@ def parse_header(path: str | Path, data: bytes, file_bytes: int) -> Header:
     Raises:
         FormatError: it is no such file, or the header contradicts itself.
     """
+    kind = kind_of(Path(path), data)
+    if kind is not None and not data.startswith(_PREFIX.pack(MODEL_MAGIC, 0)[:4]):
+        raise FormatError(path, None, "a .m model file", kind)
     if len(data) < PREFIX_BYTES:
         raise FormatError(path, 0, f"a .m file's magic and header size ({PREFIX_BYTES} bytes)", f"a file of {file_bytes} bytes")
     magic, nbytes = _PREFIX.unpack_from(data)

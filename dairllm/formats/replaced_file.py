@@ -1,13 +1,32 @@
-"""Files that appear complete or not at all."""
+"""Files that appear complete or not at all, and the folders that they are put into."""
 
 import os
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["replaced_file"]
+__all__ = ["made_folder", "replaced_file"]
+
+
+@contextmanager
+def made_folder(path: Path) -> Iterator[None]:
+    """Make a folder and those above it, as far as they are missing. Where the block is left by an
+    exception, those that were made are removed again, unless there is something in them.
+
+    Raises:
+        OSError: it cannot be made; a file of the name is there, for instance.
+    """
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            for folder in missing:
+                folder.rmdir()
+        raise
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from enum import IntEnum
 from pathlib import Path
 
 from dairllm.errors import FormatError
+from dairllm.formats.file_kind import HEAD_BYTES, kind_of, kind_of_folder
 from dairllm.formats.replaced_file import replaced_file
 
 __all__ = ["TOKENIZER_MAGIC", "TokenizerFile"]
@@ -85,10 +86,14 @@ class TokenizerFile:
         """
         path = Path(path)
         if path.exists() and not path.is_file():
-            raise FormatError(path, None, "a .t tokenizer file", "a folder" if path.is_dir() else "no plain file")
+            raise FormatError(path, None, "a .t tokenizer file", kind_of_folder(path) if path.is_dir() else "no plain file")
         try:
             nbytes = path.stat().st_size
             if nbytes > _MAX_FILE_BYTES:
+                with path.open("rb") as file:
+                    kind = kind_of(path, file.read(HEAD_BYTES))
+                if kind is not None:
+                    raise FormatError(path, None, "a .t tokenizer file", kind)
                 raise FormatError(path, None, f"a .t tokenizer file of at most {_MAX_FILE_BYTES} bytes", f"{nbytes} bytes")
             data = path.read_bytes()
         except OSError as error:
@@ -181,6 +186,9 @@ class _Parser:
         )
 
     def _header(self) -> dict[_Key, int]:
+        kind = kind_of(self._path, self._data[:HEAD_BYTES])
+        if kind is not None and not self._data.startswith(_PAIR.pack(TOKENIZER_MAGIC, 0)[:4]):
+            raise FormatError(self._path, None, "a .t tokenizer file", kind)
         magic, nbytes = _PAIR.unpack(self._take(_PAIR.size, "a .t file's magic and header size"))
         if magic == _OLD_MAGIC:
             raise self._error(f"magic {TOKENIZER_MAGIC:#x}", f"{magic:#x}, an old .t format that is no longer read", 0)

@@ -64,10 +64,16 @@ def test_a_bar_only_where_somebody_sees_it(
     assert bool(out.getvalue()) == bar
 
 
+def test_into_a_folder(asked: list[Any], tmp_path: Path) -> None:
+    with structlog.testing.capture_logs():
+        convert.run(tmp_path / "some-model.Q4_K_M.gguf", tmp_path)
+    assert asked[1] == tmp_path / "some-model.Q4_K_M.m"
+
+
 def test_wrong_usage(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--weights is one of auto, q40, q80, f32, not 'q41'"):
         convert.run(tmp_path / "x.gguf", tmp_path / "x.m", "q41")
-    with pytest.raises(ConfigError, match="is a folder; a GGUF file can be converted"):
+    with pytest.raises(FormatError, match="expected a GGUF file, found a folder"):
         convert.run(tmp_path, tmp_path / "x.m")
     with pytest.raises(FormatError, match="No such file"):
         convert.run(tmp_path / "x.gguf", tmp_path / "x.m")

@@ -169,7 +169,7 @@ def test_no_model() -> None:
 def test_a_model_that_is_none() -> None:
     code, _, err = generate("--prompt", "a", model=DATA / "golden.json")
     assert code == 1
-    assert "golden.json, byte 0: expected magic 0x0a00abcd of a .m model file" in err
+    assert "golden.json: expected a .m model file, found a JSON file" in err
 
 
 @pytest.fixture

@@ -247,8 +247,29 @@ def test_no_tokenizer_json(make_gguf: MakeGguf, target: Path) -> None:
 def test_targets(make_gguf: MakeGguf, target: Path) -> None:
     with pytest.raises(ConfigError, match=r"whose name ends in \.m"):
         convert_gguf(make_gguf(), target.with_suffix(".t"), FloatType.Q40)
-    with pytest.raises(ConfigError, match="is not a folder"):
-        convert_gguf(make_gguf(), target.parent / "none" / "x.m", FloatType.Q40)
+    (target.parent / "file").write_bytes(b"")
+    with pytest.raises(OSError, match=r"File exists|Not a directory"):
+        convert_gguf(make_gguf(), target.parent / "file" / "x.m", FloatType.Q40)
+
+
+def test_a_missing_folder_is_made(make_gguf: MakeGguf, target: Path) -> None:
+    new = target.parent / "models" / "tiny" / "x.m"
+    result = convert_gguf(make_gguf(), new, FloatType.Q40)
+    assert files(new) == ["tokenizer.json", "x.m", "x.t"]
+    assert result.files[new] == new.stat().st_size
+
+
+@pytest.mark.parametrize("below", ["models", "models/tiny"])
+def test_a_folder_that_was_made_for_nothing_goes_again(make_gguf: MakeGguf, target: Path, below: str) -> None:
+    source = make_gguf(tensors={"blk.1.ffn_up.weight": np.full((96, 64), np.inf, np.float32)})
+    with pytest.raises(FormatError):
+        convert_gguf(source, target.parent / below / "x.m", FloatType.Q40)
+    assert not files(target)
+    (target.parent / "models").mkdir()
+    with pytest.raises(FormatError):
+        convert_gguf(source, target.parent / below / "x.m", FloatType.Q40)
+    assert files(target) == ["models"], "what was there stays"
+    assert not files(target.parent / "models" / "x")
 
 
 def test_shapes_that_have_no_whole_blocks(make_gguf: MakeGguf, target: Path) -> None:

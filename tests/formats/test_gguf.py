@@ -48,8 +48,8 @@ def test_metadata_by_kind(make_gguf: MakeGguf) -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"", "the magic b'GGUF' of a GGUF file, found an empty file"),
-        (b"\xcd\xab\x00\x0a" + bytes(100), "the magic b'GGUF' of a GGUF file"),
+        (b"", "a GGUF file, which begins with b'GGUF', found an empty file"),
+        (b"\xcd\xab\x00\x0a" + bytes(100), "found a .m model file, which needs no conversion"),
         (b"GGUF", "the end of the file at byte 4"),
         (b"GGUF" + struct.pack("<IQQ", 1, 0, 0), "version 1"),
         (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "a little-endian GGUF file"),
@@ -96,7 +96,10 @@ def test_without_the_library(make_gguf: MakeGguf, monkeypatch: pytest.MonkeyPatc
     path = make_gguf()
     monkeypatch.setitem(sys.modules, "gguf", None)
     before = len(os.listdir("/proc/self/fd"))
-    with pytest.raises(ConfigError, match=r"pip install 'dairllm\[convert\]'"):
+    with pytest.raises(
+        ConfigError,
+        match=r"needs the gguf library: pip install gguf \(in the folder that dairllm's source is in, pip install '\.\[convert\]'",
+    ):
         GgufFile.open(path)
     assert len(os.listdir("/proc/self/fd")) == before
 

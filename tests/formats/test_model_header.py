@@ -105,8 +105,9 @@ def test_what_cannot_be_said_is_not_encoded(changes: dict[str, float], message: 
 
 def test_another_file_is_named_as_such() -> None:
     error = refusal(b"GGUF" + bytes(100))
-    assert (error.path, error.offset) == (PATH, 0)
-    assert "magic 0x0a00abcd of a .m model file, found 0x46554747" in str(error)
+    assert error.path == PATH
+    assert f"expected a .m model file, found a GGUF file: dairllm convert {PATH} " in str(error)
+    assert "magic 0x0a00abcd of a .m model file, found 0x464f4f47" in str(refusal(b"GOOF" + bytes(100)))
 
 
 @pytest.mark.parametrize("magic", [0xABCD00, 0xABCD01])

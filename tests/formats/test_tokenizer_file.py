@@ -109,7 +109,7 @@ def test_an_overlong_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("data", "offset", "message"),
     [
-        (b"GGUF" + bytes(20), 0, "magic 0x567124 of a .t tokenizer file, found 0x46554747"),
+        (b"GOOF" + bytes(20), 0, "magic 0x567124 of a .t tokenizer file, found 0x464f4f47"),
         (pack([], magic=0x567123), 0, "an old .t format"),
         (struct.pack("<ii", TOKENIZER_MAGIC, 12) + bytes(20), 4, "a header size that is a multiple of 8"),
         (struct.pack("<ii", TOKENIZER_MAGIC, 2**31 - 8) + bytes(20), 4, "at most 96"),
