@@ -5,6 +5,7 @@ stands for 127.0.0.1 (DNS rebinding), and so read what a server says that listen
 """
 
 import ipaddress
+import itertools
 import re
 import secrets
 import socket
@@ -19,14 +20,15 @@ __all__ = ["REQUEST_ID", "Front", "new_request_id"]
 
 log = structlog.get_logger()
 REQUEST_ID = "request_id"
-"""The key of a request's name in its scope's `state`, and in the log."""
+"""The key of a request's name in its scope's `state`."""
 _SANE_ID = re.compile(rb"[!-~]{1,128}")
 _SLASHES = re.compile("//+")
+_PROCESS, _numbers = secrets.token_hex(6), itertools.count()
 
 
 def new_request_id() -> str:
-    """The name of a request that brings none."""
-    return f"req_{secrets.token_hex(12)}"
+    """The name of a request that brings none: of this process, and its number."""
+    return f"req_{_PROCESS}{next(_numbers):012x}"
 
 
 class Front:
@@ -43,7 +45,7 @@ class Front:
 
     def __init__(self, app: ASGIApp, crowded: Callable[[], bool], hosts: Sequence[str] = ()) -> None:
         self._app, self._crowded = app, crowded
-        self._hosts = {"localhost", socket.gethostname().lower(), *hosts}
+        self._hosts = {"localhost", "127.0.0.1", "[::1]", socket.gethostname().lower(), *hosts}
         self.loopback = True
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -55,7 +57,6 @@ class Front:
                 host = value
         request_id = given.decode() if _SANE_ID.fullmatch(given) else new_request_id()
         scope["state"][REQUEST_ID] = request_id
-        structlog.contextvars.bind_contextvars(**{REQUEST_ID: request_id})
         path: str = scope["path"]
         if "//" in path or path.endswith("/"):
             scope["path"] = path = _SLASHES.sub("/", path).rstrip("/") or "/"
@@ -64,11 +65,15 @@ class Front:
             if message["type"] == "http.response.start":
                 message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
                 if message["status"] >= 400 and path.startswith("/v1/"):
-                    log.info("refused", status=message["status"], method=scope["method"], path=path[:200])
+                    log.info("refused", request_id=request_id, status=message["status"], method=scope["method"], path=path[:200])
             await send(message)
 
         error = self._refusal(host.decode("latin-1"))
-        await (self._app if error is None else error.response())(scope, receive, send_named)
+        try:
+            await (self._app if error is None else error.response())(scope, receive, send_named)
+        except Exception:
+            structlog.contextvars.bind_contextvars(request_id=request_id)  # for whoever logs it
+            raise
 
     def _refusal(self, host: str) -> ApiError | None:
         if self._crowded():

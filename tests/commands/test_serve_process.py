@@ -60,7 +60,7 @@ def test_a_server_from_start_to_end(model: Path, start: Start) -> None:
     assert code == 0
     assert seconds < IN_TIME
     assert [line["event"] for line in server.lines() if line["event"] != COMPILING] == [
-        "listening", "memory plan", "kernels ready", "ready", "answered", "answered", "shutting down",
+        "listening", "memory plan", "kernels ready", "ready", "answered", "answered", "refused", "shutting down",
     ]  # fmt: skip
 
 
