@@ -59,7 +59,7 @@ class Generation:
 
     Attributes:
         prompt_ids: what it continues.
-        steps: most ids to generate, fewer where the context ends; None: until it does.
+        steps: most ids to generate, 0 to compute the prompt and no more, fewer where the context ends; None: until it does.
         eos_ids: ids that end it; they are generated too.
         on_logits: called with what led to each id.
         held: so many tokens of the prompt the model has computed before, at these positions; fewer than all of them.
@@ -86,17 +86,11 @@ class Generation:
         Raises:
             ConfigError: the prompt is empty, holds an id that the model does not know, or leaves the context no room.
         """
-        prompt, room, batch = list(self.prompt_ids), self.model.seq_len, self.model.n_batches
-        check_prompt(prompt, vocab_size=self.model.vocab_size, seq_len=room)
+        room = self.model.seq_len
+        check_prompt(self.prompt_ids, vocab_size=self.model.vocab_size, seq_len=room)
         start = time.perf_counter()
-        tokens, position = prompt[self.held :], self.held
-        while len(tokens) > batch:
-            await self.model.feed(tokens[:batch], position, logits=False)
-            tokens, position = tokens[batch:], position + batch
-        while True:
-            logits = await self.model.feed(tokens, position, logits=True)
-            assert logits is not None  # noqa: S101 - for the type checker: they were asked for
-            position += len(tokens)
+        logits, position = await self._compute_prompt(list(self.prompt_ids)), len(self.prompt_ids)
+        while len(self.ids) != self.steps:
             if self.on_logits is not None:
                 self.on_logits(logits)
             token = self.sampler.sample(logits)
@@ -105,6 +99,7 @@ class Generation:
                 self.prefill_seconds = now - start
                 first = now
             self.ids.append(token)
+            self._chosen(token, logits)
             self.decode_seconds = now - first
             yield token
             if token in self.eos_ids:
@@ -112,7 +107,19 @@ class Generation:
                 return
             if len(self.ids) == self.steps or position == room:
                 return
-            tokens = [token]
+            logits = _wanted(await self.model.feed([token], position, logits=True))
+            position += 1
+
+    async def _compute_prompt(self, prompt: list[int]) -> NDArray[np.float32]:
+        """Feed all of it that is not held; the logits after its last token."""
+        tokens, position, batch = prompt[self.held :], self.held, self.model.n_batches
+        while len(tokens) > batch:
+            await self.model.feed(tokens[:batch], position, logits=False)
+            tokens, position = tokens[batch:], position + batch
+        return _wanted(await self.model.feed(tokens, position, logits=True))
+
+    def _chosen(self, token: int, logits: NDArray[np.float32]) -> None:
+        """A token was generated from these logits."""
 
     @property
     def prefill_tokens_per_second(self) -> float:
@@ -123,3 +130,8 @@ class Generation:
     def decode_tokens_per_second(self) -> float:
         """Ids after the first over the seconds from the first to the last."""
         return (len(self.ids) - 1) / self.decode_seconds if self.decode_seconds else 0.0
+
+
+def _wanted(logits: NDArray[np.float32] | None) -> NDArray[np.float32]:
+    assert logits is not None  # noqa: S101 - for the type checker: they were asked for
+    return logits

@@ -1,16 +1,19 @@
 """The model, as one generation after the other sees it: it remembers what it was fed, and ends a generation that nobody waits for."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Coroutine, Iterator, Sequence
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dairllm.nodes.generation import Model
 from dairllm.nodes.reply import Reply
+from dairllm.nodes.scoring import ScoringModel
 from dairllm.telemetry import Histogram
 
 __all__ = ["HeldModel"]
+
+Result = TypeVar("Result")
 
 
 class HeldModel:
@@ -26,7 +29,7 @@ class HeldModel:
         failure: what a pass ended with that left the model in an unknown state, or None.
     """
 
-    def __init__(self, model: Model, token_seconds: Histogram, fingerprint: str) -> None:
+    def __init__(self, model: ScoringModel, token_seconds: Histogram, fingerprint: str) -> None:
         self.seq_len, self.vocab_size, self.n_batches = model.seq_len, model.vocab_size, model.n_batches
         self.fingerprint = fingerprint
         self.ids: list[int] = []
@@ -36,8 +39,11 @@ class HeldModel:
         self._last_token: float | None = None
 
     def serve(self, reply: Reply) -> int:
-        """From now on passes are for `reply`. Returns how many tokens of its prompt need not be computed; never all of them."""
+        """From now on passes are for `reply`. Returns how many tokens of its prompt need not be computed; never all of them, and none of a
+        prompt that is scored: what led to its tokens is not kept."""
         self._reply, self._last_token = reply, None
+        if reply.order.scores_prompt:
+            return 0
         prompt = reply.order.prompt_ids
         most = min(len(self.ids), len(prompt) - 1)
         return next((place for place in range(most) if self.ids[place] != prompt[place]), most)
@@ -48,18 +54,28 @@ class HeldModel:
         Raises:
             DairllmError: why the reply was halted; else what the model raises, which is then kept as `failure`.
         """
-        if self._reply is not None and self._reply.halted is not None:
-            raise self._reply.halted
-        del self.ids[position:]
-        try:
-            result = await self._model.feed(tokens, position, logits=logits)
-        except BaseException as error:
-            self.failure = error
-            raise
-        self.ids += tokens
+        result = await self._hold(tokens, position, self._model.feed(tokens, position, logits=logits))
         if logits:
             now = time.perf_counter()
             if self._last_token is not None:
                 self._token_seconds.observe(now - self._last_token)
             self._last_token = now
+        return result
+
+    async def feed_rows(self, tokens: Sequence[int], position: int) -> Iterator[NDArray[np.float32]]:
+        """As `ScoringModel.feed_rows`. Raises as `feed`."""
+        return await self._hold(tokens, position, self._model.feed_rows(tokens, position))
+
+    async def _hold(self, tokens: Sequence[int], position: int, feeding: Coroutine[None, None, Result]) -> Result:
+        """Feed, and remember what was fed."""
+        if self._reply is not None and self._reply.halted is not None:
+            feeding.close()
+            raise self._reply.halted
+        del self.ids[position:]
+        try:
+            result = await feeding
+        except BaseException as error:
+            self.failure = error
+            raise
+        self.ids += tokens
         return result

@@ -1,7 +1,7 @@
 """One node that computes the whole model: the graph for one node, run from the model's file in place."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -96,13 +96,7 @@ class LocalNode:
         Raises:
             EngineError: no token or too many, one outside of the vocabulary, no room for them, or the node is not open.
         """
-        own, rows = self._own, len(tokens)
-        if own is None:
-            raise EngineError("the node is not open")
-        if not 1 <= rows <= self.n_batches or min(tokens) < 0 or max(tokens) >= self.vocab_size:
-            raise EngineError(f"expected 1 to {self.n_batches} tokens with ids in 0..{self.vocab_size - 1}, found {rows}")
-        if position < 0 or position + rows > self.seq_len:
-            raise EngineError(f"positions {position} to {position + rows - 1}: the context has room for {self.seq_len}")
+        own, rows = self._ready(tokens, position), len(tokens)
         # Where computing never waits, nothing else does: here signals and other tasks get their turn.
         await asyncio.sleep(0)
         self._tokens[:rows, 0] = tokens
@@ -116,6 +110,25 @@ class LocalNode:
                 if logits:  # the last segment is the classifier, wanted for the last row alone
                     await compute.run(program, last, last + 1, position, rows, rows - 1)
         return self._logits[rows - 1] if logits else None
+
+    async def feed_rows(self, tokens: Sequence[int], position: int) -> Iterator[NDArray[np.float32]]:
+        """The logits after each of the tokens; views. Raises as `feed`."""
+        own, rows = self._ready(tokens, position), len(tokens)
+        await asyncio.sleep(0)
+        self._tokens[:rows, 0] = tokens
+        await own.compute.run(own.program, 0, own.program.n_segments, position, rows)
+        return iter(self._logits[:rows])
+
+    def _ready(self, tokens: Sequence[int], position: int) -> NodeProgram:
+        """The program, if it can be fed these."""
+        own, rows = self._own, len(tokens)
+        if own is None:
+            raise EngineError("the node is not open")
+        if not 1 <= rows <= self.n_batches or min(tokens) < 0 or max(tokens) >= self.vocab_size:
+            raise EngineError(f"expected 1 to {self.n_batches} tokens with ids in 0..{self.vocab_size - 1}, found {rows}")
+        if position < 0 or position + rows > self.seq_len:
+            raise EngineError(f"positions {position} to {position + rows - 1}: the context has room for {self.seq_len}")
+        return own
 
     @property
     def nodes(self) -> tuple[NodeReport, ...]:

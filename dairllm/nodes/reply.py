@@ -2,9 +2,12 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
+from dairllm.engine.adjustments import Adjustments
+from dairllm.engine.logprobs import TokenScore
+from dairllm.engine.sampler import Sampler
 from dairllm.errors import DairllmError
 
 __all__ = ["STALL_SECONDS", "AbandonedError", "Order", "Reply", "StalledError"]
@@ -32,6 +35,10 @@ class Order:
         steps: most tokens to generate; None: as many as the context has room for.
         temperature, top_p, seed: of the sampler.
         stop: strings at which the answer ends.
+        top_k, min_p, repetition_penalty, frequency_penalty, presence_penalty, logit_bias: as `Sampler` and `Adjustments` have them.
+        ignore_eos: whether it goes on after an end-of-text id.
+        logprobs: how many of the most probable tokens are named in each place, beside the score of the token; None for no scores.
+        scores_prompt: whether the prompt's tokens are scored too.
     """
 
     prompt_ids: Sequence[int]
@@ -40,6 +47,26 @@ class Order:
     top_p: float = 1.0
     seed: int = 0
     stop: tuple[str, ...] = ()
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    scores_prompt: bool = False
+
+    def sampler(self) -> Sampler:
+        """That chooses the answer's tokens."""
+        adjustments = Adjustments(
+            self.prompt_ids,
+            repetition=self.repetition_penalty,
+            frequency=self.frequency_penalty,
+            presence=self.presence_penalty,
+            bias=self.logit_bias,
+        )
+        return Sampler(self.temperature, self.top_p, self.seed, top_k=self.top_k, min_p=self.min_p, adjustments=adjustments)
 
 
 class Reply:
@@ -56,6 +83,7 @@ class Reply:
         fingerprint: of the model that answers, when it has begun.
         cached_tokens: prompt tokens that the model still held from the request before.
         n_ids: tokens generated so far.
+        scores: of the answer's tokens so far, and `prompt_scores` of the prompt's, where they were ordered; grown by who answers.
         finish_reason: "stop" or "length" when the answer is complete, else None.
         stopped: why no more of it is wanted or will come, or None.
         halted: why the model is to compute no further pass for it, or None.
@@ -75,6 +103,8 @@ class Reply:
         self.order, self.request_id = order, request_id
         self.fingerprint = ""
         self.cached_tokens = self.n_ids = self.beginnings = 0
+        self.scores: list[TokenScore] = []
+        self.prompt_scores: list[TokenScore | None] = []
         self.finish_reason: str | None = None
         self.stopped: DairllmError | None = None
         self.halted: DairllmError | None = None

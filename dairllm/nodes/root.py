@@ -8,7 +8,7 @@ has all its weights. Where it goes wrong nevertheless, those that can still be r
 
 import asyncio
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -206,6 +206,19 @@ class Cluster:
             NetworkError: a worker is gone; names it.
             RemoteProtocolError: a worker said something wrong.
         """
+        program = await self._feed(tokens, position, len(tokens) - 1 if logits else len(tokens))
+        return self._logits(program, len(tokens) - 1) if logits else None
+
+    async def feed_rows(self, tokens: Sequence[int], position: int) -> Iterator[NDArray[np.float32]]:
+        """The logits after each of the tokens, each valid until the next is taken. Raises as `feed`."""
+        program = await self._feed(tokens, position, 0)
+        return (self._logits(program, row) for row in range(len(tokens)))
+
+    def _logits(self, program: Program, row: int) -> NDArray[np.float32]:
+        return program.row(LOGITS_PIPE, row)[: self.vocab_size]
+
+    async def _feed(self, tokens: Sequence[int], position: int, first_final: int) -> Program:
+        """Compute a batch; its logits from row `first_final` on are in the program's pipe."""
         rows = len(tokens)
         if not 1 <= rows <= self.n_batches or min(tokens) < 0 or max(tokens) >= self.vocab_size:
             raise EngineError(f"expected 1 to {self.n_batches} token ids in 0..{self.vocab_size - 1}")
@@ -215,10 +228,10 @@ class Cluster:
             raise EngineError("the cluster is computing something else" if self._usable and self._passes else "the cluster is not open")
         tensor_pass, pipe = self._passes
         pipe[:rows, 0] = tokens
-        self._in_hand = asyncio.ensure_future(self._run(tensor_pass, position, rows, logits))
+        self._in_hand = asyncio.ensure_future(self._run(tensor_pass, position, rows, first_final))
         self._in_hand.add_done_callback(self._put_down)
         await asyncio.shield(self._in_hand)
-        return tensor_pass.program.row(LOGITS_PIPE, rows - 1)[: self.vocab_size] if logits else None
+        return tensor_pass.program
 
     async def close(self) -> None:
         """Finish the pass in hand, say goodbye, end the connections."""
@@ -259,14 +272,14 @@ class Cluster:
 
     # Passes.
 
-    async def _run(self, tensor_pass: TensorPass, position: int, rows: int, logits: bool) -> None:
+    async def _run(self, tensor_pass: TensorPass, position: int, rows: int, first_final: int) -> None:
         self._usable = False
         control = Control(position, rows)
         try:
             with self._clock.running(rows):
                 for worker in self._workers:
                     worker.link.send([worker.wire.control(control)])
-                await tensor_pass.run(position, rows, rows - 1 if logits else rows)
+                await tensor_pass.run(position, rows, first_final)
         except (NetworkError, RemoteProtocolError) as error:
             raise type(error)(await self._blame(error, tensor_pass.awaited, position)) from None
         self._usable = True

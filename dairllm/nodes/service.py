@@ -20,17 +20,17 @@ from typing import Protocol
 import structlog
 
 from dairllm import machine
-from dairllm.engine.sampler import Sampler
 from dairllm.errors import DairllmError, NetworkError, RefusedError, RemoteProtocolError, without_trace
 from dairllm.net.runner import in_thread
 from dairllm.nodes.answer import Answer
 from dairllm.nodes.fingerprint import Fingerprint
-from dairllm.nodes.generation import Generation, Model
+from dairllm.nodes.generation import Generation
 from dairllm.nodes.held_model import HeldModel
 from dairllm.nodes.link_totals import LinkTotals
 from dairllm.nodes.recovery import Recovery
 from dairllm.nodes.reply import STALL_SECONDS, AbandonedError, Order, Reply, StalledError
 from dairllm.nodes.report import NodeReport
+from dairllm.nodes.scoring import ScoredGeneration, ScoringModel
 from dairllm.telemetry import PagingCounts, Readiness, ServiceMeters
 from dairllm.text.tokenizer import Tokenizer
 from dairllm.units import format_duration
@@ -47,7 +47,7 @@ MOST_BEGINNINGS = 2
 """Of one answer: a request that the model does not survive must not take it from the others again and again."""
 
 
-class OpenModel(Model, Protocol):
+class OpenModel(ScoringModel, Protocol):
     """A model that somebody opened."""
 
     @property
@@ -298,8 +298,7 @@ class Service:
         reply.fingerprint = held.fingerprint
         try:
             reply.cached_tokens = held.serve(reply)
-            sampler = Sampler(order.temperature, order.top_p, order.seed)
-            generation = Generation(held, sampler, order.prompt_ids, order.steps, self._tokenizer.eos_ids, held=reply.cached_tokens)
+            generation = self._generation(held, reply)
             answer = Answer(generation, self._tokenizer, order.stop)
             async with contextlib.aclosing(answer.pieces()) as pieces:
                 async for piece in pieces:
@@ -330,6 +329,16 @@ class Service:
         self._line.appendleft(reply)
         self._meters.begun_again += 1
         return True
+
+    def _generation(self, held: HeldModel, reply: Reply) -> Generation:
+        order = reply.order
+        eos_ids = () if order.ignore_eos else self._tokenizer.eos_ids
+        words = (order.sampler(), order.prompt_ids, order.steps, eos_ids, None, reply.cached_tokens)
+        if order.logprobs is None:
+            return Generation(held, *words)
+        scored = ScoredGeneration(held, *words, n_top=order.logprobs, scores_prompt=order.scores_prompt)
+        reply.scores, reply.prompt_scores = scored.scores, scored.prompt_scores
+        return scored
 
     def _record(self, reply: Reply, generation: Generation, begun: float) -> None:
         meters, n_ids, n_prompt = self._meters, len(generation.ids), len(reply.order.prompt_ids)

@@ -2,7 +2,7 @@
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,6 +90,11 @@ class PacedModel:
             self.fails_in -= 1
         self.fed.append((position, len(tokens)))
         return await self._model.feed(tokens, position, logits=logits)
+
+    async def feed_rows(self, tokens: Sequence[int], position: int) -> Iterator[NDArray[np.float32]]:
+        await self.gate.wait()
+        self.fed.append((position, len(tokens)))
+        return await self._model.feed_rows(tokens, position)
 
     async def close(self) -> None:
         self.closed = True

@@ -181,6 +181,21 @@ async def test_two_nodes_find_the_golden_ids_and_logits(make_worker: Any, make_c
     await until(lambda: worker.meters.sessions == {"finished": 1})
 
 
+@pytest.mark.parametrize("n_nodes", [2, 3])
+async def test_logits_of_all_rows_are_those_of_one_row_after_the_other(
+    make_worker: Any, make_cluster: MakeCluster, tmp_path: Path, n_nodes: int
+) -> None:
+    write_random_model(tmp_path / "m.m", small_spec(weight_type=FloatType.F32, n_heads=4, n_kv_heads=2, hidden_dim=128, vocab_size=322))
+    workers = [await make_worker() for _ in range(n_nodes - 1)]
+    cluster = make_cluster(tmp_path / "m.m", [worker.port for worker in workers])
+    await cluster.open()
+    tokens = [(7 * place + 3) % 320 for place in range(21)]
+    together = [row.copy() for row in await cluster.feed_rows(tokens, 0)]
+    one_by_one = [await feed(cluster, [token], place) for place, token in enumerate(tokens)]
+    assert all(row.shape == (322,) for row in together)
+    np.testing.assert_array_equal(together, one_by_one)
+
+
 SHARES = [
     (2, "1/32,3/96"),
     (2, "3/64,1/64"),
