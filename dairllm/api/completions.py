@@ -8,8 +8,10 @@ from starlette.types import Receive, Scope, Send
 from dairllm.api.answers import ChatShape, CompletionShape, Shape
 from dairllm.api.api_error import ApiError
 from dairllm.api.bodies import Bodies
+from dairllm.api.choices import Choices
 from dairllm.api.front import REQUEST_ID
-from dairllm.api.prompts import ServedModel, order_of
+from dairllm.api.other_fields import ignored_header
+from dairllm.api.prompts import ServedModel, choices_of
 from dairllm.api.schema import ChatRequest, CompletionRequest, parse
 from dairllm.api.stream import send_stream, send_whole, while_connected
 from dairllm.errors import DairllmError
@@ -17,6 +19,9 @@ from dairllm.nodes.service import Service
 from dairllm.telemetry import ServiceMeters
 
 __all__ = ["Completions"]
+
+BRIEF_BYTES = 1024
+"""Of a body whose text is encoded at once: to hand it to a thread would take longer."""
 
 
 class Completions:
@@ -48,17 +53,19 @@ class Completions:
             async with self._bodies.read(Request(scope, receive)) as body:
                 call = parse(self._schema, body)
                 self._served.check_name(call.model)
-                order = await asyncio.to_thread(order_of, call, self._served)
+                headers = ignored_header(call.ignored)
+                if isinstance(call, CompletionRequest) and len(body) <= BRIEF_BYTES:
+                    wanted = choices_of(call, self._served)
+                else:
+                    wanted = await asyncio.to_thread(choices_of, call, self._served)
         except (ApiError, DairllmError, ClientDisconnect) as error:
             self._meters.requests["abandoned" if isinstance(error, ClientDisconnect) else "invalid"] += 1
             raise
-        reply, shape = (
-            self._service.ask(order, whole=not call.stream, request_id=scope["state"][REQUEST_ID]),
-            self._shape(self._served.name),
-        )
-        async with while_connected(receive, reply):
+        choices = Choices(wanted, self._service, whole=not call.stream, request_id=scope["state"][REQUEST_ID])
+        shape = self._shape(self._served.name, self._served.tokenizer)
+        async with while_connected(receive, choices):
             if call.stream:
-                waiting, heartbeat = self._service.waiting, self._heartbeat
-                await send_stream(reply, shape, send, include_usage=call.include_usage, heartbeat=heartbeat, waiting=waiting)
+                heartbeat, waiting = self._heartbeat, self._service.waiting
+                await send_stream(choices, shape, send, headers, include_usage=call.include_usage, heartbeat=heartbeat, waiting=waiting)
             else:
-                await send_whole(reply, shape, scope, receive, send)
+                await send_whole(choices, shape, send, headers)

@@ -1,84 +1,28 @@
-"""Requests, as OpenAI's API has them: which fields, of which types, and what we refuse since it would change the answer.
+"""Requests, as OpenAI's API has them, and what other servers of its form take: which fields, of which types.
 
-Fields that we do not know are passed over, as all such servers do; fields that we know and cannot honour are refused, unless they ask
-for what happens anyway (`n: 1`, an empty list of tools).
+What becomes of fields that are not here is in `dairllm.api.other_fields`.
 """
 
-import json
-from typing import Annotated, Any, Literal, LiteralString, NoReturn, TypeVar
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dairllm.api.api_error import ApiError
+from dairllm.api.fields import Prompt, as_bias, as_content, as_count, as_off, as_prompts, as_stop, as_whole, fail
+from dairllm.api.other_fields import check_others
+from dairllm.config import Sampling
+from dairllm.engine.logprobs import MOST_TOP
 
 __all__ = ["ChatRequest", "CompletionRequest", "TextRequest", "parse"]
 
-MAX_STOPS = 4
-MAX_STOP_CHARACTERS = 1024
 MAX_COUNT = 2**31 - 1
-
-
-def _stop(value: object) -> tuple[str, ...]:
-    found = [value] if isinstance(value, str) else value
-    if found is None:
-        return ()
-    if not isinstance(found, list | tuple) or not all(isinstance(word, str) for word in found):
-        _fail(f"expected a string or up to {MAX_STOPS} strings")
-    if len(found) > MAX_STOPS:
-        _fail(f"expected up to {MAX_STOPS} strings, found {len(found)}")
-    if not all(1 <= len(word) <= MAX_STOP_CHARACTERS for word in found):
-        _fail(f"expected strings of 1 to {MAX_STOP_CHARACTERS} characters")
-    return tuple(found)
-
-
-def _prompt(value: object) -> str | tuple[int, ...]:
-    """One prompt: a text, or token ids, or a list with one of these."""
-    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str | list):
-        value = value[0]
-    if isinstance(value, str):
-        return value
-    if isinstance(value, list) and any(isinstance(item, str | list) for item in value):
-        _fail(f"expected one prompt, found {len(value)}; send several requests instead")
-    if not isinstance(value, list) or not all(type(item) is int for item in value):
-        _fail("expected a string, or a list of token ids")
-    return tuple(value)
-
-
-def _content(value: object) -> str:
-    """A message's text; parts of text are joined."""
-    if value is None:
-        return ""
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, list):
-        _fail("expected a string, null or a list of parts")
-    texts = []
-    for number, part in enumerate(value):
-        kind = part.get("type") if isinstance(part, dict) else None
-        if not isinstance(kind, str):
-            _fail(f'part {number}: expected an object such as {{"type": "text", "text": ...}}')
-        if kind != "text":
-            _fail(f"part {number} is of type {kind[:40]!r}; this model takes parts of type 'text' alone", "unsupported_value")
-        if not isinstance(part.get("text"), str):
-            _fail(f"part {number}: expected a string as text")
-        texts.append(part["text"])
-    return "".join(texts)
-
-
-def _only(*allowed: Any, what: str = "not supported") -> BeforeValidator:
-    """For a field that we cannot honour: it may ask for what happens anyway."""
-
-    def validate(value: object) -> None:
-        if not any(value == one and type(value) is type(one) for one in (None, *allowed)):
-            taken = f" (only {json.dumps(allowed[0])} is)" if allowed else ""
-            _fail(f"{what}{taken}; leave it out", "unsupported_value")
-
-    return BeforeValidator(validate)
-
-
-def _fail(message: str, code: LiteralString = "invalid_value") -> NoReturn:
-    raise PydanticCustomError(code, "{message}", {"message": message})
+MAX_CHOICES = 256
+"""Answers to one request, to all its prompts together."""
+_ROLES = {"developer": "system", "function": "tool"}
+"""Names that templates do not know, and what they know them as."""
+_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty")
+_TEMPLATES_OWN = ("messages", "add_generation_prompt", "bos_token", "eos_token")
 
 
 class _Object(BaseModel):
@@ -94,74 +38,123 @@ class Message(_Object):
 
     model_config = ConfigDict(extra="allow")
 
-    role: Literal["system", "user", "assistant", "developer", "tool"]
-    content: Annotated[str, BeforeValidator(_content)] = ""
+    role: Literal["system", "user", "assistant", "developer", "tool", "function"]
+    content: Annotated[str, as_content] = ""
 
     @property
     def fields(self) -> dict[str, Any]:
         """As a template is to see it."""
-        return {"role": self.role, "content": self.content, **{k: v for k, v in (self.model_extra or {}).items() if v is not None}}
+        role = _ROLES.get(self.role, self.role)
+        return {"role": role, "content": self.content, **{k: v for k, v in (self.model_extra or {}).items() if v is not None}}
 
 
 class TextRequest(_Object):
     """What requests for text have in common. None where nothing is said."""
 
+    model_config = ConfigDict(extra="allow")
+
     model: str | None = None
-    max_tokens: int | None = Field(None, ge=1, le=MAX_COUNT)
     temperature: float | None = Field(None, ge=0, le=100, allow_inf_nan=False)
     top_p: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
-    seed: int | None = Field(None, ge=-(2**63), lt=2**64)
-    stop: Annotated[tuple[str, ...], BeforeValidator(_stop)] = ()
+    top_k: Annotated[int | None, as_off] = Field(None, ge=0, le=MAX_COUNT)
+    min_p: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
+    repetition_penalty: float | None = Field(None, gt=0, le=10, allow_inf_nan=False)
+    repeat_penalty: float | None = Field(None, gt=0, le=10, allow_inf_nan=False)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2, allow_inf_nan=False)
+    presence_penalty: float | None = Field(None, ge=-2, le=2, allow_inf_nan=False)
+    logit_bias: Annotated[Mapping[int, float], as_bias] = Field(default_factory=dict)
+    seed: Annotated[int | None, as_whole] = Field(None, ge=-(2**63), lt=2**64)
+    stop: Annotated[tuple[str, ...], as_stop] = ()
+    ignore_eos: bool | None = None
+    n: Annotated[int | None, as_whole] = Field(None, ge=1, le=MAX_CHOICES)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
-    n: Annotated[None, _only(1, what="more than one answer a request is not supported")] = None
-    frequency_penalty: Annotated[None, _only(0, 0.0)] = None
-    presence_penalty: Annotated[None, _only(0, 0.0)] = None
-    logit_bias: Annotated[None, _only({})] = None
-
     @property
     def most_tokens(self) -> int | None:
-        """The most tokens that the answer may have, or None."""
-        return self.max_tokens
+        """The most tokens that an answer may have, or None."""
+        raise NotImplementedError
+
+    def sampling(self, otherwise: Sampling) -> dict[str, Any]:
+        """How tokens are chosen, as `Order` has it; `otherwise` says what the request does not."""
+        said = {name: getattr(self, name) for name in _SAMPLING}
+        if said["repetition_penalty"] is None:
+            said["repetition_penalty"] = self.repeat_penalty
+        return {name: getattr(otherwise, name) if value is None else value for name, value in said.items()}
+
+    @property
+    def n_top(self) -> int | None:
+        """How many most probable tokens are to be named beside each token's logprob; None where nothing is to be said of them."""
+        raise NotImplementedError
 
     @property
     def include_usage(self) -> bool:
         """Whether a stream ends with the usage."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
+    @property
+    def ignored(self) -> list[str]:
+        """Names of fields that are passed over; ApiError for one that is refused."""
+        return check_others(self.model_extra or {})
+
 
 class ChatRequest(TextRequest):
     """`POST /v1/chat/completions`."""
 
     messages: tuple[Message, ...] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(None, ge=1, le=MAX_COUNT)
+    max_tokens: Annotated[int | None, as_count] = Field(None, ge=1, le=MAX_COUNT)
+    max_completion_tokens: Annotated[int | None, as_count] = Field(None, ge=1, le=MAX_COUNT)
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int | None, as_whole] = Field(None, ge=0, le=MOST_TOP)
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
 
-    tools: Annotated[None, _only([])] = None
-    functions: Annotated[None, _only([])] = None
-    tool_choice: Annotated[None, _only("none", "auto")] = None
-    function_call: Annotated[None, _only("none", "auto")] = None
-    response_format: Annotated[None, _only({"type": "text"})] = None
-    logprobs: Annotated[None, _only(False)] = None
-    top_logprobs: Annotated[None, _only(0)] = None
-    modalities: Annotated[None, _only(["text"])] = None
-    audio: Annotated[None, _only()] = None
+    @model_validator(mode="after")
+    def _agree(self) -> "ChatRequest":
+        if self.top_logprobs and not self.logprobs:
+            fail("top_logprobs: expected logprobs true beside it")
+        if self.continue_final_message and self.add_generation_prompt:
+            fail("continue_final_message: expected add_generation_prompt false beside it, or nothing")
+        if self.continue_final_message and not self.messages[-1].content.strip():
+            fail("continue_final_message: the last message has no content that could be continued")
+        own = [name for name in _TEMPLATES_OWN if name in (self.chat_template_kwargs or {})]
+        if own:
+            fail(f"chat_template_kwargs: {own[0]} is not to be set there")
+        return self
 
     @property
     def most_tokens(self) -> int | None:
         """`max_completion_tokens` is the newer name, and comes first."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
+    @property
+    def n_top(self) -> int | None:
+        return self.top_logprobs or 0 if self.logprobs else None
+
 
 class CompletionRequest(TextRequest):
     """`POST /v1/completions`."""
 
-    prompt: Annotated[str | tuple[int, ...], BeforeValidator(_prompt)]
+    prompt: Annotated[tuple[Prompt, ...], as_prompts]
+    max_tokens: Annotated[int | None, as_count] = Field(None, ge=0, le=MAX_COUNT)
+    max_completion_tokens: Annotated[int | None, as_count] = Field(None, ge=0, le=MAX_COUNT)
+    echo: bool | None = None
+    logprobs: Annotated[int | None, as_whole] = Field(None, ge=0, le=MOST_TOP)
 
-    best_of: Annotated[None, _only(1)] = None
-    echo: Annotated[None, _only(False)] = None
-    logprobs: Annotated[None, _only()] = None
-    suffix: Annotated[None, _only("")] = None
+    @model_validator(mode="after")
+    def _bounded(self) -> "CompletionRequest":
+        if len(self.prompt) * (self.n or 1) > MAX_CHOICES:
+            fail(f"n: {len(self.prompt)} prompts x {self.n} answers; expected up to {MAX_CHOICES} answers in all")
+        return self
+
+    @property
+    def most_tokens(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def n_top(self) -> int | None:
+        return self.logprobs
 
 
 RequestT = TypeVar("RequestT", bound=TextRequest)
@@ -177,14 +170,15 @@ def parse(schema: type[RequestT], body: bytes) -> RequestT:
         return schema.model_validate_json(body)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-    kind, param = first["type"], _param(first["loc"])
+    kind, param, message = first["type"], _param(first["loc"]), first["msg"]
     if kind == "json_invalid":
         raise ApiError(400, f"the body is not JSON: {first['ctx']['error']}", code="invalid_json")
+    if not param and kind == "invalid_value":  # of fields that contradict each other; it names the first of them
+        raise ApiError(400, message, code="invalid_value", param=message.partition(":")[0])
     if not param:
         raise ApiError(400, "the body is JSON, but no object", code="invalid_type")
     if kind == "missing":
         raise ApiError(400, f"{param}: the field is missing", code="missing_required_parameter", param=param)
-    message = first["msg"]
     if kind == "too_short":
         message = "expected at least one"
     elif message.startswith("Input should "):

@@ -5,6 +5,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from dairllm.errors import EngineError
+
 __all__ = ["MOST_TOP", "TokenScore", "score"]
 
 MOST_TOP = 20
@@ -32,10 +34,14 @@ def score(logits: NDArray[np.float32], token: int, n_top: int) -> TokenScore:
 
     The exponentials are numpy's, so the last digits may differ from machine to machine; of the choice of tokens none of this is a part.
     A logprob and the same token's among the best are the same number.
+
+    Raises:
+        EngineError: one of them is NaN or +inf, or all are -inf: the computation went wrong.
     """
     best = logits.max()
-    with np.errstate(invalid="ignore"):  # of logits gone wrong, which the sampler reports
-        total = np.float32(np.log(np.exp(logits - best).sum(dtype=np.float64)))
+    if not np.isfinite(best):
+        raise EngineError(f"the best logit is {best}: the model's numbers have overflowed, or its weights are damaged")
+    total = np.float32(np.log(np.exp(logits - best).sum(dtype=np.float64)))
     n = min(n_top, logits.size)
     if n == 1:
         top = np.array([logits.argmax()], np.int32)

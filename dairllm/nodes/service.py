@@ -159,8 +159,11 @@ class Service:
         self._life.cancel()
         await asyncio.wait({self._life})
 
-    def check(self) -> None:
+    def check(self, *, again: bool = False) -> None:
         """Whether a request would be taken now.
+
+        Args:
+            again: it is one that was taken before, for a further answer: it has its place in any case.
 
         Raises:
             UnavailableError: the model is not there.
@@ -169,18 +172,19 @@ class Service:
         if self._readiness.reason is not None and not self._recovery.running:
             self._meters.requests["unavailable"] += 1
             raise self._unavailable()
-        if len(self._line) + (self._at_hand is not None) > self._queue:
+        if not again and len(self._line) + (self._at_hand is not None) > self._queue:
             self._meters.requests["queue_full"] += 1
             raise QueueFullError(len(self._line), min(LONGEST_RETRY, math.ceil(self._last_took)))
 
-    def ask(self, order: Order, *, whole: bool = False, request_id: str = "") -> Reply:
+    def ask(self, order: Order, *, whole: bool = False, request_id: str = "", again: bool = False) -> Reply:
         """Take a place in line. Who stops reading the reply must `abandon` it. Raises as `check`.
 
         Args:
             whole: the answer is read when it is complete.
             request_id: who asks, in the log.
+            again: as `check`.
         """
-        self.check()
+        self.check(again=again)
         reply = Reply(order, self._stopped, self._patience, whole=whole, request_id=request_id)
         self._line.append(reply)
         self._arrival.set()

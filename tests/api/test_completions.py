@@ -136,7 +136,7 @@ async def test_stop_strings(in_a_list: bool, streamed: bool, serve: Serve) -> No
 async def test_no_stop_string(serve: Serve) -> None:
     async with serve() as serving:
         free = await complete(serving)
-        for stop in (None, [], ["never said so"] * 4):
+        for stop in (None, [], "", [""], ["never said so"] * 40, [f"never {n}" for n in range(40)]):
             assert (await complete(serving, stop=stop)).choices[0].text == free.choices[0].text
 
 
@@ -164,11 +164,14 @@ async def test_content_parts_are_joined_and_null_is_nothing(serve: Serve) -> Non
         assert refused.value.param == "messages[0].content"
 
 
-@pytest.mark.parametrize("role", ["system", "user", "assistant", "developer"])
-async def test_roles_go_to_the_template(role: str, serve: Serve) -> None:
+@pytest.mark.parametrize(
+    ("role", "known_as"), [("system", "system"), ("user", "user"), ("assistant", "assistant"), ("developer", "system")]
+)
+async def test_roles_go_to_the_template(role: str, known_as: str, serve: Serve) -> None:
+    """A role that no template knows as the one that it knows."""
     async with serve() as serving:
         answer = await chat(serving, messages=[{"role": role, "content": "x"}])
-        expected = serving.tokenizer.encode(f"<|begin|><|turn|>{role}: x<|turn|>assistant: ")
+        expected = serving.tokenizer.encode(f"<|begin|><|turn|>{known_as}: x<|turn|>assistant: ")
     assert answer.usage.prompt_tokens == len(expected)
 
 
@@ -176,6 +179,8 @@ async def test_a_conversation_that_the_template_refuses(serve: Serve) -> None:
     async with serve() as serving:
         with pytest.raises(openai.BadRequestError, match="the chat template refuses this conversation: no tools here"):
             await chat(serving, messages=[{"role": "tool", "content": "x", "tool_call_id": "1"}])
+        with pytest.raises(openai.BadRequestError, match="no tools here"):
+            await chat(serving, messages=[{"role": "function", "name": "f", "content": "x"}])
 
 
 async def test_no_chat_template(tmp_path: Path, serve: Serve) -> None:
@@ -251,7 +256,7 @@ async def test_what_changes_nothing_is_taken(serve: Serve) -> None:
             response_format={"type": "text"},
             metadata={"a": "b"},
             store=True,
-            extra_body={"tools": [], "tool_choice": "none", "top_k": 40, "of_nobody": [1]},
+            extra_body={"tools": [], "tool_choice": "none", "top_k": 0, "min_p": 0, "repetition_penalty": 1, "of_nobody": [1]},
         )
         assert wordy.choices[0].message.content == plain.choices[0].message.content
         assert (await complete(serving, **idle, echo=False, best_of=1, suffix="")).choices[0].text

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from dairllm.engine.logprobs import score
+from dairllm.errors import EngineError
 
 ROWS = hnp.arrays(np.float32, st.integers(1, 200), elements=st.floats(-30, 30, width=32))
 
@@ -40,3 +41,9 @@ def test_the_best_is_the_same_number_as_its_token(logits: np.ndarray) -> None:
 def test_a_forbidden_token_has_no_probability() -> None:
     assert score(np.float32([0.0, -math.inf]), 1, 2).logprob == -math.inf
     assert score(np.float32([0.0, -math.inf]), 0, 2).logprob == 0.0
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_numbers_gone_wrong_are_an_error(bad: float) -> None:
+    with pytest.raises(EngineError, match=f"the best logit is {bad}"):
+        score(np.float32([0.0, bad, 1.0]), 0, 1)
