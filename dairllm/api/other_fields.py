@@ -43,7 +43,6 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "add_special_tokens": ((), ""),
     "truncate_prompt_tokens": ((), ""),
     # how tokens are chosen, and where the answer ends
-    "best_of": ((1,), "say n"),
     "use_beam_search": ((False,), ""),
     "length_penalty": ((1,), ""),
     "min_tokens": ((0,), ""),

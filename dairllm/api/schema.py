@@ -141,9 +141,12 @@ class CompletionRequest(TextRequest):
     max_completion_tokens: Annotated[int | None, as_count] = Field(None, ge=0, le=MAX_COUNT)
     echo: bool | None = None
     logprobs: Annotated[int | None, as_whole] = Field(None, ge=0, le=MOST_TOP)
+    best_of: Annotated[int | None, as_whole] = None
 
     @model_validator(mode="after")
-    def _bounded(self) -> "CompletionRequest":
+    def _agree(self) -> "CompletionRequest":
+        if self.best_of not in (None, self.n or 1):
+            fail(f"best_of: not supported (only {self.n or 1}, as n, is); leave it out", "unsupported_value")
         if len(self.prompt) * (self.n or 1) > MAX_CHOICES:
             fail(f"n: {len(self.prompt)} prompts x {self.n} answers; expected up to {MAX_CHOICES} answers in all")
         return self
@@ -173,8 +176,8 @@ def parse(schema: type[RequestT], body: bytes) -> RequestT:
     kind, param, message = first["type"], _param(first["loc"]), first["msg"]
     if kind == "json_invalid":
         raise ApiError(400, f"the body is not JSON: {first['ctx']['error']}", code="invalid_json")
-    if not param and kind == "invalid_value":  # of fields that contradict each other; it names the first of them
-        raise ApiError(400, message, code="invalid_value", param=message.partition(":")[0])
+    if not param and kind in ("invalid_value", "unsupported_value"):  # of fields that contradict each other; it names the first of them
+        raise ApiError(400, message, code=kind, param=message.partition(":")[0])
     if not param:
         raise ApiError(400, "the body is JSON, but no object", code="invalid_type")
     if kind == "missing":

@@ -34,7 +34,7 @@ async def test_n_answers_have_seeds_one_after_the_other(serve: Serve) -> None:
     async with serve() as serving:
         alone = [(await complete(serving, seed=seed)).choices[0].text for seed in (7, 8, 9)]
         assert len(set(alone)) == 3
-        answer = await complete(serving, seed=7, n=3)
+        answer = await complete(serving, seed=7, n=3, best_of=3)
         assert [choice.text for choice in answer.choices] == alone
         n_prompt = len(serving.tokenizer.encode_prompt("on and on"))
         assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (n_prompt, 36), "one prompt"
