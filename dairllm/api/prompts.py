@@ -125,12 +125,13 @@ def _chat_prompt(call: ChatRequest, served: ServedModel) -> _Prompt:
 
 def _open_end(text: str, content: str) -> str:
     """A rendered conversation up to the end of its last message, as transformers' `continue_final_message` has it."""
-    at = text.rfind(content.strip())
-    if at < 0:
+    bare = content.strip()
+    after = text[::-1].find(bare[::-1])  # in linear time, which `rfind` does not promise
+    if after < 0:
         message = "continue_final_message: the chat template changes the last message, so that its end cannot be found"
         raise ApiError(400, message, code="invalid_value", param="continue_final_message")
-    whole = content.lstrip()
-    return text[:at] + (whole if text.startswith(whole, at) else content.strip())
+    at, whole = len(text) - after - len(bare), content.lstrip()
+    return text[:at] + (whole if text.startswith(whole, at) else bare)
 
 
 def _text_prompts(call: CompletionRequest, served: ServedModel) -> list[_Prompt]:

@@ -93,6 +93,8 @@ class PacedModel:
 
     async def feed_rows(self, tokens: Sequence[int], position: int) -> Iterator[NDArray[np.float32]]:
         await self.gate.wait()
+        if self.pause:
+            await asyncio.sleep(self.pause)
         self.fed.append((position, len(tokens)))
         return await self._model.feed_rows(tokens, position)
 

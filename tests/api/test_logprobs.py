@@ -1,5 +1,6 @@
 """How probable tokens are, told with answers and of prompts: what lm-evaluation-harness asks for."""
 
+import asyncio
 import math
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from dairllm.engine.executor import Executor
+from dairllm.nodes import scoring
 from tests.api.conftest import Serve
 from tests.api.serving import Models, Serving
 
@@ -144,3 +146,19 @@ async def test_a_token_that_cannot_be_has_a_logprob_that_json_can_say(serve: Ser
         answer = await client.post("/v1/completions", json={"prompt": [1, 9, 8], "max_tokens": 0, "logprobs": 0, "echo": True})
         assert answer.status_code == 200
         assert answer.json()["choices"][0]["logprobs"]["token_logprobs"][2] == -9999.0
+
+
+async def test_a_client_that_goes_away_while_its_prompt_is_scored_frees_the_model(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scoring, "_LOGITS_BYTES", 4 * 320 * 8)
+    async with serve() as serving:
+        model = serving.models.last
+        model.pause = 0.01
+        asked = asyncio.create_task(complete(serving, prompt=[7] * 2000, max_tokens=0, logprobs=1, echo=True))
+        await serving.until(lambda: len(model.fed) >= 2)
+        asked.cancel()
+        await serving.until(lambda: serving.meters.requests["abandoned"] == 1)
+        assert len(model.fed) < 100, "of 250"
+        assert {rows for _, rows in model.fed} == {8}
+        model.pause = 0.0
+        assert (await complete(serving, prompt=IDS[1])).choices
+        assert len(serving.models.opened) == 1
