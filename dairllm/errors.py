@@ -36,6 +36,7 @@ __all__ = [
     "ProtocolError",
     "RefusedError",
     "RemoteProtocolError",
+    "escaped",
     "printable",
     "without_trace",
 ]
@@ -49,16 +50,19 @@ _LONGEST_PART = 400
 """Of a FormatError: what was expected, what was found."""
 
 
+def escaped(text: str) -> str:
+    """What is not printable, a line break too, as Python would write it: \\x1b, \\n, \\u202e."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def printable(text: object, limit: int = 200) -> str:
     """What a stranger said (a file, a peer), as it can be shown: one line of at most `limit` characters
     and three dots.
-
-    What is not printable is written as Python's escapes: \\x1b, \\n, \\u202e.
     """
     said = str(text)
-    shown = said[:limit]
-    if not shown.isprintable():
-        shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
+    shown = escaped(said[:limit])
     return shown if len(said) <= limit and len(shown) <= limit else f"{shown[:limit]}..."
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import structlog
 
-from dairllm.errors import DairllmError
+from dairllm.errors import DairllmError, escaped
 
 __all__ = ["LogLines"]
 
@@ -96,11 +96,6 @@ class LogLines:
             places = "".join(traceback.format_tb(one.__traceback__))
             parts.append(f"Traceback (most recent call last):\n{places}{type(one).__name__}: {escaped(self._text_of(one))}")
         return "\n\nwhich led to\n\n".join(parts)
-
-
-def escaped(text: str) -> str:
-    """Without what a terminal would obey."""
-    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
 
 
 def _shown(value: object, show: Any = repr) -> str:
