@@ -213,7 +213,7 @@ def test_the_models_own_tokenizer_gets_replacements_for_them(model_folder: Path)
 
 
 def test_a_file_of_another_kind() -> None:
-    with pytest.raises(FormatError, match=r"golden\.json, byte 0"):
+    with pytest.raises(FormatError, match=r"golden\.json: expected a \.t tokenizer file, found a JSON file"):
         Tokenizer.load(GOLDEN)
 
 
