@@ -15,6 +15,7 @@ from dairllm.api.health import HealthServer
 from dairllm.telemetry import Meters, Readiness
 from tests.api.conftest import Serve
 from tests.api.serving import Serving, dialled
+from tests.patience import PATIENCE
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 BODY: dict[str, Any] = {"prompt": "on", "max_tokens": 3}
@@ -22,7 +23,7 @@ PAGE = "https://chat.example"
 
 
 def client_of(serving: Serving, **headers: str) -> httpx.AsyncClient:
-    return httpx.AsyncClient(base_url=serving.url, headers=headers, timeout=60)
+    return httpx.AsyncClient(base_url=serving.url, headers=headers, timeout=PATIENCE)
 
 
 # The name of a request.
@@ -47,7 +48,7 @@ async def test_every_answer_has_a_name(serve: Serve) -> None:
 
 
 async def test_a_name_that_could_do_harm_is_not_taken(serve: Serve) -> None:
-    async with serve() as serving, asyncio.timeout(60):
+    async with serve() as serving, asyncio.timeout(PATIENCE):
         for given in (b"", b"two words", b"x" * 129, "ü".encode(), b"\x1b[31m"):
             request = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nX-Request-Id: %b\r\n\r\n" % given
             async with dialled(serving, request) as (reader, _):
@@ -101,7 +102,7 @@ async def test_another_host_is_refused_on_a_loopback_address(serve: Serve) -> No
 
 
 async def test_who_names_no_host_is_no_browser(serve: Serve) -> None:
-    async with serve() as serving, dialled(serving, b"GET /v1/models HTTP/1.0\r\n\r\n") as (reader, _), asyncio.timeout(20):
+    async with serve() as serving, dialled(serving, b"GET /v1/models HTTP/1.0\r\n\r\n") as (reader, _), asyncio.timeout(PATIENCE):
         assert (await reader.read()).startswith(b"HTTP/1.1 200 ")
 
 
@@ -192,7 +193,7 @@ class Hasty(BoundedConnection):
 
 async def test_a_connection_outlives_the_clients_patience(serve: Serve) -> None:
     """The time for a request's head begins with its first byte, not with the end of the request before."""
-    async with serve(connection=Hasty, keep_alive=60.0) as serving, dialled(serving, IDLE) as (reader, writer), asyncio.timeout(60):
+    async with serve(connection=Hasty, keep_alive=60.0) as serving, dialled(serving, IDLE) as (reader, writer), asyncio.timeout(PATIENCE):
         assert b" 200 OK" in await reader.readuntil(b'{"status":"ok"}')
         await asyncio.sleep(0.6)  # three times what a head may take
         writer.write(IDLE)
@@ -203,7 +204,7 @@ async def test_a_connection_outlives_the_clients_patience(serve: Serve) -> None:
 
 
 async def test_one_connection_more_takes_the_place_of_the_one_that_has_idled_longest(serve: Serve) -> None:
-    async with serve(connections=2) as serving, contextlib.AsyncExitStack() as others, asyncio.timeout(60):
+    async with serve(connections=2) as serving, contextlib.AsyncExitStack() as others, asyncio.timeout(PATIENCE):
         readers = []
         for _ in range(3):
             reader, _writer = await others.enter_async_context(dialled(serving, IDLE))
@@ -214,7 +215,7 @@ async def test_one_connection_more_takes_the_place_of_the_one_that_has_idled_lon
 
 
 async def test_where_none_idles_one_more_is_told(serve: Serve) -> None:
-    async with serve(connections=2) as serving, asyncio.timeout(60):
+    async with serve(connections=2) as serving, asyncio.timeout(PATIENCE):
         serving.models.last.gate.clear()
         async with client_of(serving) as client:
             busy = [asyncio.create_task(client.post(COMPLETIONS, json=BODY)) for _ in range(2)]

@@ -11,6 +11,7 @@ import pytest
 from dairllm.errors import NetworkError
 from tests.api.conftest import Serve
 from tests.api.serving import Serving
+from tests.patience import PATIENCE
 
 BODY: dict[str, Any] = {"prompt": "on", "max_tokens": 12, "stream": True}
 
@@ -20,7 +21,7 @@ async def complete(serving: Serving, **fields: Any) -> Any:
 
 
 async def test_a_stream_in_line_has_its_headers_and_signs_of_life(serve: Serve) -> None:
-    async with serve(heartbeat=0.05) as serving, httpx.AsyncClient(base_url=serving.url, timeout=60) as client:
+    async with serve(heartbeat=0.05) as serving, httpx.AsyncClient(base_url=serving.url, timeout=PATIENCE) as client:
         gate = serving.models.last.gate
         gate.clear()
         first = asyncio.create_task(complete(serving))
@@ -43,7 +44,7 @@ async def test_a_stream_in_line_has_its_headers_and_signs_of_life(serve: Serve) 
 
 
 async def test_a_prompt_that_is_being_computed(serve: Serve) -> None:
-    async with serve(heartbeat=0.05) as serving, httpx.AsyncClient(base_url=serving.url, timeout=60) as client:
+    async with serve(heartbeat=0.05) as serving, httpx.AsyncClient(base_url=serving.url, timeout=PATIENCE) as client:
         serving.models.last.gate.clear()
         async with client.stream("POST", "/v1/completions", json=BODY) as answer:
             lines = answer.aiter_lines()
@@ -53,7 +54,7 @@ async def test_a_prompt_that_is_being_computed(serve: Serve) -> None:
 
 
 async def test_a_model_that_is_being_recovered(serve: Serve) -> None:
-    async with serve(heartbeat=0.05) as serving, httpx.AsyncClient(base_url=serving.url, timeout=60) as client:
+    async with serve(heartbeat=0.05) as serving, httpx.AsyncClient(base_url=serving.url, timeout=PATIENCE) as client:
         serving.models.last.failure = NetworkError("gone")
         serving.models.gate.clear()
         async with client.stream("POST", "/v1/completions", json=BODY) as answer:
