@@ -78,8 +78,7 @@ class Connection(asyncio.BufferedProtocol):
         self._unclaimed: asyncio.Future[object] | None = None
         """What came in the very moment in which its reader was cancelled: the next one's."""
         self._writer: asyncio.Future[None] | None = None
-        self._received_at = self._taken_at = 0.0
-        self._unsent = 0
+        self._received_at, self._taken_at, self._unsent = 0.0, 0.0, 0
         self._read_silence = Silence(self._loop, self._last_received_at, self._give_up)
         self._write_silence = Silence(self._loop, self._last_taken_at, self._give_up)
         self._readable, self._fileno, self._patience = select.poll(), -1, 0.0
@@ -312,10 +311,7 @@ class Connection(asyncio.BufferedProtocol):
         if full == self._paused or self._transport is None or self._transport.is_closing():
             return
         self._paused = full
-        if full:
-            self._transport.pause_reading()
-        else:
-            self._transport.resume_reading()
+        (self._transport.pause_reading if full else self._transport.resume_reading)()
 
     def _serve_reader(self, reader: asyncio.Future[object], incoming: Incoming[object]) -> None:
         """Bytes have come: hand over the event that they complete, if they do."""
