@@ -1,7 +1,7 @@
 """A generation that says how probable the model found its tokens, those of the prompt included: what evaluations ask for."""
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 
 from dairllm.engine.logprobs import TokenScore, score
 from dairllm.nodes.generation import Generation, Model
+from dairllm.nodes.reply import Reply
 
-__all__ = ["ScoredGeneration", "ScoringModel"]
+__all__ = ["ScoredGeneration", "ScoringModel", "generation_for"]
 
 _LOGITS_BYTES = 8 << 20
 """Of the logits of all tokens that are computed together: memory that no other request touches."""
@@ -58,3 +59,14 @@ class ScoredGeneration(Generation):
 
     def _chosen(self, token: int, logits: NDArray[np.float32]) -> None:
         self.scores.append(score(logits, token, self.n_top))
+
+
+def generation_for(reply: Reply, model: ScoringModel, eos_ids: Collection[int]) -> Generation:
+    """What answers a reply's order; with scores, which the reply then has as they come, where they were ordered."""
+    order = reply.order
+    words = (order.sampler(), order.prompt_ids, order.steps, () if order.ignore_eos else eos_ids, None, reply.cached_tokens)
+    if order.logprobs is None:
+        return Generation(model, *words)
+    scored = ScoredGeneration(model, *words, n_top=order.logprobs, scores_prompt=order.scores_prompt)
+    reply.scores, reply.prompt_scores = scored.scores, scored.prompt_scores
+    return scored

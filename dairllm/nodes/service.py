@@ -30,7 +30,7 @@ from dairllm.nodes.link_totals import LinkTotals
 from dairllm.nodes.recovery import Recovery
 from dairllm.nodes.reply import STALL_SECONDS, AbandonedError, Order, Reply, StalledError
 from dairllm.nodes.report import NodeReport
-from dairllm.nodes.scoring import ScoredGeneration, ScoringModel
+from dairllm.nodes.scoring import ScoringModel, generation_for
 from dairllm.telemetry import PagingCounts, Readiness, ServiceMeters
 from dairllm.text.tokenizer import Tokenizer
 from dairllm.units import format_duration
@@ -302,7 +302,7 @@ class Service:
         reply.fingerprint = held.fingerprint
         try:
             reply.cached_tokens = held.serve(reply)
-            generation = self._generation(held, reply)
+            generation = generation_for(reply, held, self._tokenizer.eos_ids)
             answer = Answer(generation, self._tokenizer, order.stop)
             async with contextlib.aclosing(answer.pieces()) as pieces:
                 async for piece in pieces:
@@ -333,16 +333,6 @@ class Service:
         self._line.appendleft(reply)
         self._meters.begun_again += 1
         return True
-
-    def _generation(self, held: HeldModel, reply: Reply) -> Generation:
-        order = reply.order
-        eos_ids = () if order.ignore_eos else self._tokenizer.eos_ids
-        words = (order.sampler(), order.prompt_ids, order.steps, eos_ids, None, reply.cached_tokens)
-        if order.logprobs is None:
-            return Generation(held, *words)
-        scored = ScoredGeneration(held, *words, n_top=order.logprobs, scores_prompt=order.scores_prompt)
-        reply.scores, reply.prompt_scores = scored.scores, scored.prompt_scores
-        return scored
 
     def _record(self, reply: Reply, generation: Generation, begun: float) -> None:
         meters, n_ids, n_prompt = self._meters, len(generation.ids), len(reply.order.prompt_ids)
