@@ -111,11 +111,16 @@ class Contents:
             if offset < end or nbytes < 1:
                 raise ValueError("slices that overlap")
             end = offset + nbytes
-        return cls(bytes.fromhex(found["identity"]), whole_number(found["node"]), whole_number(found["nodes"]), share, slices)
+        node, n_nodes = whole_number(found["node"]), whole_number(found["nodes"])
+        if node >= n_nodes:
+            raise ValueError(f"node {node} of {n_nodes}")
+        return cls(bytes.fromhex(found["identity"]), node, n_nodes, share, slices)
 
 
 def _span(pair: Any) -> Span:
     start, stop = map(whole_number, pair)
+    if stop < start:
+        raise ValueError(f"a span from {start} to {stop}")
     return Span(start, stop)
 
 

@@ -162,6 +162,8 @@ def test_what_is_no_share_is_refused(path: Path, change: object, problem: str) -
         (b'"node": 1', b'"node": 1e400'),
         (b'"nodes": 2', b'"nodes": Infinity'),
         (b'"nodes": 2', b'"nodes": 2.0'),
+        (b'"nodes": 2', b'"nodes": 0'),
+        (b'"ffn": [', b'"logits": [9, 8], "ffn": [9, 8], "x": ['),
         (b'"ffn": [', b'"ffn": [NaN, '),
         (b'"logits": [', b'"logits": [-Infinity, '),
         (b'["block_matmul_q of layer 0", 0,', b'["block_matmul_q of layer 0", 1e999,'),
