@@ -1,9 +1,11 @@
-"""Text to token ids from a `.t` file alone, where its vocabulary is SentencePiece's (Llama 2, Mistral): ids are those of llama.cpp.
+"""Text to token ids from a `.t` file alone, where its vocabulary is SentencePiece's (Llama 2,
+Mistral): ids are those of llama.cpp.
 
-Such a vocabulary has a token for every byte, which stands for bytes that nothing else can say, and tokens for characters beside them:
-"a" stands there twice. So text begins as characters, not as bytes; those that no token says become their bytes' tokens. The rest is
-greedy merging by highest score. A text begins with a space more, and so does what follows a special token: words are written with the
-space before them.
+Such a vocabulary has a token for every byte, which stands for bytes that nothing else can say, and
+tokens for characters beside them: "a" stands there twice. So text begins as characters, not as
+bytes; those that no token says become their bytes' tokens. The rest is greedy merging by highest
+score. A text begins with a space more, and so does what follows a special token: words are written
+with the space before them.
 """
 
 from collections.abc import Sequence
@@ -18,11 +20,13 @@ _ALL_BYTES = [bytes([value]) for value in range(256)]
 
 
 def first_byte_token(pieces: Sequence[bytes], special: frozenset[int]) -> int | None:
-    """The token of byte 0 in a SentencePiece vocabulary, which those of the other bytes follow; None for a vocabulary of another kind.
+    """The token of byte 0 in a SentencePiece vocabulary, which those of the other bytes follow;
+    None for a vocabulary of another kind.
 
-    A `.t` file does not say its kind. In byte-level vocabularies each byte has one token, which may be anywhere; longer ones may end
-    within a character, and most real ones have some that do. In SentencePiece's all longer tokens are text, and a single byte has a second
-    token where it is a character of its own.
+    A `.t` file does not say its kind. In byte-level vocabularies each byte has one token, which may
+    be anywhere; longer ones may end within a character, and most real ones have some that do. In
+    SentencePiece's all longer tokens are text, and a single byte has a second token where it is a
+    character of its own.
     """
     zeros = (token for token, piece in enumerate(pieces) if piece == b"\0")
     first = next((token for token in zeros if list(pieces[token : token + 256]) == _ALL_BYTES), None)
@@ -56,7 +60,9 @@ class SentenceMerging(GreedyMerging):
         self._of_byte = [token if token >= 0 else of_bytes[value] for value, token in enumerate(self._single)]
 
     def _split(self, text: bytes, start: int, end: int, tokens: list[int]) -> int:
-        """Append the tokens of text[start:end]'s characters, and of a space before them. All can be said; U+2581 is a space."""
+        """Append the tokens of text[start:end]'s characters, and of a space before them. All can be
+        said; U+2581 is a space.
+        """
         if start == end:
             return 0
         segment = b" " + text[start:end].replace(_SPACE, b" ")
