@@ -255,7 +255,9 @@ def test_a_server_says_which_worker_hangs_and_leaves_the_other_alone(start_worke
     server = ServeProcess(
         tmp_path / "serve.log",
         *("--model", str(model), "--workers", addresses),
-        environment={"DAIRLLM_DEADLINES__RECONNECT": "100ms", "DAIRLLM_DEADLINES__ANSWER": "2s"},
+        environment={
+            f"DAIRLLM_DEADLINES__{key}": value for key, value in (("RECONNECT", "100ms"), ("RECOVERY", "100ms"), ("ANSWER", "2s"))
+        },
     )
     try:
         server.wait_for("ready")
@@ -274,8 +276,10 @@ def test_a_server_says_which_worker_hangs_and_leaves_the_other_alone(start_worke
             (running,) = [line for line in metrics.splitlines() if line.startswith("dairllm_pass_running_seconds ")]
             assert float(running.split()[1]) > 1
             told = answer.read().decode()
-        assert f"worker 127.0.0.1:{hanging.port} (node 1), inference, position " in told
-        assert "was silent for 5s" in told
+        assert f"worker 127.0.0.1:{hanging.port} (node 1), " in told
+        lost = server.wait_for("model lost")["reason"]
+        assert lost.startswith(f"worker 127.0.0.1:{hanging.port} (node 1), inference, position ")
+        assert "was silent for 5s" in lost
         server.wait_for("model not available")
         said, heard = server.text(), healthy.text().count("root connected")
         time.sleep(5)  # two attempts more
