@@ -196,8 +196,8 @@ class Worker:
             root.abort()
         finally:
             self._mesh = self._session = None
+            self._meters.sessions_running = 0
             try:  # before the next root's plan counts what this process holds
                 await in_thread("give back", machine.give_back_memory)
             finally:
                 self._root = self._serving = None
-                self._meters.sessions_running = 0

@@ -107,7 +107,7 @@ async def test_what_a_root_took(make_worker: MakeWorker, recording: Recording) -
                 left -= len(await loop.sock_recv(root, left))
             root.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
         async with asyncio.timeout(60):
-            while worker.meters.sessions_running:  # noqa: ASYNC110 - nobody tells
+            while worker.worker._serving is not None:  # noqa: ASYNC110 - nobody tells
                 await asyncio.sleep(0.002)
 
     for _ in range(20):
@@ -134,7 +134,7 @@ async def test_what_a_cluster_took_that_lost_a_worker(model: ModelFile, compute:
             await cluster.feed([4] * 32, 3, logits=True)
         await cluster.close()
         async with asyncio.timeout(60):
-            while worker.meters.sessions_running:  # noqa: ASYNC110 - nobody tells
+            while worker.worker._serving is not None:  # noqa: ASYNC110 - nobody tells
                 await asyncio.sleep(0.002)
 
     for _ in range(5):
