@@ -13,6 +13,7 @@ from dairllm.api.connection import BoundedConnection
 from dairllm.api.front import Front
 from dairllm.errors import NetworkError
 from dairllm.net.addresses import address_of, listening_socket
+from dairllm.net.listener import Listener
 
 __all__ = ["HttpServer"]
 
@@ -98,6 +99,19 @@ class HttpServer:
 
 
 class _Server(uvicorn.Server):
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """As uvicorn's, with doors that survive the limit of descriptors."""
+        await self.lifespan.startup()
+
+        def connection() -> asyncio.BaseProtocol:
+            kind: Any = self.config.http_protocol_class
+            made: asyncio.BaseProtocol = kind(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
+            return made
+
+        doors: list[Any] = [Listener(sock, connection, self.config.backlog) for sock in sockets or ()]
+        self.servers = doors
+        self.started = True
+
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield

@@ -18,6 +18,7 @@ from dairllm.engine.program import Program
 from dairllm.errors import DairllmError, NetworkError, RemoteProtocolError
 from dairllm.net.addresses import listening_socket
 from dairllm.net.compute import Compute
+from dairllm.net.listener import Listener
 from dairllm.net.mesh import Mesh
 from dairllm.net.runner import in_thread
 from dairllm.net.transport import Connection
@@ -49,7 +50,7 @@ class Worker:
         self._settings, self._meters, self._own = settings, meters, own
         self._compute: Compute[Program] = Compute(executor)
         self._limits = Limits(max_workers=settings.limits.nodes - 1)
-        self._server: asyncio.Server | None = None
+        self._server: Listener | None = None
         self._strangers: set[asyncio.Task[None]] = set()
         self._root: Connection | None = None
         self._serving: asyncio.Task[None] | None = None
@@ -65,8 +66,7 @@ class Worker:
         settings = self._settings
         self._compute.open()
         sock = listening_socket(settings.worker.host, settings.worker.port)
-        loop = asyncio.get_running_loop()
-        self._server = await loop.create_server(lambda: Connection(settings.keepalive, self._opened), sock=sock)
+        self._server = Listener(sock, lambda: Connection(settings.keepalive, self._opened))
         port: int = sock.getsockname()[1]
         log.info("listening", host=settings.worker.host, port=port)
         return port
