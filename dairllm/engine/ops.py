@@ -191,10 +191,9 @@ class Emitter:
         tokens, y, vocab = o.values(o.op.input), o.values(o.op.output), o.op.weight_size.y
         o.require(tokens.width == 1 and tokens.row == 4 and y.planes == 1, "it takes one token a row, from a pipe")
         o.require(vocab >= 1, "its table is empty")
-        n, row = y.width, 4 * y.width
-        table = o.weight(FloatType.F32, 1, vocab, n).area.at(0, row, (vocab, row))
-        uses = [reads(o.input), writes(o.output, ("columns", n))]
-        record = self.recorder.add(Kind.EMBED, uses, tokens=tokens.at(0, 1), table=table, vocab=vocab, n=n, **y.fields("y", n))
+        table = o.weight(FloatType.F32, 1, vocab, y.width).area.at(0, 4 * vocab * y.width)
+        uses, fields = [reads(o.input), writes(o.output, ("columns", y.width))], y.fields("y", y.width)
+        record = self.recorder.add(Kind.EMBED, uses, tokens=tokens.at(0, 1), table=table, vocab=vocab, n=y.width, **fields)
         self.embeddings.append((record, o.op))
 
     # --------------------------------------------------------------------------------------------------------------------- norms
@@ -233,23 +232,22 @@ class Emitter:
         o.require(quantized or size.float_type == FloatType.F32, f"there are no kernels for weights of type {size.float_type.name}")
         o.require(size.x == y.width, f"its weight has {size.x} outputs, its output {y.width} values")
         o.require(y.planes == k and (not experts or 1 <= k <= experts), f"{k} of {experts} experts write {y.planes} planes")
-        w = o.weight(size.float_type, max(experts, 1), size.y, size.x)
+        w, length = o.weight(size.float_type, max(experts, 1), size.y, size.x), row_bytes(size.float_type, size.y)
         pieces = matmul_pieces(o.op, w, self.piece_bytes)
-        claimed = k * size.x * row_bytes(size.float_type, size.y) >= CLAIMED_BYTES
-        # threads share out each piece anew, so that pieces deal the output otherwise than the ops around them
+        claimed = k * size.x * length >= CLAIMED_BYTES
+        # threads share out each piece anew: otherwise than the ops around them
         uses = [reads(o.input), writes(o.output, ("columns", y.width) if len(pieces) == 1 and not claimed else None)]
         fields = {"weights_row": w.row, "y_row": y.row, "claimed": int(claimed)}
         if experts:
             uses.append(reads(("BUFFER", c.expert_indexes_buffer)))
             indexes = o.expert_indexes(c.expert_indexes_buffer, k)
             fields |= {"weights_expert": w.expert, "y_plane": y.plane, "indexes": indexes, "k": k, "n_experts": experts}
-        length = row_bytes(size.float_type, size.y)
 
         def add(kind: Kind, scratch: int, **operand: int) -> None:
             self.scratch.at(0, scratch)
             for piece in pieces:
-                weights = w.at(piece.first, piece.count, length, max(experts, 1))
-                place = {"weights": weights, "y": y.at(piece.first, piece.count, k), "d": piece.count}
+                rows = piece.first, piece.count
+                place = {"weights": w.at(*rows, length, max(experts, 1)), "y": y.at(*rows, k), "d": piece.count}
                 self.pieces.append((self.recorder.add(kind, uses, **operand, **place, **fields), piece))
 
         if not quantized:
@@ -284,9 +282,8 @@ class Emitter:
         halves = c.type == RopeType.FALCON
         begin = 0 if halves else c.q_dim_start if c.is_q else c.kv_dim_start  # FALCON leaves them uninitialised
         o.require(begin % c.head_dim == 0, f"its slice begins inside a head of {c.head_dim}")
-        row, table = 4 * c.head_dim, self.tables.area(c)
-        positions = table.nbytes // row
-        self._limit_positions(o, positions)
+        table = self.tables.area(c)
+        self._limit_positions(o, table.nbytes // (4 * c.head_dim))
         deal: Deal = ("heads", x.width // c.head_dim) if halves else ("columns", x.width)
         self.recorder.add(
             Kind.ROPE_HALVES if halves else Kind.ROPE_NEIGHBOURS,
@@ -294,7 +291,7 @@ class Emitter:
             **x.fields("x", x.width),
             n=x.width,
             head_dim=c.head_dim,
-            table=table.at(0, row, (positions, row)),
+            table=table.at(0, table.nbytes),
             positions=o.positions(c.position_pipe),
         )
 
@@ -334,7 +331,7 @@ class Emitter:
         o.require(n_kv * c.head_dim <= keys.width, f"{n} heads need {n_kv} KV heads, its caches have {keys.width // c.head_dim}")
         self._limit_positions(o, keys.positions)
         group, chunks = min(group, n), -(-keys.positions // CHUNK)
-        heads, touched = n_kv * chunks * group, chunks * CHUNK
+        heads = n_kv * chunks * group
         self.scratch.at(0, attention_scratch_bytes(group, c.head_dim, chunks))
         fields = {
             **q.fields("q", width),
@@ -342,8 +339,8 @@ class Emitter:
             "n_heads": n,
             "group": group,
             "head_dim": c.head_dim,
-            "keys": keys.at(n_kv, touched),
-            "values": values.at(n_kv, touched),
+            "keys": keys.at(n_kv, chunks * CHUNK),
+            "values": values.at(n_kv, chunks * CHUNK),
             "head_stride": keys.head_stride,
             "positions": o.positions(c.position_pipe),
             "parts": o.between("parts", 4 * heads * c.head_dim),
