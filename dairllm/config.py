@@ -6,7 +6,6 @@ operator stands in
 ``configs/worker.yaml`` and ``configs/root.yaml``; tests hold files and schemas together.
 """
 
-import ipaddress
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Annotated, Literal, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from dairllm import machine
+from dairllm.config_addresses import DEFAULT_PORT, WorkerAddress, worker_addresses
 from dairllm.config_names import host_names, origins
 from dairllm.config_sources import read_settings
 from dairllm.units import format_duration, format_size, parse_duration, parse_size
@@ -43,7 +43,6 @@ __all__ = [
 
 MAX_ID = 2**31 - 1
 """Token ids and positions are 32 bits wide in every file and message."""
-_DEFAULT_PORT = 9990
 _METRICS_OFFSET = 1000
 
 
@@ -82,55 +81,6 @@ class MemoryAmount:
 
     def __str__(self) -> str:
         return self.text
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerAddress:
-    """Where a worker listens."""
-
-    host: str
-    port: int = _DEFAULT_PORT
-
-    @classmethod
-    def parse(cls, text: str) -> "WorkerAddress":
-        """Of ``"10.0.0.2:9990"``, ``"kitchen"`` (the default port), ``"[fe80::1%eth0]:9990"``; ValueError otherwise."""
-        text = text.strip()
-        if "://" in text:
-            raise ValueError(f"expected a worker's host:port without a scheme, such as 10.0.0.2:{_DEFAULT_PORT}, found {text!r}")
-        host, separator, port = text.rpartition(":")
-        if not separator or text.endswith("]"):
-            host, port = text, str(_DEFAULT_PORT)
-        bracketed = host.startswith("[") and host.endswith("]")
-        if ":" in host and not bracketed:
-            raise ValueError(f"expected an IPv6 address in brackets, such as [::1]:{_DEFAULT_PORT}, found {text!r}")
-        host = host[1:-1] if bracketed else host
-        if not host or any(c.isspace() or c in "[]/," for c in host):
-            raise ValueError(f"expected a worker's host:port, such as 10.0.0.2:{_DEFAULT_PORT}, found {text!r}")
-        if not (port.isascii() and port.isdecimal() and len(port) <= 5 and 1 <= int(port) <= 65535):
-            raise ValueError(f"expected a port from 1 to 65535 after {host}:, found {port!r}")
-        if bracketed:
-            try:
-                host = str(ipaddress.IPv6Address(host))
-            except ValueError:
-                raise ValueError(f"expected an IPv6 address in brackets, found {text!r}") from None
-        return cls(host if bracketed else host.lower(), int(port))
-
-    def __str__(self) -> str:
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
-
-
-def _worker_addresses(value: object) -> tuple[WorkerAddress, ...]:
-    """Of one comma-separated text (environment), a list of such (flags), or a list of addresses (file)."""
-    given = [value] if isinstance(value, str) else value
-    if not isinstance(given, list | tuple) or not all(isinstance(item, str | WorkerAddress) for item in given):
-        raise ValueError(f"expected a list of host:port, or one text with commas between them, found {value!r}")
-    found: list[WorkerAddress] = []
-    for item in given:
-        for address in [WorkerAddress.parse(word) for word in item.split(",")] if isinstance(item, str) else [item]:
-            if address in found:
-                raise ValueError(f"{address} is named twice; a worker is one node")
-            found.append(address)
-    return tuple(found)
 
 
 def _tensor_mode(value: object) -> object:
@@ -200,7 +150,7 @@ class Worker(_Section):
     """Where this node listens for roots, and with what it computes."""
 
     host: str = Field("0.0.0.0", min_length=1)  # noqa: S104 - a worker that other machines cannot reach is of no use; the C++ worker listens so too
-    port: Port = _DEFAULT_PORT
+    port: Port = DEFAULT_PORT
     model: str | None = None
     threads: Threads = "auto"
     kernels: Kernels = "auto"
@@ -294,7 +244,7 @@ class Model(_Section):
 class Cluster(_Section):
     """Who else computes, and how much of it each does."""
 
-    workers: Annotated[tuple[WorkerAddress, ...], BeforeValidator(_worker_addresses)] = ()
+    workers: Annotated[tuple[WorkerAddress, ...], BeforeValidator(worker_addresses)] = ()
     shares: str | None = None
     """For `dairllm.graph.slicing.parse_shares`, which knows what a share is."""
     mode: Annotated[Literal["tensor"], BeforeValidator(_tensor_mode)] = "tensor"

@@ -11,7 +11,7 @@ import dairllm
 ROOT = Path(dairllm.__file__).parent
 
 BASE = {
-    *("errors", "units", "machine", "config", "config_document", "config_names", "config_sources"),
+    *("errors", "units", "machine", "config", "config_document", "config_addresses", "config_names", "config_sources"),
     *("log_lines", "log_sink", "telemetry", "dairllm"),
 }
 """Modules below all packages; "dairllm" is the package's own __init__."""

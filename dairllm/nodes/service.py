@@ -14,8 +14,7 @@ import contextlib
 import math
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Protocol
+from collections.abc import Awaitable, Callable
 
 import structlog
 
@@ -27,11 +26,11 @@ from dairllm.nodes.fingerprint import Fingerprint
 from dairllm.nodes.generation import Generation
 from dairllm.nodes.held_model import HeldModel
 from dairllm.nodes.link_totals import LinkTotals
+from dairllm.nodes.open_model import OpenModel
 from dairllm.nodes.recovery import Recovery
 from dairllm.nodes.reply import STALL_SECONDS, AbandonedError, Order, Reply, StalledError
-from dairllm.nodes.report import NodeReport
-from dairllm.nodes.scoring import ScoringModel, generation_for
-from dairllm.telemetry import PagingCounts, Readiness, ServiceMeters
+from dairllm.nodes.scoring import generation_for
+from dairllm.telemetry import Readiness, ServiceMeters
 from dairllm.text.tokenizer import Tokenizer
 from dairllm.units import format_duration
 
@@ -45,27 +44,6 @@ OF_A_WORKER = (NetworkError, RemoteProtocolError, RefusedError)
 """A worker that is gone may come back. What else fails, a file that was damaged say, is not mended by waiting."""
 MOST_BEGINNINGS = 2
 """Of one answer: a request that the model does not survive must not take it from the others again and again."""
-
-
-class OpenModel(ScoringModel, Protocol):
-    """A model that somebody opened."""
-
-    @property
-    def nodes(self) -> Sequence[NodeReport]:
-        """Who computes it, the root first."""
-        ...
-
-    @property
-    def paging(self) -> PagingCounts | None:
-        """What paging of this machine's weights has read and waited for; None where nothing is paged."""
-        ...
-
-    @property
-    def trouble(self) -> str | None:
-        """Why it cannot be used any more, as far as that shows while nobody uses it; None while it can."""
-        ...
-
-    async def close(self) -> None: ...
 
 
 class UnavailableError(DairllmError):
