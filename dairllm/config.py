@@ -296,6 +296,12 @@ class Server(_Section):
     keep_alive: Seconds = 75.0
     hosts: Annotated[tuple[str, ...], BeforeValidator(host_names)] = ()
     cors_origins: Annotated[tuple[str, ...], BeforeValidator(origins)] = ()
+    conversations: Annotated[int | Literal["auto"], BeforeValidator(_auto_or(1, 64))] = "auto"
+
+    @property
+    def most_conversations(self) -> int:
+        """That are to have a KV cache each, where there is memory for it."""
+        return 8 if self.conversations == "auto" else self.conversations
 
 
 class RootDeadlines(_Section):

@@ -304,6 +304,7 @@ def test_workers_in_a_file(file: Path, text: str) -> None:
         ("server.queue", -1, "expected greater than or equal to 0, found -1"),
         ("server.request_bytes", "1B", "expected a size from 1KiB to 1GiB, found 1B"),
         ("server.request_bytes", 5, "expected a size such as 2GiB or 512MiB"),
+        ("server.conversations", 0, "expected auto or a whole number from 1 to 64, found 0"),
         ("deadlines.connect", 5, "expected a time such as 5s"),
         ("server.cors_origins", "chat.example", "expected an origin such as https://chat.example or http://localhost:3000, or *, found"),
         ("server.cors_origins", ["https://a.example/chat"], "expected an origin"),

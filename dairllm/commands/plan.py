@@ -57,8 +57,9 @@ def run(
         runtime, of_root = program_bytes() + _ANOTHER_START, template_bytes(words)
         del words
         told: dict[Path, str] = {}
+        conversations = settings.server.most_conversations
         plans = [
-            plan_of(settings, file, node, runtime=runtime + (0 if node else of_root), peak=peak, told=told)
+            plan_of(settings, file, node, runtime=runtime + (0 if node else of_root), peak=peak, told=told, conversations=conversations)
             for node in range(len(settings.cluster.workers) + 1)
         ]
         measured = _measured(settings, file, plans) if measure else {}

@@ -42,7 +42,7 @@ def planned_model(
     """The model's file, open, with the context that the plan has room for; its tokenizer, which the plan counts; and the plan.
 
     Args:
-        serves: it is a server, which keeps a process for the chat template.
+        serves: it is a server, which keeps a process for the chat template, and several conversations.
 
     Raises:
         ConfigError: no model is named, or the tokenizer is another model's.
@@ -64,7 +64,8 @@ def planned_model(
         machine.give_back_memory()  # of what reading the vocabulary took
         runtime = program_bytes() + (template_bytes(words) if serves else 0)
         limit, peak = possible_limit(settings.limits.memory), machine.peak_rss_bytes()
-        plan = plan_of(settings, model, limit=limit, runtime=runtime, peak=peak)
+        conversations = settings.server.most_conversations if serves else 1
+        plan = plan_of(settings, model, limit=limit, runtime=runtime, peak=peak, conversations=conversations)
         if plan.seq_len == model.spec.seq_len:
             yield model, words, plan
             return
@@ -86,6 +87,7 @@ def plan_of(
     runtime: int | None = None,
     peak: int = 0,
     told: dict[Path, str] | None = None,
+    conversations: int = 1,
 ) -> MemoryPlan:
     """The plan of a node of the cluster that the settings describe, by default of the root. Raises as `planned_model`.
 
@@ -94,6 +96,7 @@ def plan_of(
         runtime: what its process holds beside model and caches; this process', as it is now, and what is to come, if None.
         peak: what it has held at most until now: a limit below that is broken already.
         told: what the log was told of prepared shares, as `find_share` has it.
+        conversations: the most that are to have a KV cache each; a node of a cluster has one.
     """
     runtime = program_bytes() if runtime is None else runtime
     n_threads, n_nodes, sync = settings.engine.n_threads, len(settings.cluster.workers) + 1, sync_of(settings, model)
@@ -107,8 +110,9 @@ def plan_of(
             return network, only
 
         return plan_memory(
-            model, alone, limit, n_threads=n_threads, max_seq_len=chosen, kv_cache=kv_cache, runtime=runtime, start=peak - runtime
-        )
+            model, alone, limit, n_threads=n_threads, max_seq_len=chosen, kv_cache=kv_cache, runtime=runtime, start=peak - runtime,
+            conversations=conversations,
+        )  # fmt: skip
 
     def shared(seq_len: int, rows: int) -> tuple[NetworkConfig, NodeConfig]:
         spec = replace(model.spec, seq_len=seq_len)
@@ -152,7 +156,17 @@ def root_node(
     kv_cache = FloatType[settings.engine.kv_cache.upper()]
     paging = None if plan.room_blocks is None else PagingSettings.chosen(settings.paging, plan.room_blocks, plan.needs.block_bytes)
     if not workers:
-        return LocalNode(model, compute, n_threads=n_threads, sync=sync, rows=plan.rows, kv_cache=kv_cache, paging=paging, clock=clock)
+        return LocalNode(
+            model,
+            compute,
+            n_threads=n_threads,
+            sync=sync,
+            rows=plan.rows,
+            kv_cache=kv_cache,
+            paging=paging,
+            clock=clock,
+            conversations=plan.conversations,
+        )
     from dairllm.nodes.root import Cluster
 
     return Cluster(

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from dairllm.engine.allocation import aligned
 from dairllm.engine.area import Area
+from dairllm.engine.kv_caches import KvCaches
 from dairllm.engine.memory import Layout
 from dairllm.engine.ops import Emitter
 from dairllm.engine.pieces import Piece
@@ -153,6 +154,10 @@ class Program:
             raise GraphError(f"pipe {self._layout.network.pipes[pipe].name} is kept by slices and has no whole rows")
         values: NDArray[np.float32] = slices[0]
         return values
+
+    def keep_caches(self, count: int) -> KvCaches:
+        """Sets of KV caches for so many texts, of which the program computes with one at a time. To be called once."""
+        return KvCaches(self.records, count, self._layout)
 
     def profile(self) -> NDArray[np.int64]:
         """From now on, where the time goes: int64 [threads, kinds], the processor's cycles that each thread has spent on each `Kind`.

@@ -1,5 +1,6 @@
 """The model, as one generation after the other sees it: it remembers what it was fed, and ends a generation that nobody waits for."""
 
+import asyncio
 import time
 from collections.abc import Coroutine, Iterator, Sequence
 from typing import TypeVar
@@ -7,6 +8,8 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from dairllm.engine.kv_caches import KvCaches
+from dairllm.nodes.prefix_caches import PrefixCaches
 from dairllm.nodes.reply import Reply
 from dairllm.nodes.scoring import ScoringModel
 from dairllm.telemetry import Histogram
@@ -22,31 +25,40 @@ class HeldModel:
     Args:
         model: nobody else feeds it.
         token_seconds: told the time from one token of an answer to the next.
+        fingerprint: of the model and its nodes.
+        kv_caches: the model's, each for another text; None where it has one.
 
     Attributes:
-        fingerprint: of the model and its nodes.
-        ids: the tokens whose K and V the model holds, by position.
         failure: what a pass ended with that left the model in an unknown state, or None.
     """
 
-    def __init__(self, model: ScoringModel, token_seconds: Histogram, fingerprint: str) -> None:
+    def __init__(self, model: ScoringModel, token_seconds: Histogram, fingerprint: str, kv_caches: KvCaches | None = None) -> None:
         self.seq_len, self.vocab_size, self.n_batches = model.seq_len, model.vocab_size, model.n_batches
         self.fingerprint = fingerprint
-        self.ids: list[int] = []
         self.failure: BaseException | None = None
-        self._model, self._token_seconds = model, token_seconds
+        self._model, self._token_seconds, self._kv_caches = model, token_seconds, kv_caches
+        self._texts = PrefixCaches(1 if kv_caches is None else kv_caches.count)
         self._reply: Reply | None = None
         self._last_token: float | None = None
 
-    def serve(self, reply: Reply) -> int:
+    async def serve(self, reply: Reply) -> int:
         """From now on passes are for `reply`. Returns how many tokens of its prompt need not be computed; never all of them, and none of a
         prompt that is scored: what led to its tokens is not kept."""
         self._reply, self._last_token = reply, None
-        if reply.order.scores_prompt:
-            return 0
-        prompt = reply.order.prompt_ids
-        most = min(len(self.ids), len(prompt) - 1)
-        return next((place for place in range(most) if self.ids[place] != prompt[place]), most)
+        choice = self._texts.choose(reply.order.prompt_ids, shares=not reply.order.scores_prompt)
+        if self._kv_caches is not None:
+            self._kv_caches.use(choice.cache)
+            if choice.source is not None:
+                await self._copy(self._kv_caches, choice.source, choice.cache, choice.shared)
+        return choice.shared
+
+    async def _copy(self, kv_caches: KvCaches, source: int, target: int, positions: int) -> None:
+        try:
+            for _ in kv_caches.copy(source, target, positions):
+                await asyncio.sleep(0)  # others have their turn
+        except BaseException as error:
+            self.failure = error  # half of a text would pass for all of it
+            raise
 
     async def feed(self, tokens: Sequence[int], position: int, *, logits: bool) -> NDArray[np.float32] | None:
         """As `Model.feed`.
@@ -71,11 +83,11 @@ class HeldModel:
         if self._reply is not None and self._reply.halted is not None:
             feeding.close()
             raise self._reply.halted
-        del self.ids[position:]
+        del self._texts.ids[position:]
         try:
             result = await feeding
         except BaseException as error:
             self.failure = error
             raise
-        self.ids += tokens
+        self._texts.ids.extend(tokens)
         return result

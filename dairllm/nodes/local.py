@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from dairllm.engine.kv_caches import KvCaches
 from dairllm.engine.paging import PagingMeters, PagingSettings
 from dairllm.engine.paging_choice import WayChoice
 from dairllm.engine.paging_effort import Effort
@@ -46,6 +47,7 @@ class LocalNode:
         kv_cache: F32, F16 or Q80.
         paging: room for part of the weights; all are used in place if None.
         clock: of its passes, for who wants to know how long the one in hand has been running.
+        conversations: texts whose K and V are kept, each in KV caches of its own; one where weights are paged.
 
     Raises:
         GraphError: the model has a shape that we cannot compute. Told before any kernel is needed.
@@ -62,6 +64,7 @@ class LocalNode:
         kv_cache: FloatType = FloatType.F32,
         paging: PagingSettings | None = None,
         clock: PassClock | None = None,
+        conversations: int = 1,
     ) -> None:
         spec = model.spec
         self.seq_len, self.vocab_size = spec.seq_len, spec.vocab_size
@@ -70,7 +73,9 @@ class LocalNode:
         self._clock = clock or PassClock()
         self._model, self._compute, self._kv_cache, self._paging = model, compute, kv_cache, paging
         self._graph = build_graph(spec, 1, default_sync(spec.weight_type) if sync is None else sync, self.n_batches)
+        self._conversations = conversations if paging is None else 1
         self._own: NodeProgram | None = None
+        self._kv_caches: KvCaches | None = None
 
     async def open(self, progress: Callable[[str, int, int], None] | None = None) -> None:
         """Make the program. `progress` is a cluster's: here nothing is sent.
@@ -84,6 +89,7 @@ class LocalNode:
             network, node, weights, self._compute, n_threads=self.n_threads, kv_cache=kv_cache, model=self._model, paging=self._paging
         )
         try:
+            self._kv_caches = own.program.keep_caches(self._conversations) if self._conversations > 1 else None
             self._tokens, self._logits = (own.program.values(pipe) for pipe in (TOKEN_PIPE, LOGITS_PIPE))
         except BaseException:
             self._own = None
@@ -136,6 +142,11 @@ class LocalNode:
         return (NodeReport(0, "", "dairllm", spec.n_heads, spec.n_kv_heads, spec.ff_dim),)
 
     @property
+    def kv_caches(self) -> KvCaches | None:
+        """Those of several conversations; None where there is room for one."""
+        return self._kv_caches
+
+    @property
     def paging(self) -> PagingMeters | None:
         """What paging has read and waited for; None where nothing is paged."""
         return None if self._own is None else self._own.paging
@@ -158,6 +169,6 @@ class LocalNode:
     async def close(self) -> None:
         """Give up the program's memory. Nothing is being computed: a pass ends before whoever awaits it goes on."""
         if self._own is not None:
-            own, self._own = self._own, None
+            own, self._own, self._kv_caches = self._own, None, None
             del self._tokens, self._logits
             await own.close()

@@ -4,12 +4,12 @@
 
 What the program holds is measured, not guessed: whoever plans has loaded already what will run, the tokenizer included. The rest is
 counted. The weights are all in place where they fit. Where they do not, they are paged: as many blocks stay as fit, the others pass through
-a ring. Unless somebody chose them, the context is made no longer than a quarter of the limit has room for, and a prompt's batch no larger
-than an eighth.
+a ring. Where they do, and a server asks for it, what is left goes to more KV caches, each for another conversation. Unless somebody chose
+them, the context is made no longer than a quarter of the limit has room for, and a prompt's batch no larger than an eighth.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import structlog
@@ -51,11 +51,12 @@ class MemoryPlan:
         seq_len: positions of the context.
         rows: of a batch.
         runtime: interpreter, libraries, kernels, tokenizer.
-        kv_cache: for all positions.
+        kv_cache: for all positions of one conversation.
         buffers: pipes, buffers, tables, what threads work with, and weights that are copied or come over the wire.
         needs: of the weights in the model's file, in blocks.
         room_blocks: blocks of weights that fit beside all that; None where all of them do.
         start: the most that is held before the first pass, runtime included.
+        conversations: that have a KV cache each.
     """
 
     limit: int
@@ -68,10 +69,11 @@ class MemoryPlan:
     needs: PagingNeeds
     room_blocks: int | None
     start: int = 0
+    conversations: int = 1
 
     @property
     def fixed(self) -> int:
-        """All but the weights."""
+        """All but the weights, with one conversation."""
         return self.runtime + self.kv_cache + self.buffers
 
     @property
@@ -93,7 +95,7 @@ class MemoryPlan:
 
     @property
     def total(self) -> int:
-        return self.fixed + self.resident
+        return self.fixed + (self.conversations - 1) * self.kv_cache + self.resident
 
     @property
     def is_roomy(self) -> bool:
@@ -129,7 +131,8 @@ class MemoryPlan:
             "smallest_limit_bytes": self.smallest,
             "total_bytes": self.total,
             "runtime_bytes": self.runtime,
-            "kv_cache_bytes": self.kv_cache,
+            "kv_cache_bytes": self.conversations * self.kv_cache,
+            "conversations": self.conversations,
             "buffer_bytes": self.buffers,
             "weight_bytes": self.weights,
             "resident_weight_bytes": self.resident,
@@ -145,14 +148,18 @@ class MemoryPlan:
             "limit": self.limit,
             "total": self.total,
             "program": self.runtime,
-            "kv_cache": self.kv_cache,
+            "kv_cache": self.conversations * self.kv_cache,
             "buffers": self.buffers,
             "weights": self.weights,
             "in_memory": self.resident,
             "read_a_token": self.missing,
             "smallest_limit": self.smallest,
         }
-        return {name: format_size(size) for name, size in sizes.items()} | {"context": self.seq_len, "batch": self.rows}
+        return {name: format_size(size) for name, size in sizes.items()} | {
+            "context": self.seq_len,
+            "conversations": self.conversations,
+            "batch": self.rows,
+        }
 
     @property
     def _limit(self) -> str:
@@ -175,9 +182,10 @@ class MemoryPlan:
                     f"{ring} blocks of {format_size(size)}" + (", a ring of the others too" if experts else ""),
                 ),
             ]
+        tokens = f"{self.seq_len} tokens" + (f" of each of {self.conversations} conversations" if self.conversations > 1 else "")
         return [
             ("program", self.runtime, "interpreter, libraries, kernels, tokenizer"),
-            ("KV cache", self.kv_cache, f"{self.seq_len} tokens"),
+            ("KV cache", self.conversations * self.kv_cache, tokens),
             ("buffers", self.buffers, f"batches of {self.rows} rows"),
             *weights,
             (
@@ -215,8 +223,9 @@ def plan_memory(
     kv_cache: FloatType = FloatType.F32,
     runtime: int | None = None,
     start: int = 0,
+    conversations: int = 1,
 ) -> MemoryPlan:
-    """Decide context, batch and room for weights.
+    """Decide context, batch, room for weights, and how many conversations have a KV cache.
 
     Args:
         model: open; its spec's seq_len is the longest context.
@@ -227,6 +236,7 @@ def plan_memory(
         kv_cache: F32, F16 or Q80.
         runtime: what the process holds beside model and caches; as `plan_node`.
         start: as `plan_node`.
+        conversations: the most that are to have a KV cache each: as many as there is room for beside all weights.
 
     Raises:
         LimitError: nothing works within the limit; has the table and the smallest limit that would.
@@ -243,9 +253,16 @@ def plan_memory(
                 network, node, weights, limit, packed=packed, n_threads=n_threads, kv_cache=kv_cache, runtime=runtime, start=start
             )
             if plan.fits and (least or plan.kv_cache <= plan.limit // 4) and (count == rows[-1] or plan.is_roomy):
-                return plan
+                return _with_conversations(plan, conversations)
     plan.check()
     return plan
+
+
+def _with_conversations(plan: MemoryPlan, most: int) -> MemoryPlan:
+    if plan.room_blocks is not None:
+        return plan
+    more = (plan.limit - plan.total) // max(plan.kv_cache, 1)
+    return replace(plan, conversations=max(1, min(most, 1 + more)))
 
 
 def _contexts(longest: int, chosen: int | None) -> Iterator[int]:

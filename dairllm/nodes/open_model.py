@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Protocol
 
+from dairllm.engine.kv_caches import KvCaches
 from dairllm.nodes.report import NodeReport
 from dairllm.nodes.scoring import ScoringModel
 from dairllm.telemetry import PagingCounts
@@ -21,6 +22,11 @@ class OpenModel(ScoringModel, Protocol):
     @property
     def paging(self) -> PagingCounts | None:
         """What paging of this machine's weights has read and waited for; None where nothing is paged."""
+        ...
+
+    @property
+    def kv_caches(self) -> KvCaches | None:
+        """Its KV caches, where it has several: each holds another text."""
         ...
 
     @property

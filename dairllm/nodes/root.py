@@ -134,6 +134,11 @@ class Cluster:
         return (NodeReport(0, "", "dairllm", own.n_heads, own.n_kv_heads, own.ffn.size, *sums), *reports)
 
     @property
+    def kv_caches(self) -> None:
+        """Nodes of a cluster have KV caches for one conversation each."""
+        return None
+
+    @property
     def paging(self) -> PagingMeters | None:
         """What paging of the root's share has read and waited for; None where nothing is paged."""
         return None if self._own is None else self._own.paging

@@ -5,8 +5,9 @@ requests wait for it, for so long; the one in hand goes back to the head of the 
 fails with the reason. Then all are told the reason, and none is taken until the model is back. Whoever asks learns at once whether he
 has a place in line.
 
-Between two requests the model keeps what it has computed. A prompt that begins as the last request did (a conversation that goes on) is
-computed from where they part; since a row's numbers do not depend on the batch that it was computed in, the answer is the same.
+Between two requests the model keeps what it has computed, in as many KV caches as it has. A prompt that begins as an earlier text did (a
+conversation that goes on) is computed from where they part (dairllm.nodes.prefix_caches); since a row's numbers do not depend on the batch
+that it was computed in, the answer is the same.
 """
 
 import asyncio
@@ -249,7 +250,7 @@ class Service:
 
     async def _serve(self, model: OpenModel) -> str | None:
         """Answer one after the other; returns why the model cannot be used any more, or None when the service is being closed."""
-        held = HeldModel(model, self._meters.token_seconds, self._fingerprint.of(model.nodes))
+        held = HeldModel(model, self._meters.token_seconds, self._fingerprint.of(model.nodes), model.kv_caches)
         while not self._closing:
             if not self._line:
                 self._arrival.clear()
@@ -279,7 +280,7 @@ class Service:
         reply.beginnings += 1
         reply.fingerprint = held.fingerprint
         try:
-            reply.cached_tokens = held.serve(reply)
+            reply.cached_tokens = await held.serve(reply)
             generation = generation_for(reply, held, self._tokenizer.eos_ids)
             answer = Answer(generation, self._tokenizer, order.stop)
             async with contextlib.aclosing(answer.pieces()) as pieces:

@@ -72,6 +72,7 @@ class PacedModel:
         self.fails_in = 0
         self.trouble: str | None = None
         self.paging = None
+        self.kv_caches = model.kv_caches
         self.fed: list[tuple[int, int]] = []
         self.closed = False
         self.reports: tuple[NodeReport, ...] = model.nodes
@@ -112,10 +113,12 @@ class Models:
         refusals: raised by the next attempts, one each.
         failures: raised by the first passes of the next models, one each.
         gate: attempts wait while it is not set.
+        conversations: that each model has KV caches for.
     """
 
     path: Path
     executor: Executor
+    conversations: int = 1
 
     def __post_init__(self) -> None:
         self.opened: list[PacedModel] = []
@@ -136,7 +139,7 @@ class Models:
                 await self.gate.wait()
                 if self.refusals:
                     raise self.refusals.pop(0)
-                node = LocalNode(file, compute, n_threads=self.executor.n_threads)
+                node = LocalNode(file, compute, n_threads=self.executor.n_threads, conversations=self.conversations)
                 await node.open()
                 self.opened.append(PacedModel(node))
                 self.last.failure = self.failures.pop(0) if self.failures else None
@@ -215,9 +218,10 @@ async def serving(
     sampling: Sampling | None = None,
     refusals: Sequence[DairllmError] = (),
     held: bool = False,
+    conversations: int = 1,
 ) -> AsyncIterator[Serving]:
     """`held`: the model does not open until the test says so."""
-    models = Models(path, executor)
+    models = Models(path, executor, conversations)
     models.refusals += refusals
     if held:
         models.gate.clear()

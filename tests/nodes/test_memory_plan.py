@@ -74,3 +74,32 @@ def test_a_chosen_context_is_kept(model: ModelFile) -> None:
     assert plan(model, "80MiB").seq_len < 4096
     with pytest.raises(LimitError, match=r"--max-seq-len, now 4096"):
         plan(model, "70MiB", 4096)
+
+
+def conversations(model: ModelFile, limit: int, most: int) -> MemoryPlan:
+    def build(seq_len: int, rows: int) -> tuple[NetworkConfig, NodeConfig]:
+        network, (node,) = build_graph(replace(model.spec, seq_len=seq_len), 1, FloatType.Q80, rows)
+        return network, node
+
+    amount = MemoryAmount.parse(f"{limit}B")
+    return plan_memory(model, build, amount, n_threads=2, max_seq_len=1024, runtime=RUNTIME, conversations=most)
+
+
+def test_what_is_left_beside_all_weights_goes_to_more_conversations(model: ModelFile) -> None:
+    one = conversations(model, 4 << 30, 1)
+    assert (one.conversations, one.room_blocks) == (1, None)
+    assert conversations(model, 4 << 30, 8).conversations == 8
+    for count in range(1, 8):
+        found = conversations(model, one.total + count * one.kv_cache - 1, 8)
+        assert found.conversations == count
+        assert found.total == one.total + (count - 1) * one.kv_cache <= found.limit
+        assert found.smallest == one.smallest, "one conversation is enough"
+    table = {what: (size, remark) for what, size, remark in conversations(model, 4 << 30, 8).table()}
+    assert table["KV cache"] == (8 * one.kv_cache, "1024 tokens of each of 8 conversations")
+    assert conversations(model, 4 << 30, 8).figures()["kv_cache_bytes"] == 8 * one.kv_cache
+
+
+def test_where_weights_are_paged_there_is_one_conversation(model: ModelFile) -> None:
+    found = conversations(model, conversations(model, 4 << 30, 1).smallest + (1 << 20), 8)
+    assert found.room_blocks is not None
+    assert found.conversations == 1
