@@ -24,7 +24,6 @@ from dairllm.nodes.memory_plan import MemoryPlan, plan_memory, possible_limit, p
 from dairllm.nodes.pass_clock import PassClock
 from dairllm.nodes.prepared_share import find_share
 from dairllm.nodes.weight_stream import SENDING_BYTES
-from dairllm.text.chat_renderer import PROCESS_BYTES
 from dairllm.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -75,7 +74,11 @@ def planned_model(
 
 def template_bytes(tokenizer: Tokenizer | None) -> int:
     """Of a server's process for its model's chat template; 0 where there is none."""
-    return 0 if tokenizer is None or tokenizer.chat_template is None else PROCESS_BYTES
+    if tokenizer is None or tokenizer.chat_template is None:
+        return 0
+    from dairllm.text.chat_renderer import PROCESS_BYTES  # not for `generate`
+
+    return PROCESS_BYTES
 
 
 def plan_of(

@@ -8,15 +8,18 @@ text by the `.t` file's bytes in either case.
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import structlog
 
 from dairllm.formats.tokenizer_file import TokenizerFile
-from dairllm.text.chat_renderer import ChatRenderer
 from dairllm.text.greedy_merging import GreedyMerging, special_ids, stand_in_ids
 from dairllm.text.model_tokenizer import ModelTokenizer, VocabularyMismatch
 from dairllm.text.sentence_merging import SentenceMerging, first_byte_token
 from dairllm.text.stream_decoder import StreamDecoder
+
+if TYPE_CHECKING:
+    from dairllm.text.chat_renderer import ChatRenderer
 
 __all__ = ["Tokenizer"]
 
@@ -89,8 +92,10 @@ class Tokenizer:
         """What a chat template writes to end one; empty where there is no such token."""
         return self._text_of(self._first_eos)
 
-    def chat_renderer(self) -> ChatRenderer:
+    def chat_renderer(self) -> "ChatRenderer":
         """For the model's chat template; whoever asks for it closes it."""
+        from dairllm.text.chat_renderer import ChatRenderer  # most commands render none
+
         return ChatRenderer(self.chat_template, bos=self.bos_text, eos=self.eos_text)
 
     def encode(self, text: str) -> list[int]:

@@ -11,6 +11,7 @@ import pytest
 from dairllm import machine
 from tests.api.conftest import Serve
 from tests.api.serving import TEMPLATE, write_model
+from tests.patience import PATIENCE
 
 HOSTILE = {
     "hang": "{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}",
@@ -49,7 +50,7 @@ async def test_a_request_is_told_and_the_next_one_served(hostile: Path, serve: S
 
 
 async def test_the_server_answers_while_a_template_hangs(hostile: Path, serve: Serve) -> None:
-    async with serve(hostile) as server, httpx.AsyncClient(base_url=server.url, timeout=60) as client:
+    async with serve(hostile) as server, httpx.AsyncClient(base_url=server.url, timeout=PATIENCE) as client:
         hanging = asyncio.create_task(
             client.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "hang"}], "max_tokens": 1})
         )

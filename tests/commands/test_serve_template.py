@@ -2,8 +2,7 @@
 
 import signal
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -11,7 +10,8 @@ import httpx
 import pytest
 
 from tests.api.serving import write_model
-from tests.commands.node_process import START_SECONDS, ServeProcess
+from tests.commands.node_process import ServeProcess
+from tests.patience import PATIENCE, comes
 
 HANGING = "{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}"
 
@@ -35,13 +35,6 @@ def processor_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / 100
 
 
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def child_of(server: ServeProcess) -> int:
     """Once all else that the server starts has ended."""
     server.wait_for("ready")
@@ -52,7 +45,7 @@ def child_of(server: ServeProcess) -> int:
         found[:] = [int(pid) for thread in threads.iterdir() for pid in (thread / "children").read_text().split()]
         return len(found) == 1
 
-    until(is_alone)
+    assert comes(is_alone)
     return found[0]
 
 
@@ -61,7 +54,7 @@ def test_it_ends_with_the_server(server: ServeProcess, signum: signal.Signals) -
     child = child_of(server)
     code, _ = server.stop(signum)
     assert code == (0 if signum == signal.SIGTERM else -signum)
-    until(lambda: not is_running(child))
+    assert comes(lambda: not is_running(child))
 
 
 def test_a_signal_while_templates_hang(server: ServeProcess) -> None:
@@ -71,16 +64,16 @@ def test_a_signal_while_templates_hang(server: ServeProcess) -> None:
 
     def ask() -> None:
         with suppress(httpx.HTTPError):
-            httpx.post(f"{server.url}/v1/chat/completions", json={"messages": [{"role": "user", "content": "x"}]}, timeout=60)
+            httpx.post(f"{server.url}/v1/chat/completions", json={"messages": [{"role": "user", "content": "x"}]}, timeout=PATIENCE)
 
     threads = [threading.Thread(target=ask) for _ in range(40)]
     for thread in threads:
         thread.start()
-    until(lambda: processor_seconds(child) > begun + 0.2)
+    assert comes(lambda: processor_seconds(child) > begun + 0.2)
     code, seconds = server.stop()
     for thread in threads:
-        thread.join(60)
+        thread.join(PATIENCE)
     assert code == 0
     assert seconds < 20, "each of them would have hung for two seconds"
-    until(lambda: not is_running(child))
+    assert comes(lambda: not is_running(child))
     assert "Traceback" not in server.text()
