@@ -138,7 +138,7 @@ def _cut(generation: Generation, options: GenerateOptions) -> str | None:
         return None
     n_ids, context = len(generation.ids), generation.model.seq_len
     if n_ids == options.sampling.steps:
-        return None if options.ignore_eos else f"[cut after {n_ids} tokens: --steps]"
+        return None if options.ignore_eos else f"[cut after {n_ids} {'token' if n_ids == 1 else 'tokens'}: --steps]"
     return f"[cut after {n_ids} tokens: the context of {context} tokens is full, the prompt included]"
 
 

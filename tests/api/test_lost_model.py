@@ -157,7 +157,7 @@ async def test_who_goes_away_while_the_model_is_recovered_is_forgotten(serve: Se
 
 
 async def test_why_it_does_not_come_back_is_told(serve: Serve) -> None:
-    async with serve(reconnect=0.05, recovery=0.01) as serving:
+    async with serve(reconnect=0.05, recovery=1.0) as serving:
         model, models = serving.models.last, serving.models
         model.failure = NetworkError(LOST)
         models.refusals += [NetworkError(AWAY)] * 1000

@@ -236,7 +236,7 @@ def test_a_prompt_from_stdin_and_from_a_file(tmp_path: Path) -> None:
 
 def test_a_context_that_the_model_has_not_is_told() -> None:
     code, _, err = generate("--prompt", PROMPT, "--steps", 1, "--max-seq-len", 100_000)
-    told = json.loads(err)
+    told = json.loads(err.splitlines()[0])
     assert (code, told["event"], told["asked"]) == (0, "the model has a shorter context than was asked for", 100_000)
 
 

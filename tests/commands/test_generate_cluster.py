@@ -98,12 +98,13 @@ def test_workers_from_a_file_or_the_environment_and_in_several_flags(workers: Wo
 
 
 def test_what_can_be_checked_is_checked_before_anybody_is_dialled(workers: Workers, tmp_path: Path) -> None:
+    workers[0].wait_for("listening")
     before = workers[0].text()
     (tmp_path / "empty.t").write_bytes(b"")
     mistakes: list[tuple[int, str, tuple[object, ...]]] = [
         (2, "layers is still to come", ("--prompt-ids", "1", "--mode", "layers")),
         (2, "shares for 3 nodes, but there are 2", ("--prompt-ids", "1", "--shares", "2/64,1/32,1/32")),
-        (2, "the nearest that can be dealt: 1/64,3/64", ("--prompt-ids", "1", "--shares", "3/64,3/64")),
+        (2, "the nearest that can be dealt: 2/64,2/64", ("--prompt-ids", "1", "--shares", "3/64,3/64")),
         (2, "token 0 of the prompt is 999", ("--prompt-ids", "999")),
         (2, "the context has room for 2", ("--prompt", "the on", "--tokenizer", DATA / "tiny.t", "--max-seq-len", 2)),
         (1, "empty.t", ("--prompt", "a", "--tokenizer", tmp_path / "empty.t")),

@@ -55,7 +55,7 @@ def test_prompt_ids_imply_ignore_eos_and_need_no_tokenizer() -> None:
 def test_the_tokenizer_lies_beside_the_model(tmp_path: Path) -> None:
     chosen = settings(model__file=str(tmp_path / "a.m"))
     assert options(chosen, prompt="a").tokenizer == tmp_path / "a.t", "neither is there: opening the model will say so"
-    (tmp_path / "a.m").touch()
+    (tmp_path / "a.m").write_bytes(b"\xcd\xab\x00\x0a")  # what a model file begins with
     with pytest.raises(ConfigError, match=r"no tokenizer: there is no .*a\.t beside the model; name one with --tokenizer"):
         options(chosen, prompt="a")
     assert options(chosen, prompt_ids="1").tokenizer is None

@@ -20,7 +20,8 @@ import pytest
 
 from dairllm import machine
 from tests.api.serving import write_model
-from tests.commands.node_process import START_SECONDS, ServeProcess, WorkerProcess
+from tests.commands.node_process import ServeProcess, WorkerProcess
+from tests.patience import PATIENCE
 
 DATA = Path(__file__).parents[1] / "data" / "dllama"
 HANGUP = 'exec 2>&-; exec "$@"'
@@ -81,7 +82,7 @@ def free_port() -> int:
 
 
 def wait_until_ready(process: "subprocess.Popen[bytes]", port: int) -> None:
-    deadline = time.monotonic() + START_SECONDS
+    deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
         assert process.poll() is None, f"it has ended with {process.returncode}"
         with contextlib.suppress(httpx.TransportError):
