@@ -191,7 +191,7 @@ def test_wrong_usage_is_2(words: tuple[str, ...], message: str) -> None:
         (("worker", "--port", "70000"), 2, "flag --port: worker.port: expected "),
         (("worker", "--memory-limit", "2"), 2, "flag --memory-limit: limits.memory: expected a size such as 2GiB"),
         (("health", "--config", "nonesuch.yaml"), 2, "nonesuch.yaml: cannot be read"),
-        (("tokenize", "nonesuch.t", "a"), 1, "nonesuch.t: expected a readable .t tokenizer file, found No such file or directory"),
+        (("tokenize", "nonesuch.t", "a"), 1, "nonesuch.t: expected a readable .t tokenizer file, found no file of this name"),
         (("tokenize", DATA / "golden.json", "a"), 1, "golden.json: expected a .t tokenizer file, found a JSON file"),
         (("tokenize", DATA, "a"), 1, "expected a .t tokenizer file, found a folder"),
         (("inspect", "nonesuch.m"), 1, "nonesuch.m: "),

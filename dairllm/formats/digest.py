@@ -13,6 +13,7 @@ from pathlib import Path
 from blake3 import blake3
 
 from dairllm.errors import FormatError
+from dairllm.formats.file_kind import unreadable
 from dairllm.formats.file_stamp import FileStamp
 from dairllm.formats.model_file import ModelFile
 from dairllm.formats.replaced_file import replaced_file
@@ -129,7 +130,7 @@ def compute_digests(model: ModelFile, progress: Progress | None = None) -> Diges
             tensors = tuple(digest(tensor.label, tensor.offset, tensor.nbytes) for tensor in model.tensors)
             _check_unchanged(model, file.fileno())
     except OSError as error:
-        raise FormatError(model.path, None, "a readable .m model file", error.strerror or str(error)) from error
+        raise unreadable(model.path, "a readable .m model file", error) from error
     if progress is not None:
         progress("", model.nbytes, model.nbytes)
     return Digests(model.stamp.nbytes, model.stamp.mtime_ns, header, tensors)
@@ -150,7 +151,7 @@ def sampled_digest(model: ModelFile) -> bytes:
             for offset, nbytes in places:
                 digester.update(os.pread(file.fileno(), nbytes, offset))
     except OSError as error:
-        raise FormatError(model.path, None, "a readable .m model file", error.strerror or str(error)) from error
+        raise unreadable(model.path, "a readable .m model file", error) from error
     return digester.digest()
 
 

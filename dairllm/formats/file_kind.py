@@ -4,13 +4,14 @@ People name one of a model's files for another, or one of another program. A mes
 it is, and what to do with it, saves them the search.
 """
 
+import difflib
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 from dairllm.errors import FormatError
 
-__all__ = ["HEAD_BYTES", "check_is_model", "is_gguf", "kind_of", "kind_of_folder"]
+__all__ = ["HEAD_BYTES", "check_is_model", "is_gguf", "kind_of", "kind_of_folder", "unreadable"]
 
 HEAD_BYTES = 64
 """Of a file, that tell its kind."""
@@ -58,13 +59,16 @@ _KINDS: tuple[tuple[bytes, Callable[[Path], str]], ...] = (
 )
 
 
-def kind_of(path: Path, head: bytes) -> str | None:
+def kind_of(path: Path, head: bytes, *, for_tokenizer: bool = False) -> str | None:
     """What `path` is and what can be done with it, for a message "expected ..., found ..."; None where
     that cannot be told.
 
     Args:
         head: its first bytes, `HEAD_BYTES` of them or more where there are so many.
+        for_tokenizer: whether a tokenizer was expected: then that of a model helps.
     """
+    if for_tokenizer and head.startswith(_MODEL):
+        return f"a .m model file; its tokenizer is probably {path.with_suffix('.t')}"
     start = head.lstrip().lower() if head.lstrip()[:1] in (b"<", b"{") else head
     for magic, tell in _KINDS:
         if start.startswith(magic):
@@ -99,6 +103,24 @@ def check_is_model(path: Path) -> None:
     found = kind_of(path, head) if head else "an empty file"
     if found is not None:
         raise FormatError(path, None, "a .m model file", found)
+
+
+def unreadable(path: Path, kind: str, error: OSError) -> FormatError:
+    """The error of a file that cannot be opened or read. Where there is none of its name, it says the
+    nearest name that there is.
+
+    Args:
+        kind: what was expected, such as "a readable .m model file".
+    """
+    if not isinstance(error, FileNotFoundError):
+        return FormatError(path, None, kind, error.strerror or str(error))
+    try:
+        names = [name for name in os.listdir(path.parent) if name.endswith(path.suffix)]
+    except OSError:
+        return FormatError(path, None, kind, f"no folder {path.parent}")
+    near = difflib.get_close_matches(path.name, names, 1, 0.6)
+    hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+    return FormatError(path, None, kind, f"no file of this name{hint}")
 
 
 def is_gguf(path: Path) -> bool:

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dairllm.errors import ConfigError, FormatError, printable
-from dairllm.formats.file_kind import HEAD_BYTES, kind_of, kind_of_folder
+from dairllm.formats.file_kind import HEAD_BYTES, kind_of, kind_of_folder, unreadable
 from dairllm.formats.quants import dequantize_q40, dequantize_q80
 
 __all__ = ["FLOAT_TYPES", "LIBRARY_ADVICE", "READABLE_TYPES", "GgufFile", "GgufTensor"]
@@ -96,7 +96,7 @@ class GgufFile:
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
-            raise FormatError(path, None, "a readable GGUF file", error.strerror or str(error)) from error
+            raise unreadable(path, "a readable GGUF file", error) from error
         try:
             head = os.pread(descriptor, HEAD_BYTES, 0)
             if not head.startswith(_MAGIC):

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dairllm.errors import FormatError
-from dairllm.formats.file_kind import kind_of_folder
+from dairllm.formats.file_kind import kind_of_folder, unreadable
 from dairllm.formats.file_stamp import FileStamp
 from dairllm.formats.model_header import MAX_HEADER_BYTES, Header, parse_header
 from dairllm.formats.model_layout import Slice, Tensor, layout_bytes, node_slice, tensor_layout, walk_layout
@@ -75,7 +75,7 @@ class ModelFile:
                 _check_length(path, header, nbytes)
                 mapped = mmap.mmap(file.fileno(), nbytes, prot=mmap.PROT_READ)
         except OSError as error:
-            raise FormatError(path, None, "a readable .m model file", error.strerror or str(error)) from error
+            raise unreadable(path, "a readable .m model file", error) from error
         spec = header.spec
         if max_seq_len is not None and max_seq_len < spec.seq_len:
             if max_seq_len < 1:

@@ -28,6 +28,7 @@ from blake3 import blake3
 
 from dairllm.errors import FormatError, GraphError
 from dairllm.formats.digest import Progress
+from dairllm.formats.file_kind import unreadable
 from dairllm.formats.file_stamp import FileStamp
 from dairllm.formats.model_file import ModelFile
 from dairllm.formats.share_layout import PlacedSlice, share_layout
@@ -187,7 +188,7 @@ class ShareFile:
                     raise FormatError(path, None, f"{begin + contents.nbytes} bytes", f"{stamp.nbytes}")
                 mapped = mmap.mmap(file.fileno(), stamp.nbytes, prot=mmap.PROT_READ)
         except OSError as error:
-            raise FormatError(path, None, "a readable share of a model", error.strerror or str(error)) from error
+            raise unreadable(path, "a readable share of a model", error) from error
         each = tuple(digests[at : at + _DIGEST_BYTES] for at in range(0, len(digests), _DIGEST_BYTES))
         return cls(path, stamp, contents, each, begin, mapped)
 
@@ -258,7 +259,7 @@ class ShareFile:
                     if progress is not None:
                         progress(label, offset + nbytes, total)
         except OSError as error:
-            raise FormatError(self.path, None, "a readable share of a model", error.strerror or str(error)) from error
+            raise unreadable(self.path, "a readable share of a model", error) from error
 
 
 def read_digest(descriptor: int, offset: int, nbytes: int, piece: memoryview) -> bytes:

@@ -10,7 +10,7 @@ from enum import IntEnum
 from pathlib import Path
 
 from dairllm.errors import FormatError
-from dairllm.formats.file_kind import HEAD_BYTES, kind_of, kind_of_folder
+from dairllm.formats.file_kind import HEAD_BYTES, kind_of, kind_of_folder, unreadable
 from dairllm.formats.replaced_file import replaced_file
 
 __all__ = ["TOKENIZER_MAGIC", "TokenizerFile"]
@@ -91,13 +91,13 @@ class TokenizerFile:
             nbytes = path.stat().st_size
             if nbytes > _MAX_FILE_BYTES:
                 with path.open("rb") as file:
-                    kind = kind_of(path, file.read(HEAD_BYTES))
+                    kind = kind_of(path, file.read(HEAD_BYTES), for_tokenizer=True)
                 if kind is not None:
                     raise FormatError(path, None, "a .t tokenizer file", kind)
                 raise FormatError(path, None, f"a .t tokenizer file of at most {_MAX_FILE_BYTES} bytes", f"{nbytes} bytes")
             data = path.read_bytes()
         except OSError as error:
-            raise FormatError(path, None, "a readable .t tokenizer file", error.strerror or str(error)) from error
+            raise unreadable(path, "a readable .t tokenizer file", error) from error
         return _Parser(path, data).parse()
 
     def write(self, path: str | Path) -> None:
@@ -186,7 +186,7 @@ class _Parser:
         )
 
     def _header(self) -> dict[_Key, int]:
-        kind = kind_of(self._path, self._data[:HEAD_BYTES])
+        kind = kind_of(self._path, self._data[:HEAD_BYTES], for_tokenizer=True)
         if kind is not None and not self._data.startswith(_PAIR.pack(TOKENIZER_MAGIC, 0)[:4]):
             raise FormatError(self._path, None, "a .t tokenizer file", kind)
         magic, nbytes = _PAIR.unpack(self._take(_PAIR.size, "a .t file's magic and header size"))

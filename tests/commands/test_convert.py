@@ -75,5 +75,5 @@ def test_wrong_usage(tmp_path: Path) -> None:
         convert.run(tmp_path / "x.gguf", tmp_path / "x.m", "q41")
     with pytest.raises(FormatError, match="expected a GGUF file, found a folder"):
         convert.run(tmp_path, tmp_path / "x.m")
-    with pytest.raises(FormatError, match="No such file"):
+    with pytest.raises(FormatError, match="no file of this name"):
         convert.run(tmp_path / "x.gguf", tmp_path / "x.m")

@@ -84,5 +84,5 @@ def test_a_layer_that_is_not_there(moe: Path, layer: int) -> None:
 
 
 def test_a_file_that_is_none(tmp_path: Path) -> None:
-    with pytest.raises(FormatError, match="No such file"):
+    with pytest.raises(FormatError, match="no file of this name"):
         run(tmp_path / "none.m")

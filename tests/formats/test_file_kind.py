@@ -50,6 +50,35 @@ def test_a_tokenizer_that_is_none(tmp_path: Path) -> None:
         assert str(caught.value).startswith(f"{path}: expected a .t tokenizer file, {message.format(path=path, folder=tmp_path)}")
 
 
+def test_the_tokenizer_of_a_model_is_named(tmp_path: Path) -> None:
+    write_random_model(tmp_path / "x.m", small_spec())
+    with pytest.raises(FormatError) as caught:
+        TokenizerFile.read(tmp_path / "x.m")
+    found = f"a .m model file; its tokenizer is probably {tmp_path / 'x.t'}"
+    assert str(caught.value) == f"{tmp_path / 'x.m'}: expected a .t tokenizer file, found {found}"
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("some-modle{}", "no file of this name; did you mean {folder}/some-model{suffix}?"),
+        ("quite-another{}", "no file of this name"),
+        ("modles/some-model{}", "no folder {folder}/modles"),
+    ],
+)
+def test_a_file_that_is_not_there(tmp_path: Path, name: str, found: str) -> None:
+    for suffix, kind, read in (
+        (".m", "a readable .m model file", ModelFile.open),
+        (".t", "a readable .t tokenizer file", TokenizerFile.read),
+        (".gguf", "a readable GGUF file", GgufFile.open),
+    ):
+        (tmp_path / f"some-model{suffix}").touch()
+        path = tmp_path / name.format(suffix)
+        with pytest.raises(FormatError) as caught:
+            read(path)
+        assert str(caught.value) == f"{path}: expected {kind}, found {found.format(folder=tmp_path, suffix=suffix)}"
+
+
 def test_a_source_that_is_none(tmp_path: Path) -> None:
     write_random_model(tmp_path / "x.m", small_spec())
     with pytest.raises(FormatError, match=r"expected a GGUF file, .* found a \.m model file, which needs no conversion"):

@@ -144,7 +144,7 @@ def test_truncation_within_the_header(model: Path) -> None:
 
 
 def test_what_is_no_plain_file(tmp_path: Path) -> None:
-    assert refusal(tmp_path / "none.m").found == "No such file or directory"
+    assert refusal(tmp_path / "none.m").found == "no file of this name"
     assert refusal(tmp_path).found == "a folder"
     os.mkfifo(tmp_path / "pipe.m")
     assert refusal(tmp_path / "pipe.m").found == "no plain file"
