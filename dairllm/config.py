@@ -388,7 +388,7 @@ def load_settings(
         file,
         environment=environment,
         flags=flags,
-        others=(WorkerSettings, RootSettings),
+        others={"`dairllm worker`": WorkerSettings, "a root (`dairllm generate`, `dairllm serve`)": RootSettings},
         short=short,
         no_settings=_NO_SETTINGS | theirs,
     )

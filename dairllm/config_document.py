@@ -5,6 +5,7 @@ brackets. What is refused here would take memory, time or the interpreter's stac
 looked at it.
 """
 
+import codecs
 from pathlib import Path
 from typing import NoReturn
 
@@ -37,8 +38,13 @@ def read_document(file: Path) -> yaml.Node | None:
         text = data.decode("utf-8")
         _check_events(file, text)
         root: yaml.Node | None = yaml.SafeLoader(text).get_single_node()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot be read: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        found = (
+            "UTF-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else f"0x{data[error.start]:02x} in byte {error.start}"
+        )
+        raise ConfigError(f"{file}: expected text in UTF-8, found {found}") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{file}, line {mark.line + 1}" if mark else f"{file}"

@@ -2,9 +2,10 @@
 
 import difflib
 import os
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn, TypeVar
 
 import yaml
@@ -37,7 +38,7 @@ def read_settings(
     *,
     environment: Mapping[str, str] | None = None,
     flags: Mapping[str, tuple[str, object]] | None = None,
-    others: Sequence[type[BaseModel]] = (),
+    others: Mapping[str, type[BaseModel]] = MappingProxyType({}),
     short: Mapping[str, str] | None = None,
     no_settings: Container[str] = (),
 ) -> Settings:
@@ -47,7 +48,8 @@ def read_settings(
         file: a YAML file, or None for no file.
         environment: os.environ by default. An empty variable counts as not given.
         flags: from a key such as ``"worker.port"`` to the flag's name and value; a value of None counts as not given.
-        others: schemas of programs that may share an environment with this one: variables that only they know are passed over.
+        others: programs that may share an environment with this one, for people, and their schemas: variables that only they know
+            are passed over. A file with a section that only they know is theirs.
         short: variables of one word, without the prefix, and the key that each is, such as ``"worker.model"``.
         no_settings: variables with the prefix that are something else, and are passed over. One that begins with
             ``DAIRLLM_TEST_`` always is.
@@ -57,8 +59,8 @@ def read_settings(
     """
     given: dict[_Path, _Given] = {}
     if file is not None:
-        given.update(_File(schema, file).values())
-    theirs = {path for other in others for path in _leaves(other)} - set(_leaves(schema))
+        given.update(_File(schema, file, others).values())
+    theirs = {path for other in others.values() for path in _leaves(other)} - set(_leaves(schema))
     variables = os.environ if environment is None else environment
     ours = {name: text for name, text in variables.items() if name.startswith(ENVIRONMENT_PREFIX) and text}
     ours = {name: text for name, text in ours.items() if not name.startswith(_OF_TESTS) and name not in no_settings}
@@ -145,8 +147,8 @@ def _from_environment(
 class _File:
     """A YAML file, walked along the schema, so that each key's line is known."""
 
-    def __init__(self, schema: type[BaseModel], file: Path) -> None:
-        self._schema, self._file = schema, file
+    def __init__(self, schema: type[BaseModel], file: Path, others: Mapping[str, type[BaseModel]]) -> None:
+        self._schema, self._file, self._others = schema, file, others
         self._given: dict[_Path, _Given] = {}
         self._loader = yaml.SafeLoader("")
 
@@ -166,7 +168,7 @@ class _File:
             name = printable(key.value) if isinstance(key, yaml.ScalarNode) else _what(key)
             path = (*prefix, name)
             if name not in schema.model_fields:
-                self._fail(key, path, _unknown(self._schema, schema, name))
+                self._fail(key, path, self._unknown(schema, name, prefix))
             if name in seen:
                 self._fail(key, path, f"given twice, first in line {seen[name]}")
             seen[name] = key.start_mark.line + 1
@@ -178,6 +180,12 @@ class _File:
                 self._given[path] = _Given(self._loader.construct_object(value, deep=True), f"{self._file}, line {seen[name]}")
             except Exception as error:  # of a value that is not what its tag says, the library raises KeyError, AttributeError and others
                 self._fail(key, path, getattr(error, "problem", None) or f"{_what(value)} cannot be read: {error}")
+
+    def _unknown(self, schema: type[BaseModel], name: str, prefix: _Path) -> str:
+        for program, other in self._others.items():
+            if not prefix and name in other.model_fields:
+                return f"unknown key; this seems to be a file for {program}"
+        return _unknown(self._schema, schema, name)
 
     def _fail(self, node: yaml.Node, path: _Path, message: str) -> NoReturn:
         raise ConfigError(f"{self._file}, line {node.start_mark.line + 1}: {'.'.join(path)}: {printable(message, 1000)}")

@@ -86,6 +86,10 @@ def test_sections_may_be_empty_and_files_too(file: Path) -> None:
         ("wroker:\n  port: 5\n", r"w\.yaml, line 1: wroker: unknown key; did you mean worker\?"),
         ("threads: 5\n", r"line 1: threads: unknown key; did you mean worker\.threads\?"),
         ("zzz: 5\n", r"line 1: zzz: unknown key; there are worker, limits, paging, deadlines, keepalive, metrics, log"),
+        (
+            "log:\n  level: info\nmodel:\n  file: x\n",
+            r"line 3: model: unknown key; this seems to be a file for a root \(`dairllm generate`",
+        ),
         ("worker:\n  port: abc\n", r"line 2: worker\.port: expected a valid integer, found 'abc'"),
         ("worker:\n  port: '80'\n", r"line 2: worker\.port: expected a valid integer, found '80'"),
         ("worker:\n  port: true\n", r"line 2: worker\.port: expected a valid integer, found True"),
@@ -212,8 +216,11 @@ def test_a_file_that_cannot_be_read(tmp_path: Path, missing: str) -> None:
 
 
 def test_a_file_that_is_not_text(file: Path) -> None:
-    file.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ConfigError, match="cannot be read"):
+    file.write_bytes("log:\n".encode("utf-16"))  # as PowerShell's > writes it
+    with pytest.raises(ConfigError, match=r"w\.yaml: expected text in UTF-8, found UTF-16$"):
+        load(file)
+    file.write_bytes(b"log:\xff")
+    with pytest.raises(ConfigError, match=r"w\.yaml: expected text in UTF-8, found 0xff in byte 4$"):
         load(file)
 
 
