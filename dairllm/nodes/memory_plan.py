@@ -57,6 +57,7 @@ class MemoryPlan:
         room_blocks: blocks of weights that fit beside all that; None where all of them do.
         start: the most that is held before the first pass, runtime included.
         conversations: that have a KV cache each.
+        held: weights among the buffers: those that are copied or come over the wire.
     """
 
     limit: int
@@ -70,6 +71,7 @@ class MemoryPlan:
     room_blocks: int | None
     start: int = 0
     conversations: int = 1
+    held: int = 0
 
     @property
     def fixed(self) -> int:
@@ -116,7 +118,7 @@ class MemoryPlan:
         """Raise LimitError where it does not work within the limit: what is needed, what would do, and `advice`."""
         if self.fits:
             return
-        parts = ", ".join(f"{format_size(size)} {what}" for what, size, _ in self.table()[:3])
+        parts = ", ".join(f"{format_size(size)} {what}" for what, size, _ in self._fixed_rows())
         ring = self.needs.ring_blocks_min * self.needs.block_bytes
         paged = f", {format_size(ring)} to page the weights through" if ring else ""
         raise LimitError(
@@ -149,9 +151,9 @@ class MemoryPlan:
             "total": self.total,
             "program": self.runtime,
             "kv_cache": self.conversations * self.kv_cache,
-            "buffers": self.buffers,
-            "weights": self.weights,
-            "in_memory": self.resident,
+            "buffers": self.buffers - self.held,
+            "weights": self.weights + self.held,
+            "in_memory": self.resident + self.held,
             "read_a_token": self.missing,
             "smallest_limit": self.smallest,
         }
@@ -182,11 +184,8 @@ class MemoryPlan:
                     f"{ring} blocks of {format_size(size)}" + (", a ring of the others too" if experts else ""),
                 ),
             ]
-        tokens = f"{self.seq_len} tokens" + (f" of each of {self.conversations} conversations" if self.conversations > 1 else "")
         return [
-            ("program", self.runtime, "interpreter, libraries, kernels, tokenizer"),
-            ("KV cache", self.conversations * self.kv_cache, tokens),
-            ("buffers", self.buffers, f"batches of {self.rows} rows"),
+            *self._fixed_rows(),
             *weights,
             (
                 "in all",
@@ -194,6 +193,17 @@ class MemoryPlan:
                 f"limit {self._limit}",
             ),
             ("smallest limit", self.smallest, f"everything in memory from {format_size(self.fixed + self.weights)} on"),
+        ]
+
+    def _fixed_rows(self) -> list[tuple[str, int, str]]:
+        """The rows of what is held in any case."""
+        tokens = f"{self.seq_len} tokens" + (f" of each of {self.conversations} conversations" if self.conversations > 1 else "")
+        held = [("weights, copied", self.held, "received, or copied together from the model's file")] if self.held else []
+        return [
+            ("program", self.runtime, "interpreter, libraries, kernels, tokenizer"),
+            ("KV cache", self.conversations * self.kv_cache, tokens),
+            ("buffers", self.buffers - self.held, f"batches of {self.rows} rows"),
+            *held,
         ]
 
 
@@ -314,7 +324,17 @@ def plan_node(
         room = max(0, (nbytes - runtime - held.caches - buffers) // needs.block_bytes)
         room_blocks = None if room >= needs.blocks_total else room
         return MemoryPlan(
-            nbytes, str(limit), seq_len, network.n_batches, runtime, held.caches, buffers, needs, room_blocks, runtime + start
+            nbytes,
+            str(limit),
+            seq_len,
+            network.n_batches,
+            runtime,
+            held.caches,
+            buffers,
+            needs,
+            room_blocks,
+            runtime + start,
+            held=weights.nbytes,
         )
 
     plan = None if packed is None else planned(packed)

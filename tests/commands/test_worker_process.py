@@ -81,6 +81,7 @@ def test_a_worker_from_start_to_end(start: Any) -> None:
     assert status == 200
     assert 'dairllm_sessions_total{outcome="finished"} 1.0' in metrics
     assert "dairllm_rows_computed_total 64.0" in metrics
+    assert worker.wait_for("memory plan")["weights"] == worker.wait_for("weights received")["held"] != "0B"
     code, seconds = worker.stop()
     assert code == 0
     assert seconds < IN_TIME
