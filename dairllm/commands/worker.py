@@ -11,6 +11,7 @@ import structlog
 from dairllm.commands.asked_too_much import tell_threads
 from dairllm.commands.progress import COMPILING, TELLING_SECONDS, telling
 from dairllm.config import WorkerSettings, load_settings
+from dairllm.errors import NetworkError
 from dairllm.net.runner import Steps, in_thread, until_one_ends
 from dairllm.net.runner import run as run_service
 from dairllm.telemetry import Meters, Readiness, configure_logging
@@ -46,7 +47,11 @@ async def serve(settings: WorkerSettings) -> None:
             from dairllm.api.health import HealthServer
 
             health = HealthServer(settings.metrics.host, settings.metrics_port, readiness, meters)
-            port = await steps.start("health server", health.start, health.close)
+            try:
+                port = await steps.start("health server", health.start, health.close)
+            except NetworkError as error:  # a port that nobody has named, unless he knows
+                at = f"health and metrics of the worker on port {settings.worker.port}"
+                raise NetworkError(f"{at}: {error}; another worker may have it (--port, --metrics-port)") from None
             log.info("health and metrics", host=settings.metrics.host, port=port)
             ended = health.ended
 

@@ -213,4 +213,5 @@ def test_a_port_that_is_taken_is_one_line_and_code_1(start: Any) -> None:
         port = taken.getsockname()[1]
         worker = start("--metrics-port", str(port))
         assert worker.process.wait(PATIENCE) == 1
-    assert worker.text() == f"dairllm: error: cannot listen on 127.0.0.1 port {port}: Address already in use\n"
+    told = f"cannot listen on 127.0.0.1 port {port}: Address already in use; another worker may have it (--port, --metrics-port)"
+    assert worker.text() == f"dairllm: error: health and metrics of the worker on port 0: {told}\n"
