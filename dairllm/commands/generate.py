@@ -115,6 +115,8 @@ async def _generate(
             text = await _stream(generation, tokenizer, quiet=options.json)
             if (cut := _cut(generation, options)) is not None:
                 _note([cut])
+            elif generation.finish_reason == "stop" and _is_chat_missed(text, options, tokenizer):
+                _note(["[the model said nothing: it knows a chat format, which is asked for by --chat]"])
             if sys.stderr.isatty() and not options.json:
                 _note([_speed_line(generation)])
             if options.json:
@@ -140,6 +142,12 @@ def _cut(generation: Generation, options: GenerateOptions) -> str | None:
     if n_ids == options.sampling.steps:
         return None if options.ignore_eos else f"[cut after {n_ids} {'token' if n_ids == 1 else 'tokens'}: --steps]"
     return f"[cut after {n_ids} tokens: the context of {context} tokens is full, the prompt included]"
+
+
+def _is_chat_missed(text: str, options: GenerateOptions, tokenizer: Tokenizer | None) -> bool:
+    """Whether a model that was taught to answer messages ended a bare text without a word."""
+    knows = tokenizer is not None and tokenizer.chat_template is not None
+    return knows and not (text.strip() or options.chat or options.json)
 
 
 def _speed_line(generation: Generation) -> str:

@@ -96,6 +96,17 @@ def test_chat_puts_the_prompt_through_the_template(tmp_path: Path) -> None:
     assert json.loads(out)["prompt_ids"] == Tokenizer.load(TINY).encode("<|begin|><|turn|>user: on<|turn|>")
 
 
+def test_who_forgets_chat_and_gets_no_word_is_told(tmp_path: Path) -> None:
+    file = TokenizerFile.read(TINY)
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    ends = TokenizerFile(file.pieces, file.scores, file.bos_id, (IDS[0],), file.add_bos, template, file.max_token_length)
+    ends.write(tmp_path / "ends.t")
+    code, out, err = generate("--prompt", PROMPT, tokenizer=tmp_path / "ends.t")
+    assert (code, out, err) == (0, "\n", "[the model said nothing: it knows a chat format, which is asked for by --chat]")
+    code, out, err = generate("--prompt", PROMPT, "--steps", 1, "--ignore-eos", tokenizer=tmp_path / "ends.t")
+    assert (code, err) == (0, "")
+
+
 def test_a_seed_repeats_an_answer() -> None:
     words = ("--prompt", PROMPT, "--steps", 12, "--temperature", 1.5, "--ignore-eos")
     first, again, other = (report(*words, "--seed", seed)["ids"] for seed in (1, 1, 2))
