@@ -43,7 +43,11 @@ def run(model: Path, *, json: bool = False) -> None:
         elif not torn:
             digests = f"{len(file.tensors)} tensors, {format_size(file.nbytes)}"
             compared = (
-                "the same as before" if kept is not None else "kept for the next time" if is_kept else "its folder cannot be written to"
+                "the same as before"
+                if kept is not None
+                else f"its digests are kept in {digests_path(model).name}"
+                if is_kept
+                else "its folder cannot be written to"
             )
             sys.stdout.write(f"{model}: {found.identity.hex()} ({digests}; {compared})\n")
         if torn:

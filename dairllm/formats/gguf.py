@@ -227,7 +227,9 @@ def _read_structure(path: Path) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
             kind = np.dtype(dtype)
             at, end = int(offset), int(offset) + kind.itemsize * int(count)
             if end > len(self._bytes):
-                raise FormatError(path, at, f"{end - at} bytes there", f"the end of the file at byte {len(self._bytes)}")
+                raise FormatError(
+                    path, at, f"{end - at} bytes there", f"the end of the file at byte {len(self._bytes)}: it is cut short, fetch it anew"
+                )
             return self._bytes[at:end].view(kind.newbyteorder(override_order or self.byte_order))
 
     try:

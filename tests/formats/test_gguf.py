@@ -50,7 +50,7 @@ def test_metadata_by_kind(make_gguf: MakeGguf) -> None:
     [
         (b"", "a GGUF file, which begins with b'GGUF', found an empty file"),
         (b"\xcd\xab\x00\x0a" + bytes(100), "found a .m model file, which needs no conversion"),
-        (b"GGUF", "the end of the file at byte 4"),
+        (b"GGUF", "the end of the file at byte 4: it is cut short, fetch it anew"),
         (b"GGUF" + struct.pack("<IQQ", 1, 0, 0), "version 1"),
         (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "a little-endian GGUF file"),
         (b"GGUF" + struct.pack("<IQQ", 3, 2**60, 0), "the end of the file"),
