@@ -72,6 +72,7 @@ class Compute(Generic[P]):
     def __init__(self, executor: Computer[P], brief_seconds: float = BRIEF_SECONDS, patience: float | None = None) -> None:
         self._executor, self._brief = executor, brief_seconds
         self._patience = LONGEST_CALL if patience is None else patience
+        self._too_long = f"it has not ended within {format_duration(self._patience)}"
         self._done: asyncio.Future[None] | None = None
         self._overdue: asyncio.TimerHandle | None = None
         self._stuck = asyncio.Event()
@@ -141,7 +142,7 @@ class Compute(Generic[P]):
         loop = asyncio.get_running_loop()
         self._done = loop.create_future()
         self._executor.submit(program, first, stop, position, rows, first_row)
-        self._break_off_in(self._patience, f"it has not ended within {format_duration(self._patience)}")
+        self._break_off_in(self._patience, self._too_long)
         try:
             await self._done
         except asyncio.CancelledError:
