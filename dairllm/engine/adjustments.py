@@ -18,6 +18,7 @@ from dairllm.errors import ConfigError
 
 __all__ = ["Adjustments"]
 
+_RANGE = np.finfo(np.float32)
 
 class Adjustments:
     """Of one generation. Only tokens that were named or seen are touched: a large vocabulary costs its copy and no more.
@@ -49,7 +50,8 @@ class Adjustments:
         for name, value in {"frequency_penalty": frequency, "presence_penalty": presence, **biases}.items():
             if not math.isfinite(value):
                 raise ConfigError(f"{name}: {value}; expected a finite number")
-        self._repetition, self._frequency, self._presence = np.float32(repetition), np.float32(frequency), np.float32(presence)
+        self._repetition = np.float32(min(max(repetition, float(_RANGE.tiny)), float(_RANGE.max)))  # not 0, which float32 makes of 1e-50
+        self._frequency, self._presence = np.float32(frequency), np.float32(presence)
         self._bias_ids = np.array(list(bias or ()), np.intp)
         self._biases = np.array(list((bias or {}).values()), np.float32)
         self._seen = _Counts(prompt_ids if repetition != 1 else ())
@@ -70,16 +72,23 @@ class Adjustments:
             self._said.add(token)
 
     def apply(self, logits: NDArray[np.float32], out: NDArray[np.float32]) -> None:
-        """out = the logits, changed; both float32 [vocab]. -inf stays: such a token is forbidden."""
+        """out = the logits, changed; both float32 [vocab]. -inf stays: such a token is forbidden. What is finite stays finite: who reads an
+        infinity takes the model for broken."""
         out[:] = logits
         with np.errstate(over="ignore", invalid="ignore"):
             out[self._bias_ids] += self._biases
             if self._repetition != 1:
                 ids = self._seen.ids
                 x = out[ids]
-                out[ids] = np.where(x > 0, x / self._repetition, x * self._repetition)
+                out[ids] = _finite(np.where(x > 0, x / self._repetition, x * self._repetition), x)
             if self._frequency or self._presence:
-                out[self._said.ids] -= self._said.counts * self._frequency + self._presence
+                x = out[self._said.ids]
+                out[self._said.ids] = _finite(x - (self._said.counts * self._frequency + self._presence), x)
+
+
+def _finite(changed: NDArray[np.float32], before: NDArray[np.float32]) -> NDArray[np.float32]:
+    """`changed`, with the largest number in the place of an infinity that was none before."""
+    return np.where(np.isfinite(before), np.clip(changed, _RANGE.min, _RANGE.max), changed)
 
 
 class _Counts:

@@ -54,6 +54,25 @@ def test_a_bias_is_added() -> None:
     assert changed(Adjustments(bias={5: 4.0, 3: -100.0, 4: 100.0})) == [2.0, -1.0, 0.5, -97.0, -math.inf, 4.0]
 
 
+@pytest.mark.parametrize("repetition", [1e-320, 1e-50, 1e-40, 1e-30, 1e30, 1e300])
+def test_no_penalty_makes_an_infinity(repetition: float) -> None:
+    """Which the sampler would take for a model whose numbers have overflowed."""
+    logits = np.float32([1e15, -1e15, 0.0, 3.0, -math.inf, 1.0])
+    adjustments = Adjustments(range(6), repetition=repetition, frequency=1e38, presence=-1e38)
+    for token in (0, 1, 1, 1, 1, 2, 4):
+        adjustments.add(token)
+    found = changed(adjustments, logits)
+    assert found[4] == -math.inf, "which forbids a token"
+    assert all(math.isfinite(value) for token, value in enumerate(found) if token != 4)
+    assert 0 <= Sampler(adjustments=Adjustments(range(6), repetition=repetition)).sample(logits) < 6
+
+
+def test_an_infinity_of_the_model_stays() -> None:
+    found = changed(Adjustments([0, 1], repetition=2.0, presence=1.0), np.float32([math.inf, math.nan, 1.0]))
+    assert found[0] == math.inf
+    assert math.isnan(found[1])
+
+
 def test_the_logits_are_left_as_they_are() -> None:
     logits = LOGITS.copy()
     logits.setflags(write=False)
