@@ -62,12 +62,13 @@ class Bodies:
                 patience = format_duration(self._seconds)
                 raise ApiError(408, f"the body did not come within {patience}", code="request_timeout") from None
             if packed:
-                self._check_room(self._most, self._most)
-                unpacked = self._most
+                said = min(_said_size(body), self._most)
+                self._check_room(said, said)
+                unpacked = said
                 self._held += unpacked
-                found = await asyncio.to_thread(_unpacked, bytes(body), self._most)
-                if len(found) > self._most:
-                    raise too_large
+                found = await asyncio.to_thread(_unpacked, bytes(body), said)
+                if len(found) > said:
+                    raise too_large if said == self._most else _not_whole("more than the size at its end says")
                 self._held -= unpacked - len(found)
                 unpacked = len(found)
             else:
@@ -102,6 +103,11 @@ def _check_kind(headers: Headers) -> bool:
     return packing.endswith("gzip")
 
 
+def _said_size(body: bytearray) -> int:
+    """That the end of what gzip has packed gives for it (RFC 1952, ISIZE): any number where it is none."""
+    return int.from_bytes(body[-4:], "little")
+
+
 def _unpacked(body: bytes, most: int) -> bytes:
     """What gzip has packed, or its first `most` + 1 bytes. For a thread: it may take a while.
 
@@ -114,6 +120,9 @@ def _unpacked(body: bytes, most: int) -> bytes:
     except zlib.error as error:
         raise ApiError(400, f"the body is said to be packed by gzip, but is not: {error}", code="invalid_gzip") from None
     if len(found) <= most and (not unpacking.eof or unpacking.unused_data):
-        found_instead = "bytes after it" if unpacking.eof else "no end"
-        raise ApiError(400, f"the body is packed by gzip: expected one whole stream, found {found_instead}", code="invalid_gzip")
+        raise _not_whole("bytes after it" if unpacking.eof else "no end")
     return found
+
+
+def _not_whole(found: str) -> ApiError:
+    return ApiError(400, f"the body is packed by gzip: expected one whole stream, found {found}", code="invalid_gzip")

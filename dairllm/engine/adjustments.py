@@ -20,6 +20,7 @@ __all__ = ["Adjustments"]
 
 _RANGE = np.finfo(np.float32)
 
+
 class Adjustments:
     """Of one generation. Only tokens that were named or seen are touched: a large vocabulary costs its copy and no more.
 

@@ -274,6 +274,22 @@ async def test_what_is_wrong_with_a_packed_body(serve: Serve) -> None:
         assert (await client.post(COMPLETIONS, content=whole, headers=PACKED)).status_code == 200
 
 
+async def test_many_packed_bodies_at_once(serve: Serve) -> None:
+    """Each is given the room that it needs, not that of the largest."""
+    async with serve() as serving, httpx.AsyncClient(base_url=serving.url, timeout=PATIENCE) as client:
+        body = gzip.compress(json.dumps(prompt(max_tokens=1)).encode())
+        answers_ = await asyncio.gather(*(client.post(COMPLETIONS, content=body, headers=PACKED) for _ in range(40)))
+        assert [answer.status_code for answer in answers_] == [200] * 40
+
+
+async def test_a_packed_body_that_says_a_false_size(serve: Serve) -> None:
+    async with serve(request_bytes=100_000) as serving, httpx.AsyncClient(base_url=serving.url) as client:
+        for size in (0, 100, 99_999):
+            lying = gzip.compress(b" " * 50_000_000)[:-4] + size.to_bytes(4, "little")
+            error = checked(await client.post(COMPLETIONS, content=lying, headers=PACKED), 400)
+            assert error["message"].endswith("expected one whole stream, found more than the size at its end says")
+
+
 async def test_a_mark_of_the_byte_order(serve: Serve) -> None:
     """As some editors and languages write it at the head of a text."""
     async with serve() as serving, httpx.AsyncClient(base_url=serving.url) as client:
