@@ -47,7 +47,11 @@ class HeldModel:
         self._reply, self._last_token = reply, None
         choice = self._texts.choose(reply.order.prompt_ids, shares=not reply.order.scores_prompt)
         if self._kv_caches is not None:
-            self._kv_caches.use(choice.cache)
+            try:
+                self._kv_caches.use(choice.cache)
+            except BaseException:
+                self._texts.ids.clear()  # there is no memory for it, so nothing was copied there
+                raise
             if choice.source is not None:
                 await self._copy(self._kv_caches, choice.source, choice.cache, choice.shared)
         return choice.shared

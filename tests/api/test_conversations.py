@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import pytest
+from openai import InternalServerError
 from openai.types import Completion
 
 from tests.api.conftest import Serve
@@ -76,6 +78,24 @@ async def test_a_prompt_asked_for_again_copies_nothing(serve: Serve, monkeypatch
         assert (copies, caches.used) == ([], 0)
         await complete(serving, [*prompt[:6], 99], 3)
         assert (copies, caches.used) == ([(0, 1, 6)], 1)
+
+
+async def test_a_conversation_without_memory_holds_nothing(serve: Serve, monkeypatch: Any) -> None:
+    """It fails; asked again, when there is memory, its answer is that of a server that computes all of it."""
+    other = [*DOCUMENT[:300], *range(100, 160)]
+    async with serve() as single:
+        expected = (await complete(single, other)).choices[0].text
+    async with serve(conversations=2) as serving:
+        await complete(serving, DOCUMENT)
+        with monkeypatch.context() as short:
+            short.setattr("dairllm.engine.kv_caches.sparse", _no_memory)
+            with pytest.raises(InternalServerError, match="MemoryError"):
+                await complete(serving, other)
+        assert (await complete(serving, other)).choices[0].text == expected
+
+
+def _no_memory(_: int) -> None:
+    raise MemoryError("no memory")
 
 
 async def test_a_model_that_is_opened_anew_holds_nothing(serve: Serve) -> None:
