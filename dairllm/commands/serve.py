@@ -110,11 +110,12 @@ async def _serve(settings: RootSettings, model: ModelFile, plan: MemoryPlan, tok
         hosts=server.hosts,
     )
     async with Steps(settings.deadlines.shutdown + 2.0) as steps:
-        # In a thread of its own in the end: those that requests are rendered in may all be waiting.
+        port = await steps.start("http server", http.start, http.close)
+        # After the server, so that it ends before: who waits for it is told so while there is somebody to tell it. In a thread of its own
+        # in the end: those that requests are rendered in may all be waiting.
         await steps.start(
             "chat template", lambda: in_thread("chat template", renderer.start), lambda: in_thread("chat template", renderer.close)
         )
-        port = await steps.start("http server", http.start, http.close)
         log.info("listening", host=server.host, port=port, model=served.name)
         log.info("memory plan", **plan.summary())
         readiness.reason = "compiling kernels"

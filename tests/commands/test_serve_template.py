@@ -61,10 +61,13 @@ def test_a_signal_while_templates_hang(server: ServeProcess) -> None:
     """More requests than there are threads to wait in: the server ends at once all the same."""
     child = child_of(server)
     begun = processor_seconds(child)
+    said: list[str] = []
 
     def ask() -> None:
+        body = {"messages": [{"role": "user", "content": "x"}]}
         with suppress(httpx.HTTPError):
-            httpx.post(f"{server.url}/v1/chat/completions", json={"messages": [{"role": "user", "content": "x"}]}, timeout=PATIENCE)
+            answer = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=PATIENCE)
+            said.append(answer.json()["error"]["message"])
 
     threads = [threading.Thread(target=ask) for _ in range(40)]
     for thread in threads:
@@ -77,3 +80,5 @@ def test_a_signal_while_templates_hang(server: ServeProcess) -> None:
     assert seconds < 20, "each of them would have hung for two seconds"
     assert comes(lambda: not is_running(child))
     assert "Traceback" not in server.text()
+    assert "Exception" not in server.text()
+    assert "the program is shutting down" in said, "in the form of all other answers"
