@@ -19,7 +19,8 @@ from collections.abc import Callable
 from dairllm.config import Keepalive
 from dairllm.errors import NetworkError
 from dairllm.net.addresses import Address, resolve
-from dairllm.net.transport import Connection, dial
+from dairllm.net.dial import dial
+from dairllm.net.transport import Connection
 from dairllm.protocol.dllama.codec import Greeting
 from dairllm.units import format_duration
 

@@ -36,7 +36,7 @@ from dairllm.net.silence import Silence
 from dairllm.net.socket_options import set_options
 from dairllm.units import format_duration
 
-__all__ = ["Connection", "Incoming", "dial"]
+__all__ = ["Connection", "Incoming"]
 
 LINGER_SECONDS = 0.0002
 """The longest that an event is looked for before the loop waits for it: some awakenings."""
@@ -382,21 +382,3 @@ class Connection(asyncio.BufferedProtocol):
             self._writer.set_exception(self._end_of(self._incoming))
         self._read_silence.cancel()
         self._write_silence.cancel()
-
-
-async def dial(address: Address, port: int, keepalive: Keepalive, within: float, source: Address | None = None) -> Connection:
-    """Connect, from the address `source` where one is given.
-
-    Raises:
-        NetworkError: nobody answers within `within` seconds, or says no.
-    """
-    loop = asyncio.get_running_loop()
-    local = (str(source), 0) if source is not None else None
-    try:
-        async with asyncio.timeout(within):
-            _, connection = await loop.create_connection(lambda: Connection(keepalive), str(address), port, local_addr=local)
-    except TimeoutError:
-        raise NetworkError(f"{address} port {port} did not answer within {format_duration(within)}") from None
-    except OSError as error:
-        raise NetworkError(f"{address} port {port} cannot be reached: {error.strerror or error}") from None
-    return connection

@@ -11,8 +11,9 @@ from dairllm.config import Keepalive, RootDeadlines, WorkerAddress
 from dairllm.errors import NetworkError, RefusedError, RemoteProtocolError
 from dairllm.graph.slicing import Share
 from dairllm.net.addresses import resolve
+from dairllm.net.dial import dial
 from dairllm.net.runner import in_thread
-from dairllm.net.transport import Connection, dial
+from dairllm.net.transport import Connection
 from dairllm.nodes.report import NodeReport
 from dairllm.nodes.weight_stream import PIECE_BYTES, WeightStream
 from dairllm.protocol.dllama.events import Acknowledged, Refused

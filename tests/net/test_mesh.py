@@ -9,8 +9,9 @@ import pytest
 from dairllm.config import Keepalive
 from dairllm.errors import NetworkError
 from dairllm.net.addresses import Address
+from dairllm.net.dial import dial
 from dairllm.net.mesh import SPARES, Mesh
-from dairllm.net.transport import Connection, dial
+from dairllm.net.transport import Connection
 from dairllm.protocol.dllama.codec import Greeting, Peer
 
 Accepted = tuple[int, "asyncio.Queue[Connection]"]

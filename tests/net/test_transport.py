@@ -15,7 +15,8 @@ import pytest
 from dairllm.config import Keepalive
 from dairllm.errors import LocalProtocolError, NetworkError, RemoteProtocolError
 from dairllm.net.addresses import address_of, listening_socket, resolve
-from dairllm.net.transport import Connection, Incoming, dial
+from dairllm.net.dial import dial
+from dairllm.net.transport import Connection, Incoming
 from dairllm.protocol.stream import READ_AHEAD
 from tests.patience import PATIENCE, until
 
