@@ -1,4 +1,6 @@
-"""Shared by all tests: every async test runs on asyncio's own loop and on uvloop, and none sees or leaves anything outside its folders.
+"""Shared by all tests: async tests run on asyncio's own loop and on uvloop, and none sees or leaves anything outside its folders.
+
+Those of the server run on uvloop, as it does; so do tests that say so, whose time goes into what a loop has no part in.
 
 Compiled kernels are kept in `.pytest_cache`, from one run to the next: nobody's own cache is used or filled.
 """
@@ -17,8 +19,9 @@ hypothesis.settings.register_profile("any machine", deadline=None, suppress_heal
 hypothesis.settings.load_profile("any machine")
 
 
-def pytest_asyncio_loop_factories() -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
-    return {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
+def pytest_asyncio_loop_factories(item: pytest.Item) -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
+    served = {"uvloop": uvloop.new_event_loop}
+    return served if item.path.parent.name == "api" else {"asyncio": asyncio.new_event_loop, **served}
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -27,6 +30,12 @@ def pytest_configure(config: pytest.Config) -> None:
         if name.startswith("DAIRLLM_") and not name.startswith("DAIRLLM_TEST_"):
             del os.environ[name]
     os.environ["XDG_CACHE_HOME"] = str(config.rootpath / ".pytest_cache" / "xdg")
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # hundreds of processes are started, and each would compile all sources
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """One more than there are processors: what a test waits for is not always a processor."""
+    return len(os.sched_getaffinity(0)) + 1
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,6 +1,7 @@
 """Who may import whom, who may touch sockets, and that each module's `__all__` is true. Read from the sources; nothing is run."""
 
 import ast
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -63,9 +64,14 @@ def dotted(path: Path) -> str:
 FILES = {dotted(path): path for path in modules()}
 
 
+@functools.cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
 def imported(path: Path) -> Iterator[tuple[str, str | None, int]]:
     """(module, name or None, line) of every import statement of a file, wherever it stands."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 yield alias.name, None, node.lineno
@@ -109,7 +115,7 @@ def test_only_the_shells_touch_the_network(path: Path) -> None:
 
 
 def test_all_is_there_and_true(path: Path) -> None:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree = parsed(path)
     listed = list(public_names(tree))
     assert listed or path.name in {"__init__.py", "__main__.py"}, f"{path}: no __all__, or nothing in it"
     assert len(set(listed)) == len(listed), f"{path}: a name stands twice in __all__"
@@ -120,7 +126,7 @@ def test_all_is_there_and_true(path: Path) -> None:
 def test_nothing_private_is_imported(path: Path) -> None:
     for module, name, line in imported(path):
         if name is not None and module in FILES and f"{module}.{name}" not in FILES:
-            listed = set(public_names(ast.parse(FILES[module].read_text(encoding="utf-8"))))
+            listed = set(public_names(parsed(FILES[module])))
             assert name in listed, f"{path}:{line}: {name} is not in {module}.__all__"
 
 
@@ -160,7 +166,7 @@ def test_a_running_process_needs_no_compiler() -> None:
     """What imports numba or LLVM when it is imported itself is a kernel, and nothing but kernels imports one so."""
     direct: dict[str, set[str]] = {}
     for module, path in FILES.items():
-        top = ast.parse(path.read_text(encoding="utf-8")).body
+        top = parsed(path).body
         froms = [node for node in top if isinstance(node, ast.ImportFrom) and node.module]
         direct[module] = {alias.name for node in top if isinstance(node, ast.Import) for alias in node.names}
         direct[module] |= {node.module for node in froms if node.module}

@@ -21,7 +21,7 @@ from tests.commands.node_process import WorkerProcess
 from tests.patience import PATIENCE
 
 MIB = 1 << 20
-CONTEXT = 512
+CONTEXT = 160
 PROMPT = ",".join(str(7 * place % 300 + 3) for place in range(CONTEXT - 8))
 """Fills the context: all of the KV cache is touched."""
 
@@ -85,8 +85,9 @@ def expected(model: Path) -> dict[str, list[int]]:
     return {kind: generate(model, "--kv-cache", kind)["ids"] for kind in ("f32", "f16", "q80")}
 
 
-@pytest.mark.parametrize(("kind", "threads"), [("f32", 1), ("f32", 4), ("f16", 2), ("q80", 2)])
-@pytest.mark.parametrize("more", [0, 20 * MIB])
+@pytest.mark.parametrize(
+    ("kind", "threads", "more"), [("f32", 1, 0), ("f32", 4, 0), ("f32", 4, 20 * MIB), ("f16", 2, 0), ("q80", 2, 0), ("q80", 1, 20 * MIB)]
+)
 def test_a_process_keeps_its_limit_from_the_smallest_on(
     model: Path, expected: dict[str, list[int]], kind: str, threads: int, more: int
 ) -> None:

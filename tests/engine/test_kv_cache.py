@@ -77,7 +77,7 @@ def test_shapes_have_the_defined_bits(
 ) -> None:
     spec = small_spec(weight_type=weight_type, **SHAPES[shape])
     write_random_model(tmp_path / "m.m", spec)
-    tokens = np.random.default_rng(1).integers(0, spec.vocab_size, 100).tolist()  # two chunks
+    tokens = np.random.default_rng(1).integers(0, spec.vocab_size, 70).tolist()  # two chunks
     check(tmp_path / "m.m", tokens, executors, 1, [(2, 1), (1, 7), (3, 32)], kind)
 
 

@@ -41,6 +41,8 @@ from dairllm.protocol.dllama.references import write_references
 from tests.nodes.clusters import MakeCluster, ids_of, one_node
 from tests.patience import PATIENCE
 
+pytestmark = pytest.mark.asyncio(loop_factories=["uvloop"])
+
 MIB = 1 << 20
 IDS = [(7 * place + 3) % 320 for place in range(37)]
 NARROW = small_spec(weight_type=FloatType.F32, n_heads=9, n_kv_heads=3, dim=144, hidden_dim=192, vocab_size=322)

@@ -25,6 +25,8 @@ from dairllm.graph.types import FloatType
 from dairllm.net.compute import Compute
 from dairllm.nodes.local import LocalNode, default_sync
 
+pytestmark = pytest.mark.asyncio(loop_factories=["uvloop"])
+
 DATA = Path(__file__).parent.parent / "data" / "dllama"
 BLOCK = 4 << 10
 PROMPT = [5, 1, 7, 3, 2, 9, 11, 4, 8, 6, 10, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21]  # more than a tile

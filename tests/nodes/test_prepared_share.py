@@ -32,6 +32,8 @@ from dairllm.protocol.dllama.events import NodeReceived
 from dairllm.units import parse_size
 from tests.nodes.conftest import Log
 
+pytestmark = pytest.mark.asyncio(loop_factories=["uvloop"])
+
 MIB = 1 << 20
 IDS = [(7 * place + 3) % 320 for place in range(40)]
 SPEC = small_spec(weight_type=FloatType.F32, dim=512, n_heads=8, n_kv_heads=4, head_dim=64, hidden_dim=2048, n_layers=3, seq_len=128)
