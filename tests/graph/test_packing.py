@@ -150,7 +150,7 @@ def test_large_clusters_are_dealt(case: tuple[HeadRule, tuple[int, ...]]) -> Non
     check_dealt(rule, sizes, heads)
 
 
-@settings(deadline=None, max_examples=10)
+@settings(deadline=None, max_examples=5)
 @given(st.sampled_from([1, 2, 4, 8, 16, 64]), st.integers(1, 64), st.data())
 def test_large_clusters_have_even_and_near_numbers(group: int, n_nodes: int, data: st.DataObject) -> None:
     """What is found can be dealt, also where the search for the nearest is given up."""

@@ -166,6 +166,8 @@ class States(RuleBasedStateMachine):
         self.ended = False
         self.reader: asyncio.Task[bytes] | None = None
         self.writer: asyncio.Task[None] | None = None
+        self.taken = False
+        """Whether something was taken since the writer began to wait, or was last looked after."""
         self.lasts = {"reader": 0.0, "writer": 0.0}
         self.allowed = {"reader": 0.0, "writer": 0.0}
 
@@ -216,6 +218,7 @@ class States(RuleBasedStateMachine):
     @precondition(lambda self: self.transport.unsent)
     @rule(nbytes=st.integers(1, 60))
     def drain(self, nbytes: int) -> None:
+        self.taken = True
         self.do(lambda: self.transport.drain(nbytes))
 
     # What the owner does.
@@ -261,6 +264,7 @@ class States(RuleBasedStateMachine):
             self.writer = asyncio.create_task(self.connection.flushed(silence))
             self.lasts["writer"], self.allowed["writer"] = self.loop.now, silence
 
+        self.taken = False
         self.do(flush)
 
     @rule(seconds=st.sampled_from([0.5, 2.0, 7.0]))
@@ -270,11 +274,13 @@ class States(RuleBasedStateMachine):
         over = [name for name in waiting if self.loop.now - self.lasts[name] >= self.allowed[name]]
         if "reader" in over and self.transport.readable:
             over.remove("reader")  # what lies in the socket has come
-        unseen = "writer" in over and self.transport.unsent != self.connection._unsent  # something left since the last look
-        self.do(lambda: None)
-        if unseen:
+        if "writer" in over and self.taken:
             over.remove("writer")
-            self.lasts["writer"] = self.loop.now
+        self.do(lambda: None)
+        if self.connection._taken_at > self.lasts["writer"]:  # it was looked after, and counts from there
+            assert self.taken
+            self.taken = False
+            self.lasts["writer"] = self.connection._taken_at
         if self.transport.readable:
             self.lasts["reader"] = max(self.lasts["reader"], self.connection._received_at)
         assert self.transport.closing == bool(over or self.closed)

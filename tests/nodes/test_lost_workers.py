@@ -28,6 +28,9 @@ from tests.commands.node_process import ServeProcess, WorkerProcess
 from tests.nodes.clusters import MakeCluster
 
 SPEC = small_spec(weight_type=FloatType.F32, n_heads=3, n_kv_heads=3, dim=96, hidden_dim=192, vocab_size=384)
+on_uvloop = pytest.mark.asyncio(loop_factories=["uvloop"])
+"""Those that wait out a silence; tests/net/test_transport.py has silence on both."""
+
 GUARD_SECONDS = 120
 """For a whole test on a busy machine."""
 
@@ -62,6 +65,7 @@ async def feed_some(cluster: Cluster, passes: int = FEW) -> None:
         await cluster.feed([4], position, logits=True)
 
 
+@on_uvloop
 @pytest.mark.parametrize("place", [0, 1])
 async def test_a_worker_that_hangs_in_a_pass_is_noticed_in_seconds_and_named(
     make_worker: Any, make_cluster: MakeCluster, start_worker: Any, path: Path, place: int
@@ -100,6 +104,7 @@ async def test_a_number_of_seconds_means_that_number(make_cluster: MakeCluster, 
             await cluster.feed([4], FEW, logits=True)
 
 
+@on_uvloop
 @pytest.mark.parametrize("place", [0, 1])
 async def test_a_worker_that_gives_up_because_another_hangs_is_not_blamed(
     make_worker: Any, make_cluster: MakeCluster, start_worker: Any, path: Path, place: int

@@ -41,7 +41,7 @@ from dairllm.protocol.dllama.references import write_references
 from tests.nodes.clusters import MakeCluster, ids_of, one_node
 from tests.patience import PATIENCE
 
-pytestmark = pytest.mark.asyncio(loop_factories=["uvloop"])
+on_uvloop = pytest.mark.asyncio(loop_factories=["uvloop"])
 
 MIB = 1 << 20
 IDS = [(7 * place + 3) % 320 for place in range(37)]
@@ -85,6 +85,7 @@ async def until(condition: Callable[[], bool]) -> None:
         (small_spec(Architecture.QWEN3, FloatType.Q80, n_heads=6, n_kv_heads=2, dim=192, head_dim=32, hidden_dim=192), 3, None),
     ],
 )
+@on_uvloop
 async def test_ids_are_the_same_and_no_weights_are_sent(
     make_worker: Any,
     make_cluster: MakeCluster,
@@ -134,6 +135,7 @@ def test_even_for_the_largest_models_less_than_a_mebibyte_is_said() -> None:
             assert len(said) < MIB
 
 
+@on_uvloop
 async def test_a_worker_with_another_model_is_sent_weights(
     make_worker: Any, make_cluster: MakeCluster, compute: Compute[Program], tmp_path: Path, logged: Any
 ) -> None:
@@ -150,6 +152,7 @@ async def test_a_worker_with_another_model_is_sent_weights(
     assert events(logged, "weights come over the wire")[0]["reason"] == f"the root's model is another than {tmp_path / 'other' / 'm.m'}"
 
 
+@on_uvloop
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -178,6 +181,7 @@ async def test_a_worker_whose_file_has_changed_is_sent_weights(
     assert reason in events(logged, "the model is not used")[0]["reason"]
 
 
+@on_uvloop
 async def test_workers_of_all_kinds_side_by_side(
     make_worker: Any, make_cluster: MakeCluster, make_proxy: Any, compute: Compute[Program], tmp_path: Path
 ) -> None:
@@ -200,6 +204,7 @@ async def test_workers_of_all_kinds_side_by_side(
 # Under a root that always sends weights
 
 
+@on_uvloop
 @pytest.mark.parametrize("arch", [Architecture.LLAMA, Architecture.QWEN3_MOE])
 async def test_weights_that_come_all_the_same_are_compared_and_dropped(
     make_worker: Any, make_root: Any, tmp_path: Path, logged: Any, arch: Architecture
@@ -219,6 +224,7 @@ async def test_weights_that_come_all_the_same_are_compared_and_dropped(
     assert worker.meters.weight_bytes > 0
 
 
+@on_uvloop
 @pytest.mark.parametrize(
     ("arch", "name", "layer", "expert"),
     [
@@ -250,6 +256,7 @@ async def test_a_byte_that_differs_ends_the_session_and_is_named(
     assert failed["error"].startswith(f"{own}, byte {offset}: expected what the root sends of {tensor.label}, found other bytes")
 
 
+@on_uvloop
 async def test_another_models_graph_takes_its_weights_from_the_wire(make_worker: Any, make_root: Any, tmp_path: Path, logged: Any) -> None:
     write_random_model(tmp_path / "m.m", small_spec(weight_type=FloatType.F32), seed=4)
     write_random_model(tmp_path / "own.m", NARROW)
@@ -264,6 +271,7 @@ async def test_another_models_graph_takes_its_weights_from_the_wire(make_worker:
     assert told["reason"].startswith(f"the root's graph is not that of {tmp_path / 'own.m'}: ")
 
 
+@on_uvloop
 async def test_weights_of_ones_own_need_no_memory(make_worker: Any, make_root: Any, tmp_path: Path, logged: Any) -> None:
     """A limit that the graph alone fits into: refused without the model, served with it."""
     write_random_model(
@@ -309,6 +317,7 @@ BEFORE = encode_greeting(Greeting(1, 0, ())) + encode_ack() + encode_network(NET
         (write_references(()) + encode_node(NODES[1]) + encode_weights_end(), "the root ended the weights; missing "),
     ],
 )
+@on_uvloop
 async def test_a_root_that_misuses_references_loses_its_session(
     make_worker: Any, play: Any, recording: Any, tmp_path: Path, logged: Any, said: bytes, problem: str
 ) -> None:
@@ -323,6 +332,7 @@ async def test_a_root_that_misuses_references_loses_its_session(
     assert len(await play(worker.address, recording.said)) == len(recording.answered)  # the next root
 
 
+@on_uvloop
 async def test_spoilt_references_cost_one_session(make_worker: Any, play: Any, recording: Any, tmp_path: Path) -> None:
     """Seeded: some bytes of the references, or of the graph that they are for, are replaced; what follows is then nonsense, or is not."""
     write_random_model(tmp_path / "m.m", SPEC)

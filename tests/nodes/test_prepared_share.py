@@ -32,7 +32,7 @@ from dairllm.protocol.dllama.events import NodeReceived
 from dairllm.units import parse_size
 from tests.nodes.conftest import Log
 
-pytestmark = pytest.mark.asyncio(loop_factories=["uvloop"])
+on_uvloop = pytest.mark.asyncio(loop_factories=["uvloop"])
 
 MIB = 1 << 20
 IDS = [(7 * place + 3) % 320 for place in range(40)]
@@ -96,6 +96,7 @@ async def answer(path: Path, port: int, compute: Compute[Program], shares: str, 
             await cluster.close()
 
 
+@on_uvloop
 @pytest.mark.parametrize("shares", ["4/1024,4/1024", "5/1088,3/960"])
 async def test_the_same_ids_with_fewer_bytes(make_worker: Any, compute: Compute[Program], logged: Log, path: Path, shares: str) -> None:
     """Of a root and a worker that page, and of a root that does not; also where the worker's heads lie apart."""
@@ -117,6 +118,7 @@ async def test_the_same_ids_with_fewer_bytes(make_worker: Any, compute: Compute[
     assert (await answer(path, worker.port, compute, shares, None))[0] == expected
 
 
+@on_uvloop
 async def test_a_share_of_a_model_that_was_replaced_is_passed_over(
     make_worker: Any, compute: Compute[Program], logged: Log, path: Path, tmp_path: Path
 ) -> None:
@@ -137,6 +139,7 @@ async def test_a_share_of_a_model_that_was_replaced_is_passed_over(
     assert (await answer(path, worker.port, compute, shares, 0.5))[0] == ids
 
 
+@on_uvloop
 async def test_a_share_that_is_cut_while_it_is_paged(make_worker: Any, compute: Compute[Program], path: Path) -> None:
     prepare.run(path, nodes=2, only=0)
     worker = await make_worker(own=path)
@@ -148,6 +151,7 @@ async def test_a_share_that_is_cut_while_it_is_paged(make_worker: Any, compute: 
             await cluster.feed(IDS[3:4], 3, logits=True)
 
 
+@on_uvloop
 async def test_a_model_that_is_written_to_while_its_share_is_paged(make_worker: Any, compute: Compute[Program], tmp_path: Path) -> None:
     """Rows of the embedding still come from it."""
     path = tmp_path / "m.m"
