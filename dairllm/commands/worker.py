@@ -69,7 +69,7 @@ async def serve(settings: WorkerSettings) -> None:
         own = None
         if settings.worker.model is not None:
             readiness.reason = "finding out which model it has"
-            own = await in_thread("model", lambda: _open_model(settings.worker.model or ""))
+            own = await in_thread("model", lambda: _open_model(settings.worker.model or ""), lambda own: own.close())
             log.info("model found", model=settings.worker.model, identity=own.identity.hex())
         worker = Worker(settings, executor, meters, own)
         await steps.start("listener", worker.start, worker.close)

@@ -146,14 +146,17 @@ class Steps:
 _ABANDONED = "abandoned "
 
 
-async def in_thread(name: str, call: Callable[[], T]) -> T:
+async def in_thread(name: str, call: Callable[[], T], drop: Callable[[T], None] | None = None) -> T:
     """What `call` returns or raises, computed in a thread of its own.
 
     Unlike `asyncio.to_thread`, cancelling the wait abandons the call: neither the loop nor the process waits for its end.
+
+    Args:
+        drop: called in a thread with what an abandoned call returns, to give back what that holds.
     """
     loop = asyncio.get_running_loop()
     future: asyncio.Future[T] = loop.create_future()
-    thread = threading.Thread(target=_work, args=(loop, future, call), name=name, daemon=True)
+    thread = threading.Thread(target=_work, args=(loop, future, call, drop), name=name, daemon=True)
     thread.start()
     try:
         return await future
@@ -162,25 +165,29 @@ async def in_thread(name: str, call: Callable[[], T]) -> T:
         raise
     finally:
         # An error knows this frame, and the future the error: a circle, which would keep what the call held.
-        del future, call, thread
+        del future, call, drop, thread
 
 
-def _work(loop: asyncio.AbstractEventLoop, future: "asyncio.Future[T]", call: Callable[[], T]) -> None:
+def _work(loop: asyncio.AbstractEventLoop, future: "asyncio.Future[T]", call: Callable[[], T], drop: Callable[[T], None] | None) -> None:
     """The thread's body."""
     result, error = None, None
     try:
         result = call()
     except BaseException as caught:  # it is raised where it is waited for
         error = caught
-    with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
-        loop.call_soon_threadsafe(_settle, future, result, error)
+    try:
+        loop.call_soon_threadsafe(_settle, future, result, error, drop)
+    except RuntimeError:  # the loop is closed: nobody waits
+        if error is None and drop is not None:
+            drop(result)  # type: ignore[arg-type] # a result of None is one of T's
     del error  # which knows this frame
 
 
-def _settle(future: "asyncio.Future[T]", result: T | None, error: BaseException | None) -> None:
-    if future.done():
-        return
-    if error is None:
-        future.set_result(result)  # type: ignore[arg-type] # a result of None is one of T's
-    else:
-        future.set_exception(error)
+def _settle(future: "asyncio.Future[T]", result: T | None, error: BaseException | None, drop: Callable[[T], None] | None) -> None:
+    if not future.done():
+        if error is None:
+            future.set_result(result)  # type: ignore[arg-type] # a result of None is one of T's
+        else:
+            future.set_exception(error)
+    elif error is None and drop is not None:
+        threading.Thread(target=drop, args=(result,), name="drop", daemon=True).start()

@@ -87,7 +87,7 @@ async def open_paged(
             raise
         return PagedCompute(compute, program, pager, starts, window, weights, choice, Trial(efforts, passes=3, settling=1))
 
-    return await in_thread("prepare", prepare)
+    return await in_thread("prepare", prepare, PagedCompute.give_back)
 
 
 class PagedCompute:
@@ -257,14 +257,14 @@ class PagedCompute:
 
     async def close(self) -> None:
         """Give all up. Nothing is being computed."""
-
-        def close() -> None:
-            self._pager.close()
-            self._weights.close()
-            self._window.close()
-
         self._compute.use_threads(self._n_threads)
-        await in_thread("close", close)
+        await in_thread("close", self.give_back)
+
+    def give_back(self) -> None:
+        """The memory, the readers and the file. Waits for reads: not for the event loop."""
+        self._pager.close()
+        self._weights.close()
+        self._window.close()
 
 
 def _load_rows(

@@ -16,7 +16,7 @@ import structlog
 
 from dairllm.errors import NetworkError
 from dairllm.net.runner import Steps, in_thread, run, until_one_ends
-from tests.patience import PATIENCE
+from tests.patience import PATIENCE, until
 
 
 def soon(call: Callable[[], object], seconds: float = 0.1) -> None:
@@ -279,6 +279,32 @@ async def test_a_call_that_nobody_waits_for_is_abandoned() -> None:
         await waiting
     assert any(thread.name == "abandoned slow" for thread in threading.enumerate())
     release.set()
+
+
+async def test_what_an_abandoned_call_returns_is_dropped() -> None:
+    release, dropped = threading.Event(), threading.Event()
+    assert await in_thread("waited for", lambda: 1, lambda _: dropped.set()) == 1
+    waiting = asyncio.create_task(in_thread("slow", release.wait, lambda _: dropped.set()))
+    await asyncio.sleep(0.02)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    assert not dropped.is_set()
+    release.set()
+    await until(dropped.is_set)
+
+
+def test_what_a_call_returns_to_a_loop_that_is_closed_is_dropped() -> None:
+    release, dropped = threading.Event(), threading.Event()
+
+    async def main() -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(0.02):
+                await in_thread("slow", release.wait, lambda _: dropped.set())
+
+    asyncio.run(main())
+    release.set()
+    assert dropped.wait(PATIENCE)
 
 
 def recorder(order: list[str], name: str, error: Exception | None = None) -> Callable[[], Awaitable[Any]]:

@@ -5,6 +5,7 @@ import contextlib
 import math
 import os
 import shutil
+import threading
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from dairllm.graph.model import Architecture
 from dairllm.graph.types import FloatType
 from dairllm.net.compute import Compute
 from dairllm.nodes.local import LocalNode, default_sync
+from tests.patience import until
 
 pytestmark = pytest.mark.asyncio(loop_factories=["uvloop"])
 
@@ -273,6 +275,31 @@ async def test_a_pass_that_is_cancelled_leaves_all_in_order(models: dict[str, Pa
             with contextlib.suppress(asyncio.CancelledError):
                 await task
         assert await answer(node) == expected
+
+
+async def test_an_opening_that_is_cancelled_gives_back_what_comes_after_all(models: dict[str, Path], executor: Executor) -> None:
+    """A thread is at it, and goes on: file, readers and memory come when nobody waits for them any more."""
+
+    def held() -> tuple[int, set[str]]:
+        return len(os.listdir("/proc/self/fd")), {thread.name for thread in threading.enumerate() if thread.name.startswith("reader")}
+
+    least, _ = needs_of(models["wide_Q40"])
+    settings = PagingSettings(least, way="direct", readers=2, block_bytes=BLOCK)
+    compute: Compute[Program] = Compute(executor)
+    with ModelFile.open(models["wide_Q40"]) as model:
+        compute.open()
+        before = held()
+        for turns in range(6):
+            opening = asyncio.ensure_future(LocalNode(model, compute, n_threads=2, paging=settings).open())
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            opening.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await opening
+            await until(lambda: not any("prepare" in thread.name or thread.name == "drop" for thread in threading.enumerate()))
+            await asyncio.sleep(0.01)  # what the thread has handed over
+        await until(lambda: held() == before)
+        compute.close()
 
 
 async def test_only_experts_that_rows_are_routed_to_are_read(models: dict[str, Path], executor: Executor) -> None:
