@@ -10,6 +10,7 @@ from dairllm.api.choices import Choice
 from dairllm.api.fields import Prompt
 from dairllm.api.schema import ChatRequest, CompletionRequest
 from dairllm.config import Sampling
+from dairllm.errors import printable
 from dairllm.nodes.reply import Order
 from dairllm.text.chat_renderer import ChatRenderer
 from dairllm.text.tokenizer import Tokenizer
@@ -150,7 +151,7 @@ def _text_prompt(prompt: Prompt, field: str, served: ServedModel) -> _Prompt:
         raise ApiError(400, f"{field}: it has no tokens; there is nothing to continue", code="invalid_value", param=field)
     if not 0 <= min(prompt_ids) <= max(prompt_ids) < served.vocab_size:
         place = next(place for place, token in enumerate(prompt_ids) if not 0 <= token < served.vocab_size)
-        message = f"{field}: token {place} is {prompt_ids[place]}; the model knows ids 0 to {served.vocab_size - 1}"
+        message = f"{field}: token {place} is {printable(prompt_ids[place])}; the model knows ids 0 to {served.vocab_size - 1}"
         raise ApiError(400, message, code="invalid_value", param=field)
     if not isinstance(prompt, str):
         return _Prompt(prompt_ids, tokenizer.decode(prompt_ids, show_special=True), 0, field)

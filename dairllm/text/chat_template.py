@@ -47,7 +47,7 @@ class ChatTemplate:
         """What it writes, in UTF-8 (where a surrogate stands alone it stays): at most so many bytes."""
         size = 0
         parts: list[str] = []
-        for part in self._template.generate(**variables):
+        for part in self._template.generate(variables):
             size += len(part)
             if size > most:
                 break

@@ -109,6 +109,7 @@ CASES: list[tuple[str, Any, str | None, str]] = [
     (COMPLETIONS, {"prompt": [1, 2.5]}, "prompt", "expected a string, or a list of token ids"),
     (COMPLETIONS, {"prompt": [True]}, "prompt", "expected a string, or a list of token ids"),
     (COMPLETIONS, {"prompt": []}, "prompt", "it has no tokens"),
+    (COMPLETIONS, {"prompt": [1, 10**4000]}, "prompt", f"token 1 is 1{199 * '0'}...; the model knows ids"),
     (COMPLETIONS, {"prompt": [1, VOCAB]}, "prompt", f"token 1 is {VOCAB}; the model knows ids 0 to {VOCAB - 1}"),
     (COMPLETIONS, {"prompt": [-1]}, "prompt", "token 0 is -1"),
     (COMPLETIONS, prompt(echo=1), "echo", "expected a valid boolean"),

@@ -142,7 +142,7 @@ async def test_a_token_that_cannot_be_has_a_logprob_that_json_can_say(serve: Ser
                 row[8] = -np.inf
             return iter(rows)
 
-        model.feed_rows = forbidding  # type: ignore[method-assign]
+        model.feed_rows = forbidding  # type: ignore[method-assign] # a model whose logits we choose
         answer = await client.post("/v1/completions", json={"prompt": [1, 9, 8], "max_tokens": 0, "logprobs": 0, "echo": True})
         assert answer.status_code == 200
         assert answer.json()["choices"][0]["logprobs"]["token_logprobs"][2] == -9999.0

@@ -124,7 +124,7 @@ async def test_what_a_template_is_told(tmp_path: Path, serve: Serve) -> None:
         for fields, text in (
             ({}, "<user>hello</><assistant>"),
             ({"chat_template_kwargs": {"enable_thinking": False}}, "<user>hello</><assistant><think></think>"),
-            ({"chat_template_kwargs": {"enable_thinking": True, "more": [1]}}, "<user>hello</><assistant>"),
+            ({"chat_template_kwargs": {"enable_thinking": True, "more": [1], "self": 1}}, "<user>hello</><assistant>"),
             ({"add_generation_prompt": False}, "<user>hello</>"),
             ({"add_generation_prompt": True}, "<user>hello</><assistant>"),
             ({"messages": begun}, "<user>hello</><assistant>Well, </><assistant>"),

@@ -2,7 +2,8 @@
 
 The model is too large to be kept here. Where `DAIRLLM_TEST_SMOLLM2` names a folder with its converted files, they are compared:
 
-    dairllm convert SmolLM2-135M-Instruct.Q4_1.gguf /tmp/smollm2/smollm2.m && DAIRLLM_TEST_SMOLLM2=/tmp/smollm2 make tests
+    dairllm convert --weights q40 SmolLM2-135M-Instruct.Q4_1.gguf /tmp/smollm2/smollm2.m
+    DAIRLLM_TEST_SMOLLM2=/tmp/smollm2 make tests
 """
 
 import json
