@@ -7,6 +7,7 @@ Compiled kernels are kept in `.pytest_cache`, from one run to the next: nobody's
 
 import asyncio
 import os
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 
@@ -30,6 +31,9 @@ def pytest_configure(config: pytest.Config) -> None:
         if name.startswith("DAIRLLM_") and not name.startswith("DAIRLLM_TEST_"):
             del os.environ[name]
     os.environ["XDG_CACHE_HOME"] = str(config.rootpath / ".pytest_cache" / "xdg")
+    for number in (signal.SIGHUP, signal.SIGINT):  # `nohup make test &` has them ignored, by all programs that tests start
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # hundreds of processes are started, and each would compile all sources
 
 
