@@ -183,12 +183,14 @@ def test_a_blocking_call_does_not_keep_the_process_alive(how: str, code: int) ->
         assert time.monotonic() - start < 30  # the call takes 60
 
 
+SLEEP = "while True: ctypes.CDLL(None).sleep(600)"
+"""Again and again: a signal cuts it short."""
 HANGS = {
     "a task": "while True:\n    try:\n        await asyncio.sleep(600)\n    except asyncio.CancelledError: pass",
     "the loop": "while True: time.sleep(600)",
     "the loop, busy": "while True: pass",
-    "the loop, in native code": "import ctypes; ctypes.CDLL(None).sleep(600)",
-    "the loop, in native code that keeps the interpreter": "import ctypes; ctypes.PyDLL(None).sleep(2); ctypes.CDLL(None).sleep(600)",
+    "the loop, in native code": f"import ctypes\n{SLEEP}",
+    "the loop, in native code that keeps the interpreter": f"import ctypes; ctypes.PyDLL(None).sleep(2)\n{SLEEP}",
     "a thread of the loop's": "try:\n    await asyncio.to_thread(time.sleep, 600)\nfinally: pass",
     "a thread of the interpreter's": "import threading\nthreading.Thread(target=time.sleep, args=(600,)).start()\nawait asyncio.sleep(600)",
     "the log": "import structlog\nstructlog.configure(processors=[lambda *_: time.sleep(600)])\nawait asyncio.sleep(600)",
