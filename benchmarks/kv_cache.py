@@ -35,9 +35,9 @@ from dairllm.engine.weights import FileWeights
 from dairllm.formats.model_file import ModelFile
 from dairllm.graph.build import LOGITS_PIPE, TOKEN_PIPE, build_graph
 from dairllm.graph.types import BLOCK_VALUES, FloatType
-from dairllm.net.compute import Compute
-from dairllm.nodes.local import default_sync
-from dairllm.nodes.node_program import NodeProgram, open_program
+from dairllm.runtime.compute import Compute
+from dairllm.runtime.local_node import default_sync
+from dairllm.runtime.node_program import NodeProgram, open_program
 from dairllm.text.tokenizer import Tokenizer
 
 F32, F16, Q80 = FloatType.F32, FloatType.F16, FloatType.Q80

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from dairllm import cli
-from dairllm.nodes.tensor_pass import TensorPass
+from dairllm.cluster.tensor_pass import TensorPass
 
 PORT = 9990
 MODES = ("overlapped", "waiting", "whole")

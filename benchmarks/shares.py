@@ -18,9 +18,6 @@ from pathlib import Path
 
 from dairllm.bench.pure_read import forget, read_file
 from dairllm.engine.located_weights import LocatedWeights
-from dairllm.engine.paging import BLOCK_BYTES
-from dairllm.engine.paging_choice import choose_way
-from dairllm.engine.paging_steps import blocks_of
 from dairllm.engine.pieces import PIECE_BYTES, segment_pieces
 from dairllm.engine.weights import Weights, WeightsFile
 from dairllm.formats.digest import model_digests
@@ -32,6 +29,9 @@ from dairllm.graph.build import build_network, build_node
 from dairllm.graph.references import weight_references
 from dairllm.graph.slicing import Axis, deal_shares, nearly_equal_sizes
 from dairllm.graph.types import FloatType, NodeConfig, OpCode
+from dairllm.paging.needs import BLOCK_BYTES
+from dairllm.paging.read_probe import choose_way
+from dairllm.paging.schedule import blocks_of
 
 RING = 16 * BLOCK_BYTES
 READERS = 2

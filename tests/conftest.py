@@ -9,11 +9,15 @@ import asyncio
 import os
 import signal
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 
 import hypothesis
 import pytest
 import uvloop
+
+from dairllm.engine.executor import Executor
+from dairllm.engine.program import Program
+from dairllm.runtime.compute import Compute
 
 # How long an example takes says how busy the machine is.
 hypothesis.settings.register_profile("any machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
@@ -55,3 +59,20 @@ def temporary_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
         del os.environ["TMPDIR"]
     else:
         os.environ["TMPDIR"] = before
+
+
+@pytest.fixture(scope="session")
+def executors() -> Iterator[list[Executor]]:
+    """One for each node that a test may run at once, a thread each; kernels are loaded once for all tests."""
+    made = [Executor(1).start() for _ in range(5)]
+    yield made
+    for executor in made:
+        executor.close()
+
+
+@pytest.fixture
+async def compute(executors: list[Executor]) -> AsyncIterator[Compute[Program]]:
+    made: Compute[Program] = Compute(executors[-1])
+    made.open()
+    yield made
+    made.close()

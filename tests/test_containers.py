@@ -20,7 +20,7 @@ from dairllm.config import RootSettings, WorkerAddress, WorkerSettings, load_set
 from dairllm.graph.model import Architecture, ModelSpec
 from dairllm.graph.slicing import deal_shares, parse_shares
 from dairllm.graph.types import FloatType
-from dairllm.kernels.object_code_cache import shipped_folder
+from dairllm.kernels.objects.cache import shipped_folder
 from dairllm.units import parse_duration
 
 ROOT = Path(__file__).parent.parent

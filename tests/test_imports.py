@@ -24,18 +24,21 @@ MAY_IMPORT = {
     "text": BASE | {"graph", "formats"},
     "kernels": BASE | {"graph"},
     "engine": BASE | {"graph", "formats", "kernels"},
+    "paging": BASE | {"graph", "formats", "kernels", "engine"},
     "protocol": BASE | {"graph"},
-    "net": BASE | {"graph", "protocol"},
+    "net": BASE,
 }
-MAY_IMPORT["nodes"] = BASE | {"graph", "formats", "text", "kernels", "engine", "protocol", "net"}
-MAY_IMPORT["api"] = MAY_IMPORT["nodes"] | {"nodes"}
-MAY_IMPORT["bench"] = MAY_IMPORT["nodes"] | {"nodes"}
-MAY_IMPORT["commands"] = MAY_IMPORT["api"] | {"api", "bench"}
+MAY_IMPORT["runtime"] = BASE | {"graph", "formats", "kernels", "engine", "paging", "net"}
+MAY_IMPORT["serving"] = MAY_IMPORT["runtime"] | {"text", "runtime"}
+MAY_IMPORT["cluster"] = MAY_IMPORT["runtime"] | {"protocol", "runtime"}
+MAY_IMPORT["api"] = MAY_IMPORT["serving"] | {"serving"}
+MAY_IMPORT["bench"] = MAY_IMPORT["cluster"] | MAY_IMPORT["serving"] | {"cluster", "serving"}
+MAY_IMPORT["commands"] = MAY_IMPORT["bench"] | {"api", "bench"}
 MAY_IMPORT["cli"] = MAY_IMPORT["commands"] | {"commands"}
 MAY_IMPORT["__main__"] = {"cli"}
 
 TOUCHES_THE_NETWORK = {"asyncio", "uvloop", "socket", "selectors", "socketserver", "ssl", "http", "urllib", "uvicorn", "starlette"}
-MAY_TOUCH_IT = {"net", "nodes", "bench", "api", "commands", "cli"}
+MAY_TOUCH_IT = {"net", "runtime", "cluster", "serving", "bench", "api", "commands", "cli"}
 
 FORBIDDEN = {
     "kernels": {"structlog", "logging", "pydantic", "yaml", "rich", "typer"},  # arithmetic alone

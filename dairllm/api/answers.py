@@ -8,8 +8,8 @@ from typing import Any
 
 from dairllm.api.choices import Choice
 from dairllm.api.logprobs import CompletionLogprobs, chat_logprobs
-from dairllm.engine.logprobs import TokenScore
-from dairllm.nodes.reply import Reply
+from dairllm.serving.logprobs import TokenScore
+from dairllm.serving.reply import Reply
 from dairllm.text.tokenizer import Tokenizer
 
 __all__ = ["ChatShape", "ChoiceShape", "CompletionShape", "Shape"]

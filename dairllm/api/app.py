@@ -27,7 +27,7 @@ from dairllm.api.errors import exception_handlers
 from dairllm.api.health import health_routes
 from dairllm.api.prompts import ServedModel
 from dairllm.api.schema import ChatRequest, CompletionRequest
-from dairllm.nodes.service import Service
+from dairllm.serving.service import Service
 from dairllm.telemetry import Readiness, ServiceMeters
 
 __all__ = ["serve_app"]

@@ -4,8 +4,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dairllm.nodes.reply import Order, Reply
-from dairllm.nodes.service import Service
+from dairllm.serving.reply import Order, Reply
+from dairllm.serving.service import Service
 
 __all__ = ["Choice", "Choices"]
 

@@ -15,7 +15,7 @@ from dairllm.api.prompts import ServedModel, choices_of
 from dairllm.api.schema import ChatRequest, CompletionRequest, parse
 from dairllm.api.stream import send_stream, send_whole, while_connected
 from dairllm.errors import DairllmError
-from dairllm.nodes.service import Service
+from dairllm.serving.service import Service
 from dairllm.telemetry import ServiceMeters
 
 __all__ = ["Completions"]

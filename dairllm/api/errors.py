@@ -9,8 +9,8 @@ from starlette.types import ExceptionHandler
 
 from dairllm.api.api_error import RATE_LIMIT, SERVER, ApiError
 from dairllm.errors import ConfigError, DairllmError
-from dairllm.nodes.reply import AbandonedError, StalledError
-from dairllm.nodes.service import QueueFullError, UnavailableError
+from dairllm.serving.reply import AbandonedError, StalledError
+from dairllm.serving.service import QueueFullError, UnavailableError
 from dairllm.text.chat_renderer import ChatTemplateError
 
 __all__ = ["ApiError", "api_error", "exception_handlers"]

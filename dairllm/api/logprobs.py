@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from dairllm.engine.logprobs import TokenScore
+from dairllm.serving.logprobs import TokenScore
 from dairllm.text.stream_decoder import UNKNOWN_PIECE
 from dairllm.text.tokenizer import Tokenizer
 

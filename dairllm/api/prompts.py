@@ -11,7 +11,7 @@ from dairllm.api.fields import Prompt
 from dairllm.api.schema import ChatRequest, CompletionRequest
 from dairllm.config import Sampling
 from dairllm.errors import printable
-from dairllm.nodes.reply import Order
+from dairllm.serving.reply import Order
 from dairllm.text.chat_renderer import ChatRenderer
 from dairllm.text.tokenizer import Tokenizer
 

@@ -12,7 +12,7 @@ from dairllm.api.api_error import ApiError
 from dairllm.api.fields import Prompt, as_bias, as_content, as_count, as_off, as_prompts, as_stop, as_whole, fail
 from dairllm.api.other_fields import check_others
 from dairllm.config import Sampling
-from dairllm.engine.logprobs import MOST_TOP
+from dairllm.serving.logprobs import MOST_TOP
 
 __all__ = ["ChatRequest", "CompletionRequest", "TextRequest", "parse"]
 

@@ -12,7 +12,7 @@ from dairllm.api.answers import ChoiceShape, Shape
 from dairllm.api.choices import Choices
 from dairllm.api.errors import api_error
 from dairllm.errors import DairllmError
-from dairllm.nodes.reply import Reply
+from dairllm.serving.reply import Reply
 
 __all__ = ["send_stream", "send_whole", "while_connected"]
 

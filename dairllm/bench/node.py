@@ -23,19 +23,19 @@ from dairllm import machine
 from dairllm.bench.pure_read import forget, read_file, read_memory
 from dairllm.config import MemoryAmount
 from dairllm.engine.executor import Executor
-from dairllm.engine.paging import PagingSettings, Policy, Way
 from dairllm.engine.program import Program
 from dairllm.engine.weights import FileWeights
 from dairllm.formats.model_file import ModelFile
 from dairllm.graph.build import LOGITS_PIPE, TOKEN_PIPE, build_graph
 from dairllm.graph.types import NetworkConfig, NodeConfig
 from dairllm.kernels.records import Kind
-from dairllm.net.compute import Compute
 from dairllm.net.runner import run as run_on_loop
-from dairllm.nodes.local import default_sync
-from dairllm.nodes.memory_plan import MemoryPlan, plan_memory
-from dairllm.nodes.node_program import NodeProgram, open_program
-from dairllm.nodes.prefetch import PagedCompute
+from dairllm.paging.needs import PagingSettings, Policy, Way
+from dairllm.runtime.compute import Compute
+from dairllm.runtime.local_node import default_sync
+from dairllm.runtime.memory_plan import MemoryPlan, plan_memory
+from dairllm.runtime.node_program import NodeProgram, open_program
+from dairllm.runtime.paged_compute import PagedCompute
 from dairllm.telemetry import configure_logging
 
 __all__ = ["CONTEXT", "NodeTask", "main"]

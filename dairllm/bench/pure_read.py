@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from dairllm.engine.paging import BLOCK_BYTES
-from dairllm.engine.paging_blocks import runs
-from dairllm.engine.paging_choice import WayChoice
-from dairllm.engine.paging_window import open_window
 from dairllm.formats.model_file import ModelFile
+from dairllm.paging.block_cache import runs
+from dairllm.paging.mapping import open_window
+from dairllm.paging.needs import BLOCK_BYTES
+from dairllm.paging.read_probe import WayChoice
 
 __all__ = ["forget", "read_file", "read_memory"]
 

@@ -18,10 +18,10 @@ from dairllm.bench.processes import output
 from dairllm.bench.programs import Dairllm, Dllama, LlamaCpp, Speed, Task
 from dairllm.bench.pure_read import forget
 from dairllm.bench.results import Measured
-from dairllm.engine.paging import Policy
 from dairllm.errors import GraphError
 from dairllm.formats.model_file import ModelFile
 from dairllm.graph.slicing import equal_shares
+from dairllm.paging.needs import Policy
 
 __all__ = ["BENCHES", "Bench"]
 

@@ -7,22 +7,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dairllm import machine
+from dairllm.cluster.cluster import Cluster
 from dairllm.commands.demo_model import demo_model
 from dairllm.commands.demo_worker import DemoWorker
 from dairllm.commands.generate import say
 from dairllm.commands.progress import COMPILING, byte_bar, waiting
 from dairllm.engine.executor import Executor
 from dairllm.engine.program import Program
-from dairllm.engine.sampler import Sampler
 from dairllm.errors import NetworkError, RemoteProtocolError
 from dairllm.formats.model_file import ModelFile
-from dairllm.net.compute import Compute
 from dairllm.net.runner import Steps, in_thread
 from dairllm.net.runner import run as run_on_loop
-from dairllm.nodes.answer import Answer
-from dairllm.nodes.generation import Generation
-from dairllm.nodes.report import NodeReport
-from dairllm.nodes.root import Cluster
+from dairllm.runtime.compute import Compute
+from dairllm.runtime.node_report import NodeReport
+from dairllm.serving.generation import Generation
+from dairllm.serving.sampler import Sampler
+from dairllm.serving.text_stream import Answer
 from dairllm.text.tokenizer import Tokenizer
 
 __all__ = ["run"]

@@ -18,23 +18,23 @@ from dairllm.commands.plan_text import plan_lines, reading, way_line
 from dairllm.commands.progress import COMPILING, byte_bar, waiting
 from dairllm.commands.root_node import planned_model, root_node
 from dairllm.config import RootSettings, Sampling
-from dairllm.engine.adjustments import Adjustments
 from dairllm.engine.executor import Executor
 from dairllm.engine.program import Program
-from dairllm.engine.sampler import Sampler
 from dairllm.errors import ConfigError
 from dairllm.formats.model_file import ModelFile
-from dairllm.net.compute import BRIEF_SECONDS, Compute
 from dairllm.net.runner import Steps, in_thread
 from dairllm.net.runner import run as run_on_loop
-from dairllm.nodes.answer import Answer
-from dairllm.nodes.generation import Generation, check_prompt
-from dairllm.nodes.memory_plan import MemoryPlan
+from dairllm.runtime.compute import BRIEF_SECONDS, Compute
+from dairllm.runtime.memory_plan import MemoryPlan
+from dairllm.serving.adjustments import Adjustments
+from dairllm.serving.generation import Generation, check_prompt
+from dairllm.serving.sampler import Sampler
+from dairllm.serving.text_stream import Answer
 from dairllm.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from dairllm.nodes.local import LocalNode
-    from dairllm.nodes.root import Cluster
+    from dairllm.cluster.cluster import Cluster
+    from dairllm.runtime.local_node import LocalNode
 
 __all__ = ["run", "say"]
 

@@ -9,10 +9,11 @@ from typing import Any
 
 from dairllm.commands.progress import count_bar
 from dairllm.errors import ConfigError, EngineError
-from dairllm.kernels import forms, processor, targets
-from dairllm.kernels.object_code_cache import ObjectCodeCache, shipped_folder
-from dairllm.kernels.object_code_compiler import compile_objects
-from dairllm.kernels.targets import Target
+from dairllm.kernels import forms, processor
+from dairllm.kernels.objects import targets
+from dairllm.kernels.objects.cache import ObjectCodeCache, shipped_folder
+from dairllm.kernels.objects.compiler import compile_objects
+from dairllm.kernels.objects.targets import Target
 from dairllm.units import format_size
 
 __all__ = ["run"]

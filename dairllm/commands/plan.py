@@ -14,11 +14,11 @@ from dairllm.commands.generate_options import tokenizer_path
 from dairllm.commands.plan_text import plan_lines, reading, reading_lines
 from dairllm.commands.root_node import plan_of, template_bytes
 from dairllm.config import RootSettings, load_settings
-from dairllm.engine.paging import PagingSettings
-from dairllm.engine.paging_choice import WayChoice, choose_way
 from dairllm.errors import ConfigError
 from dairllm.formats.model_file import ModelFile
-from dairllm.nodes.memory_plan import MemoryPlan, program_bytes
+from dairllm.paging.needs import PagingSettings
+from dairllm.paging.read_probe import WayChoice, choose_way
+from dairllm.runtime.memory_plan import MemoryPlan, program_bytes
 from dairllm.text.tokenizer import Tokenizer
 
 __all__ = ["run"]

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from dairllm.engine.paging_choice import WayChoice
-from dairllm.nodes.memory_plan import MemoryPlan
+from dairllm.paging.read_probe import WayChoice
+from dairllm.runtime.memory_plan import MemoryPlan
 from dairllm.units import format_duration, format_size
 
 __all__ = ["plan_lines", "reading", "reading_lines", "way_line"]

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dairllm import machine
+from dairllm.cluster.cluster_history import ClusterHistory
+from dairllm.cluster.weight_sender import SENDING_BYTES
 from dairllm.commands.asked_too_much import tell_context, tell_threads
 from dairllm.config import MemoryAmount, RootSettings
 from dairllm.engine.located_weights import LocatedWeights
-from dairllm.engine.paging import PagingSettings
 from dairllm.engine.weights import Weights
 from dairllm.errors import ConfigError, GraphError
 from dairllm.formats.model_file import ModelFile
@@ -18,18 +19,17 @@ from dairllm.graph.build import N_BATCHES, build_graph, build_network, build_nod
 from dairllm.graph.references import weight_references
 from dairllm.graph.slicing import Share, deal_shares, nearly_equal_sizes, parse_shares
 from dairllm.graph.types import FloatType, NetworkConfig, NodeConfig
-from dairllm.nodes.cluster_history import ClusterHistory
-from dairllm.nodes.local import LocalNode, default_sync
-from dairllm.nodes.memory_plan import MemoryPlan, plan_memory, possible_limit, program_bytes
-from dairllm.nodes.pass_clock import PassClock
-from dairllm.nodes.prepared_share import find_share
-from dairllm.nodes.weight_stream import SENDING_BYTES
+from dairllm.paging.needs import PagingSettings
+from dairllm.runtime.local_node import LocalNode, default_sync
+from dairllm.runtime.memory_plan import MemoryPlan, plan_memory, possible_limit, program_bytes
+from dairllm.runtime.pass_clock import PassClock
+from dairllm.runtime.prepared_share import find_share
 from dairllm.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    from dairllm.cluster.cluster import Cluster
     from dairllm.engine.program import Program
-    from dairllm.net.compute import Compute
-    from dairllm.nodes.root import Cluster
+    from dairllm.runtime.compute import Compute
 
 __all__ = ["plan_of", "planned_model", "root_node", "sync_of", "template_bytes"]
 
@@ -170,7 +170,7 @@ def root_node(
             clock=clock,
             conversations=plan.conversations,
         )
-    from dairllm.nodes.root import Cluster
+    from dairllm.cluster.cluster import Cluster
 
     return Cluster(
         model,

@@ -7,6 +7,8 @@ import structlog
 from dairllm.api.app import serve_app
 from dairllm.api.prompts import ServedModel
 from dairllm.api.server import HttpServer
+from dairllm.cluster.cluster import Cluster
+from dairllm.cluster.cluster_history import ClusterHistory
 from dairllm.commands.generate_options import tokenizer_path
 from dairllm.commands.plan_text import reading
 from dairllm.commands.progress import COMPILING, telling
@@ -18,16 +20,14 @@ from dairllm.errors import ConfigError
 from dairllm.formats.digest import sampled_digest
 from dairllm.formats.model_file import ModelFile
 from dairllm.graph.types import FloatType
-from dairllm.net.compute import Compute
 from dairllm.net.runner import Steps, in_thread, until_one_ends
 from dairllm.net.runner import run as run_service
-from dairllm.nodes.cluster_history import ClusterHistory
-from dairllm.nodes.fingerprint import Fingerprint
-from dairllm.nodes.local import LocalNode
-from dairllm.nodes.memory_plan import MemoryPlan
-from dairllm.nodes.pass_clock import PassClock
-from dairllm.nodes.root import Cluster
-from dairllm.nodes.service import Service
+from dairllm.runtime.compute import Compute
+from dairllm.runtime.local_node import LocalNode
+from dairllm.runtime.memory_plan import MemoryPlan
+from dairllm.runtime.pass_clock import PassClock
+from dairllm.serving.fingerprint import Fingerprint
+from dairllm.serving.service import Service
 from dairllm.telemetry import Readiness, ServiceMeters
 from dairllm.text.tokenizer import Tokenizer
 

@@ -18,7 +18,7 @@ from dairllm.telemetry import Meters, Readiness, configure_logging
 from dairllm.units import format_size
 
 if TYPE_CHECKING:
-    from dairllm.nodes.own_model import OwnModel
+    from dairllm.cluster.own_model import OwnModel
 
 __all__ = ["run", "serve"]
 
@@ -56,8 +56,8 @@ async def serve(settings: WorkerSettings) -> None:
             ended = health.ended
 
         readiness.reason = "compiling kernels"
+        from dairllm.cluster.worker import Worker
         from dairllm.engine.executor import Executor
-        from dairllm.nodes.worker import Worker
 
         tell_threads(settings.worker.n_threads)
         executor = Executor(settings.worker.n_threads, settings.worker.kernels)
@@ -82,7 +82,7 @@ async def serve(settings: WorkerSettings) -> None:
 
 def _open_model(path: str) -> "OwnModel":
     """Open the worker's own model, and tell the log how far its reading is, where it must be read."""
-    from dairllm.nodes.own_model import OwnModel
+    from dairllm.cluster.own_model import OwnModel
 
     told = time.monotonic()
 

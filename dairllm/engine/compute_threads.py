@@ -13,8 +13,8 @@ import numpy as np
 from dairllm.engine.allocation import aligned
 from dairllm.engine.program import Program
 from dairllm.errors import EngineError
-from dairllm.kernels.entry import Entry
 from dairllm.kernels.mailbox import MAILBOX_BYTES, MAILBOX_CALL, MAILBOX_EVENTFD, MAILBOX_STOP
+from dairllm.kernels.objects.entry import Entry
 from dairllm.kernels.sizes import BARRIER_BROKEN, BARRIER_BYTES
 
 __all__ = ["ComputeThreads", "Mailbox"]

@@ -22,7 +22,7 @@ from dairllm.engine.compute_threads import ComputeThreads
 from dairllm.engine.program import Program
 from dairllm.errors import EngineError
 from dairllm.kernels import forms
-from dairllm.kernels.entry import load_entry
+from dairllm.kernels.objects.entry import load_entry
 from dairllm.units import format_duration
 
 __all__ = ["Executor"]

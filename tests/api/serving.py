@@ -23,11 +23,11 @@ from dairllm.formats.model_file import ModelFile
 from dairllm.formats.random_model import byte_vocabulary, small_spec, write_random_model
 from dairllm.formats.tokenizer_file import TokenizerFile
 from dairllm.graph.types import FloatType
-from dairllm.net.compute import Compute
-from dairllm.nodes.fingerprint import Fingerprint
-from dairllm.nodes.local import LocalNode
-from dairllm.nodes.report import NodeReport
-from dairllm.nodes.service import OpenModel, Service
+from dairllm.runtime.compute import Compute
+from dairllm.runtime.local_node import LocalNode
+from dairllm.runtime.node_report import NodeReport
+from dairllm.serving.fingerprint import Fingerprint
+from dairllm.serving.service import OpenModel, Service
 from dairllm.telemetry import Readiness, ServiceMeters
 from dairllm.text.tokenizer import Tokenizer
 from tests.patience import PATIENCE

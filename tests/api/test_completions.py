@@ -10,8 +10,8 @@ import openai
 import pytest
 
 from dairllm.engine.executor import Executor
-from dairllm.engine.sampler import Sampler
-from dairllm.nodes.generation import Generation
+from dairllm.serving.generation import Generation
+from dairllm.serving.sampler import Sampler
 from tests.api.conftest import Serve
 from tests.api.serving import FINGERPRINT, SEQ_LEN, Models, Serving, write_model
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dairllm.engine.executor import Executor
-from dairllm.nodes import scoring
+from dairllm.serving import scoring
 from tests.api.conftest import Serve
 from tests.api.serving import Models, Serving
 

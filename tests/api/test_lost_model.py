@@ -9,7 +9,7 @@ import pytest
 import structlog
 
 from dairllm.errors import NetworkError, RemoteProtocolError
-from dairllm.nodes.report import NodeReport
+from dairllm.runtime.node_report import NodeReport
 from tests.api.conftest import Serve
 from tests.api.serving import Serving
 

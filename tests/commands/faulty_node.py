@@ -11,7 +11,7 @@ from pathlib import Path
 
 from dairllm.cli.app import main
 from dairllm.engine import executor
-from dairllm.net import compute
+from dairllm.runtime import compute
 from tests.engine.faulty_threads import FaultyThreads
 
 

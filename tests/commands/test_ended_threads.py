@@ -9,7 +9,7 @@ import httpx
 import openai
 import pytest
 
-from dairllm.nodes.worker import CLOSING_SECONDS
+from dairllm.cluster.worker import CLOSING_SECONDS
 from tests.api.serving import write_model
 from tests.commands.node_process import IN_TIME, NodeProcess, ServeProcess, WorkerProcess
 from tests.commands.test_worker_process import ACK, ask, said

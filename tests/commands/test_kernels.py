@@ -12,10 +12,11 @@ import pytest
 
 from dairllm.commands import kernels
 from dairllm.errors import ConfigError, EngineError
-from dairllm.kernels import forms, targets
-from dairllm.kernels.object_code import MACHINES
-from dairllm.kernels.object_code_cache import ObjectCodeCache, Objects, decode
-from dairllm.kernels.targets import TARGETS
+from dairllm.kernels import forms
+from dairllm.kernels.objects import targets
+from dairllm.kernels.objects.cache import ObjectCodeCache, Objects, decode
+from dairllm.kernels.objects.loader import MACHINES
+from dairllm.kernels.objects.targets import TARGETS
 from tests.kernels.start_kernels import own_objects
 
 ROOT = Path(__file__).parents[2]

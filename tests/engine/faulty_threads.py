@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable
 
 from dairllm.errors import EngineError
-from dairllm.kernels.entry import Entry, load_entry
 from dairllm.kernels.mailbox import MAILBOX_EVENTFD, MAILBOX_STOP
+from dairllm.kernels.objects.entry import Entry, load_entry
 
 __all__ = ["RAISED", "FaultyThreads"]
 

@@ -16,19 +16,22 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from dairllm.engine import ops, paging, paging_steps
+from dairllm.engine import ops
 from dairllm.engine.executor import Executor
-from dairllm.engine.paging import PagingSettings, weights_needs
 from dairllm.engine.weights import FileWeights
 from dairllm.formats.model_file import ModelFile
 from dairllm.graph.build import build_graph
 from dairllm.graph.model import ModelSpec
 from dairllm.graph.types import BLOCK_VALUES, FloatType
-from dairllm.kernels import entry, forms
-from dairllm.kernels.object_code import ObjectCodeError
-from dairllm.net.compute import Compute
-from dairllm.nodes import prefetch
-from dairllm.nodes.local import LocalNode, default_sync
+from dairllm.kernels import forms
+from dairllm.kernels.objects import entry
+from dairllm.kernels.objects.loader import ObjectCodeError
+from dairllm.paging import needs as paging_needs
+from dairllm.paging import schedule
+from dairllm.paging.needs import PagingSettings, weights_needs
+from dairllm.runtime import paged_compute
+from dairllm.runtime.compute import Compute
+from dairllm.runtime.local_node import LocalNode, default_sync
 
 DATA = Path(__file__).parent.parent / "data"
 THREADS = (1, 2, 3)
@@ -41,11 +44,11 @@ ALONE = [1] * LENGTH
 def use_small_blocks(path: Path) -> int:
     """Blocks, and pieces of matrices, of which a small model has as many as a large one has of the usual size. Returns a block's bytes."""
     block_bytes = 1 << max(12, (path.stat().st_size // 16).bit_length() - 1)
-    if block_bytes >= paging.BLOCK_BYTES:
-        return paging.BLOCK_BYTES
-    for module, name in ((prefetch, "PIECE_BYTES"), (paging, "PIECE_BYTES"), (paging_steps, "STEP_BYTES")):
+    if block_bytes >= paging_needs.BLOCK_BYTES:
+        return paging_needs.BLOCK_BYTES
+    for module, name in ((paged_compute, "PIECE_BYTES"), (paging_needs, "PIECE_BYTES"), (schedule, "STEP_BYTES")):
         setattr(module, name, 2 * block_bytes)
-    paging.RING_BYTES = 6 * block_bytes
+    paging_needs.RING_BYTES = 6 * block_bytes
     return block_bytes
 
 
@@ -64,7 +67,7 @@ def ways(model: ModelFile, n_threads: int, block_bytes: int) -> Iterator[tuple[F
     needs = weights_needs(network, node, FileWeights(model), block_bytes=block_bytes)
     rooms = needs.ring_blocks_min, (needs.ring_blocks_min + needs.blocks_total) // 2
     assert rooms[0] < rooms[1] < needs.blocks_total
-    way = paging.WAYS[n_threads % 3]
+    way = paging_needs.WAYS[n_threads % 3]
     for number, kind in enumerate(cache_types(model.spec), n_threads):
         yield kind, None, [[LENGTH], [7, 33], [38, 2], ALONE]
         room = PagingSettings(rooms[number % 2], way=way, readers=1 + n_threads % 2, block_bytes=block_bytes, threads=n_threads)

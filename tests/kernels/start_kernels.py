@@ -11,10 +11,10 @@ import sys
 import time
 from pathlib import Path
 
-from dairllm.kernels import entry, targets
-from dairllm.kernels.object_code_cache import ObjectCodeCache, Objects, decode
-from dairllm.kernels.object_code_compiler import compile_objects
-from dairllm.kernels.targets import Target
+from dairllm.kernels.objects import entry, targets
+from dairllm.kernels.objects.cache import ObjectCodeCache, Objects, decode
+from dairllm.kernels.objects.compiler import compile_objects
+from dairllm.kernels.objects.targets import Target
 
 
 def own_objects() -> Objects:

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 from dairllm.errors import ConfigError
-from dairllm.kernels import forms, processor, targets
-from dairllm.kernels.object_code import MACHINES
-from dairllm.kernels.object_code_cache import ObjectCodeCache
-from dairllm.kernels.targets import TARGETS
+from dairllm.kernels import forms, processor
+from dairllm.kernels.objects import targets
+from dairllm.kernels.objects.cache import ObjectCodeCache
+from dairllm.kernels.objects.loader import MACHINES
+from dairllm.kernels.objects.targets import TARGETS
 from tests.kernels import exact
 from tests.kernels.form_digests import digests
 

@@ -11,7 +11,7 @@ import pytest
 from dairllm.formats import quants
 from dairllm.graph.types import FloatType
 from dairllm.kernels import reference
-from dairllm.kernels.object_code import MACHINES
+from dairllm.kernels.objects.loader import MACHINES
 from tests.kernels import compiled, exact
 from tests.kernels.agreement import THREADS, assert_same_bits
 from tests.kernels.form_digests import hostile_cases

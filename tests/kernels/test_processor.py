@@ -6,7 +6,8 @@ from pathlib import Path
 import llvmlite.binding as llvm
 import pytest
 
-from dairllm.kernels import processor, targets
+from dairllm.kernels import processor
+from dairllm.kernels.objects import targets
 
 ONE = """\
 processor	: 0

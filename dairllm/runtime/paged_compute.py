@@ -1,0 +1,287 @@
+"""Computing with weights that are not all in memory: the event loop's side of paging.
+
+`PagedCompute` takes the place of a node's `Compute`. It goes through a pass step by step: says where the pass has come to, so that reads go
+on ahead of it; waits for what the next step needs, if that is not there yet; has the step computed. Reader threads do the reading, compute
+threads the computing. What is asked for ahead is asked for at once, many blocks at a time, so nothing has to run on the loop for the disk
+to stay busy.
+"""
+
+import asyncio
+import contextlib
+import math
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import structlog
+
+from dairllm.engine.pieces import PIECE_BYTES
+from dairllm.engine.program import Program, compile_program
+from dairllm.engine.weights import Weights
+from dairllm.errors import EngineError
+from dairllm.formats.model_file import ModelFile
+from dairllm.graph.build import TOKEN_PIPE
+from dairllm.graph.types import FloatType, NetworkConfig, NodeConfig
+from dairllm.kernels.panels import TILE_COLUMNS
+from dairllm.net.runner import in_thread
+from dairllm.paging.block_cache import Blocks
+from dairllm.paging.mapping import Window, open_window
+from dairllm.paging.needs import PagingMeters, PagingSettings, weights_needs
+from dairllm.paging.pager import Pager
+from dairllm.paging.policy import divide
+from dairllm.paging.read_probe import WayChoice, choose_way
+from dairllm.paging.schedule import Block, program_steps
+from dairllm.paging.thread_tuning import Effort, possible_efforts
+from dairllm.paging.weights import EmbeddingRows, PagedWeights
+from dairllm.runtime.autotuner import Trial
+from dairllm.runtime.compute import Compute
+
+__all__ = ["PagedCompute", "open_paged"]
+
+log = structlog.get_logger()
+
+_LITTLE = 0.25
+"""Of a pass's time, between one that is measured and the one before."""
+
+
+async def open_paged(
+    network: NetworkConfig,
+    node: NodeConfig,
+    places: Weights,
+    model: ModelFile,
+    settings: PagingSettings,
+    compute: Compute[Program],
+    *,
+    n_threads: int,
+    kv_cache: FloatType = FloatType.F32,
+) -> "PagedCompute":
+    """A node's program over the blocks of its model file, and what computes it.
+
+    Args:
+        places: where the node's weights lie: matmuls in their file, all else in the model's.
+        compute: open; stays the caller's.
+        kv_cache: F32, F16 or Q80.
+
+    Raises:
+        EngineError: the file is another one by now, or cannot be read.
+        GraphError: something of the graph cannot be computed.
+        LimitError: there is less room than the least that works.
+    """
+
+    def prepare() -> PagedCompute:
+        needs = weights_needs(network, node, places, block_bytes=settings.block_bytes)
+        file = places.matmul_file or model
+        choice = choose_way(file.path, file.stamp, needs.block_bytes, settings.way, settings.readers)
+        window = open_window(choice.way, file.path, file.stamp, needs.block_bytes)
+        weights = None
+        try:
+            weights = PagedWeights(places, window, model)
+            program = compile_program(network, node, weights, n_threads=n_threads, piece_bytes=PIECE_BYTES, kv_cache=kv_cache)
+            steps, starts = program_steps(program, needs.block_bytes)
+            efforts = possible_efforts(settings.threads, settings.readers, most_threads=n_threads, first_readers=choice.readers)
+            pager = Pager(window, steps, divide(steps, needs, settings), max(effort.readers for effort in efforts))
+        except BaseException:
+            if weights is not None:
+                weights.close()
+            window.close()
+            raise
+        return PagedCompute(compute, program, pager, starts, window, weights, choice, Trial(efforts, passes=3, settling=1))
+
+    return await in_thread("prepare", prepare, PagedCompute.give_back)
+
+
+class PagedCompute:
+    """Computes one program, from `open_paged` to `close`. One task at a time computes.
+
+    Attributes:
+        program: the node's.
+        choice: how the file is read.
+    """
+
+    def __init__(
+        self,
+        compute: Compute[Program],
+        program: Program,
+        pager: Pager,
+        starts: Sequence[int],
+        window: Window,
+        weights: PagedWeights,
+        choice: WayChoice,
+        trial: Trial[Effort],
+    ) -> None:
+        self.program, self.choice = program, choice
+        self._trial, self._n_threads = trial, program.n_threads
+        self._pass_seconds, self._pass_end = 0.0, -math.inf
+        self._one_row = self._measured = False
+        self._compute, self._pager, self._starts = compute, pager, starts
+        self._stepwise = program.with_segments([(step.first, step.stop) for step in pager.steps])
+        self._window, self._weights = window, weights
+        self._embedding_steps = {
+            number for number, step in enumerate(pager.steps) for record, _ in program.embeddings if step.first <= record < step.stop
+        }
+
+    @property
+    def meters(self) -> PagingMeters:
+        return self._pager.blocks.meters
+
+    @property
+    def streamed(self) -> tuple[Block, ...]:
+        """Blocks that do not stay, in the order of a pass: what it reads, and of experts what it may read."""
+        order = dict.fromkeys(block for step in self._pager.steps for blocks in (step.blocks, *step.experts) for block in blocks)
+        return tuple(block for block in order if block not in self._pager.blocks.kept)
+
+    async def run(self, program: Program, first: int, stop: int, position: int, rows: int, first_row: int = 0) -> None:
+        """As `Compute.run`, of this program. Raises as well:
+
+        EngineError: a block cannot be read; the file was cut or written to.
+        """
+        if program is not self.program:
+            raise EngineError("paging was made for another program")
+        self._window.check()
+        step, end = self._starts[first], self._starts[stop]
+        begun = time.perf_counter()
+        if not step:
+            self._begin_pass(begun, rows)
+        while step < end:
+            self._pager.look_ahead(step)
+            if step in self._embedding_steps:
+                await self._embed(first_row, rows)
+            if self._pager.steps[step].experts:
+                await self._run_experts(step, position, rows, first_row)
+                step += 1
+                continue
+            needed = self._pager.needed(step)
+            await self._there(needed, partial(self._pager.look_ahead, step))
+            following = self._pager.extent(step, end)
+            for other in range(step + 1, following):
+                self.meters.hits += len(self._pager.needed(other))
+            await self._compute.run(self._stepwise, step, following, position, rows, first_row)
+            for other in range(step, following):
+                self._pager.computed(other)
+            step = following
+        self._pager.look_ahead(end % len(self._pager.steps))
+        self._window.check()  # what was written into the file meanwhile may have been computed with
+        self._pass_seconds += time.perf_counter() - begun
+        if end == len(self._pager.steps):
+            self._end_pass()
+
+    @property
+    def effort(self) -> Effort:
+        """How many threads compute and read for a token, by now."""
+        return self._trial.way
+
+    @property
+    def settled(self) -> bool:
+        """Whether that has been tried, and stays."""
+        return self._trial.over
+
+    def _begin_pass(self, now: float, rows: int) -> None:
+        """Rows of a prompt are computed by all threads, a token by as many as are found best."""
+        self._one_row = rows == 1
+        threads = self.effort.threads if self._one_row else self._n_threads
+        self._compute.use_threads(threads)
+        self._pager.blocks.readers = self.effort.readers
+        # between two tokens in a row there is little time; with more, the ring has filled meanwhile
+        self._measured = self._one_row and self._pager.blocks.kept_all and now - self._pass_end < _LITTLE * self._pass_seconds
+        self._pass_seconds = 0.0
+
+    def _end_pass(self) -> None:
+        self._pass_end = time.perf_counter()
+        if self._measured and not self._trial.over:
+            self._trial.passed(self._pass_seconds)
+            if self._trial.over:
+                log.info("paging: what is fastest", threads=self.effort.threads, readers=self.effort.readers)
+
+    async def _run_experts(self, step: int, position: int, rows: int, first_row: int) -> None:
+        """A step of experts: all rows together where there is room for all experts that they go through, else in parts."""
+        chosen = self.program.experts(self._pager.steps[step].expert_record, rows, first_row)
+        if not self._pager.experts_fit(step, chosen):
+            part = TILE_COLUMNS * (-(-(rows - first_row) // (2 * TILE_COLUMNS))) if rows - first_row > TILE_COLUMNS else 1
+            for begin in range(first_row, rows, part):
+                await self._run_experts(step, position, min(begin + part, rows), begin)
+            return
+        ask = partial(self._pager.demand, step, chosen)
+        ask()
+        needed = self._pager.needed(step, chosen)
+        await self._there(needed, ask)
+        await self._compute.run(self._stepwise, step, step + 1, position, rows, first_row)
+        self._pager.computed(step, chosen)
+
+    async def _there(self, needed: Sequence[Block], ask: Callable[[], None]) -> None:
+        """Wait until blocks are in memory. `ask` is called again as room becomes free."""
+        blocks, meters = self._pager.blocks, self.meters
+        if blocks.all_ready(needed):
+            meters.hits += len(needed)
+            return
+        loop = asyncio.get_running_loop()
+        come = asyncio.Event()
+
+        def notify() -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
+                loop.call_soon_threadsafe(come.set)
+
+        missing = blocks.missing(needed, notify)
+        meters.hits += len(needed) - missing
+        meters.misses += missing
+        if missing:
+            begun = time.perf_counter()
+            while missing:
+                if not all(blocks.asked(block) for block in needed):
+                    ask()  # what came since the last time may go by now; what comes from now on notifies
+                await come.wait()
+                come.clear()
+                missing = blocks.missing(needed, notify)
+            meters.wait_seconds += time.perf_counter() - begun
+
+    async def _embed(self, first_row: int, rows: int) -> None:
+        """Bring the embedding's rows for the tokens of a pass.
+
+        Even when cancelled it returns only after they have come: they would take the place of the next pass'.
+        """
+        embedding = self._weights.embedding
+        if embedding is None:
+            return
+        tokens = [int(token) for token in self.program.values(TOKEN_PIPE)[first_row:rows, 0]]
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[None] = loop.create_future()
+        self._pager.blocks.call(partial(_load_rows, embedding, tokens, loop, done, self._pager.blocks))
+        try:
+            await asyncio.wait([done])
+        except asyncio.CancelledError:
+            while not done.done():
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.wait([done])
+            done.exception()
+            raise
+        done.result()
+
+    async def close(self) -> None:
+        """Give all up. Nothing is being computed."""
+        self._compute.use_threads(self._n_threads)
+        await in_thread("close", self.give_back)
+
+    def give_back(self) -> None:
+        """The memory, the readers and the file. Waits for reads: not for the event loop."""
+        self._pager.close()
+        self._weights.close()
+        self._window.close()
+
+
+def _load_rows(
+    embedding: EmbeddingRows, tokens: Sequence[int], loop: asyncio.AbstractEventLoop, done: asyncio.Future[None], blocks: Blocks
+) -> None:
+    """On a reader thread."""
+    error: EngineError | None = None
+    try:
+        blocks.count(embedding.load(tokens))
+    except EngineError as caught:
+        error = caught
+
+    def settle() -> None:
+        if error is None:
+            done.set_result(None)
+        else:
+            done.set_exception(error)
+
+    with contextlib.suppress(RuntimeError):
+        loop.call_soon_threadsafe(settle)

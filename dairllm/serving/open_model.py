@@ -1,0 +1,37 @@
+"""A model that can be used at once, as a service sees it."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from dairllm.engine.kv_caches import KvCaches
+from dairllm.runtime.node_report import NodeReport
+from dairllm.serving.scoring import ScoringModel
+from dairllm.telemetry import PagingCounts
+
+__all__ = ["OpenModel"]
+
+
+class OpenModel(ScoringModel, Protocol):
+    """A model that somebody opened."""
+
+    @property
+    def nodes(self) -> Sequence[NodeReport]:
+        """Who computes it, the root first."""
+        ...
+
+    @property
+    def paging(self) -> PagingCounts | None:
+        """What paging of this machine's weights has read and waited for; None where nothing is paged."""
+        ...
+
+    @property
+    def kv_caches(self) -> KvCaches | None:
+        """Its KV caches, where it has several: each holds another text."""
+        ...
+
+    @property
+    def trouble(self) -> str | None:
+        """Why it cannot be used any more, as far as that shows while nobody uses it; None while it can."""
+        ...
+
+    async def close(self) -> None: ...
