@@ -30,7 +30,7 @@ from dairllm.graph.references import weight_references
 from dairllm.graph.slicing import Axis, deal_shares, nearly_equal_sizes
 from dairllm.graph.types import FloatType, NodeConfig, OpCode
 from dairllm.paging.needs import BLOCK_BYTES
-from dairllm.paging.read_probe import choose_way
+from dairllm.paging.read_mode import probe_read_mode
 from dairllm.paging.schedule import blocks_of
 
 RING = 16 * BLOCK_BYTES
@@ -105,12 +105,13 @@ def measure(model: ModelFile, n_nodes: int, rounds: int) -> None:
     ]
     columns = sum(weight.nbytes for weight in located if weight is not None and weight.axis is Axis.COLUMNS)
 
-    ways = {
-        size: (choose_way(model.path, model.stamp, size), choose_way(share.path, share.stamp, size)) for size in (BLOCK_BYTES, 512 << 10)
+    modes = {
+        size: (probe_read_mode(model.path, model.stamp, size), probe_read_mode(share.path, share.stamp, size))
+        for size in (BLOCK_BYTES, 512 << 10)
     }
 
     def read_blocks(file: WeightsFile, wanted: Sequence[int], size: int) -> None:
-        read_file(file, wanted, ways[size][file is share], size, RING // size)  # type: ignore[arg-type]  # of any file
+        read_file(file, wanted, modes[size][file is share], size, RING // size)  # type: ignore[arg-type]  # of any file
 
     def columns_apart() -> None:
         read_blocks(model, blocks(node, here, BLOCK_BYTES, COLUMNS), BLOCK_BYTES)
@@ -134,7 +135,7 @@ def measure(model: ModelFile, n_nodes: int, rounds: int) -> None:
         figures = {"nodes": n_nodes, "read": kind, "mb": round(read[kind] / 1e6), "ms": round(statistics.median(seconds[kind]) * 1e3, 1)}
         figures["ms_all"] = [round(took * 1e3) for took in seconds[kind]]
         print(json.dumps(figures), flush=True)
-    print({size >> 10: [f"{way.way}, {way.readers}" for way in pair] for size, pair in ways.items()})
+    print({size >> 10: [f"{mode.io_mode}, {mode.readers}" for mode in pair] for size, pair in modes.items()})
     share.close()
 
 

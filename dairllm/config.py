@@ -165,7 +165,7 @@ class Worker(_Section):
 class Paging(_Section):
     """How weights that do not fit into memory are read from the model's file."""
 
-    way: Literal["auto", "map", "buffered", "direct"] = "auto"
+    io_mode: Literal["auto", "mmap", "buffered", "direct"] = "auto"
     readers: Annotated[int | Literal["auto"], BeforeValidator(_auto_or(1, 64))] = "auto"
     threads: Annotated[int | Literal["auto"], BeforeValidator(_auto_or(1, 1024))] = "auto"
     policy: Literal["pinned", "lru"] = "pinned"

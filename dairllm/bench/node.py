@@ -3,7 +3,7 @@
     python -m dairllm.bench.node '{"model": "F.m", "limit": null, "threads": 2, "rows": [1], "passes": 8, "rounds": 3, ...}'
 
 A process of its own, so that what it may hold can be limited. Prints one JSON object. Weights that are in memory are read there, by as many
-threads as compute; weights that are not, from the disk, in the way and by the readers that the node has chosen.
+threads as compute; weights that are not, from the disk, in the I/O mode and by the readers that the node has chosen.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ from dairllm.graph.build import LOGITS_PIPE, TOKEN_PIPE, build_graph
 from dairllm.graph.types import NetworkConfig, NodeConfig
 from dairllm.kernels.records import Kind
 from dairllm.net.runner import run as run_on_loop
-from dairllm.paging.needs import PagingSettings, Policy, Way
+from dairllm.paging.needs import IoMode, PagingSettings, Policy
 from dairllm.runtime.compute import Compute
 from dairllm.runtime.local_node import default_sync
 from dairllm.runtime.memory_plan import MemoryPlan, plan_memory
@@ -58,7 +58,7 @@ class NodeTask:
         rows: of each pass that is measured, a time for each.
         passes: of each of them a round.
         runtime, batch: what a plan of the program counts for itself, in bytes, and the rows that it chose; None where it is not asked for.
-        policy, way, readers: as in PagingSettings.
+        policy, io_mode, readers: as in PagingSettings.
     """
 
     model: str
@@ -71,7 +71,7 @@ class NodeTask:
     runtime: int | None = None
     batch: int | None = None
     policy: Policy = "pinned"
-    way: Way = "auto"
+    io_mode: IoMode = "auto"
     readers: int | None = None
 
 
@@ -97,7 +97,7 @@ async def _measure(task: NodeTask) -> dict[str, Any]:
             plan = _plan(model, task, rows)
             paging = None
             if plan.room_blocks is not None:
-                paging = PagingSettings(plan.room_blocks, task.policy, task.way, task.readers, plan.needs.block_bytes)
+                paging = PagingSettings(plan.room_blocks, task.policy, task.io_mode, task.readers, plan.needs.block_bytes)
             network, node = _graph(model, model.spec.seq_len, rows)
             if paging is not None:
                 forget(model.path)
@@ -132,10 +132,10 @@ async def _rounds(task: NodeTask, model: ModelFile, plan: MemoryPlan, own: NodeP
     feeder = _Feeder(own, model.spec.vocab_size)
     fetched, passes = 0, 0
     for _ in range(task.rounds):
-        if own.way is None:
+        if own.paging is None:
             reading.append(read_memory(model, task.threads))
         else:
-            reading.append(read_file(model, streamed, own.way, plan.needs.block_bytes, ring=plan.needs.ring_blocks_best))
+            reading.append(read_file(model, streamed, own.paging.read_mode, plan.needs.block_bytes, ring=plan.needs.ring_blocks_best))
         for rows in task.rows:
             await feeder.feed(rows)  # finds the caches, or the ring, as something else has left them
             profile, before = own.program.profile(), _fetched(own)
@@ -149,8 +149,8 @@ async def _rounds(task: NodeTask, model: ModelFile, plan: MemoryPlan, own: NodeP
         "weight_bytes": _weight_bytes(model),
         "missing_bytes": len(streamed) * plan.needs.block_bytes,
         "read_bytes_a_pass": fetched // passes,
-        "way": None if own.way is None or own.effort is None else {"way": own.way.way, **own.effort._asdict()},
-        "paging": None if own.paging is None else asdict(own.paging),
+        "io_mode": None if own.paging is None else {"io_mode": own.paging.read_mode.io_mode, **own.paging.configuration._asdict()},
+        "paging": None if own.paging is None else asdict(own.paging.meters),
         "peak_rss_bytes": machine.peak_rss_bytes(),
         "logits": feeder.digest.hexdigest()[:16],
     }
@@ -167,7 +167,7 @@ async def _settle(own: NodeProgram, vocab_size: int) -> None:
 
 def _fetched(own: NodeProgram) -> int:
     """Bytes read from the disk so far."""
-    return 0 if own.paging is None else own.paging.bytes
+    return 0 if own.paging is None else own.paging.meters.bytes
 
 
 def _weight_bytes(model: ModelFile) -> int:

@@ -10,9 +10,9 @@ import numpy as np
 
 from dairllm.formats.model_file import ModelFile
 from dairllm.paging.block_cache import runs
-from dairllm.paging.mapping import open_window
+from dairllm.paging.mapping import open_mapping
 from dairllm.paging.needs import BLOCK_BYTES
-from dairllm.paging.read_probe import WayChoice
+from dairllm.paging.read_mode import ReadMode
 
 __all__ = ["forget", "read_file", "read_memory"]
 
@@ -44,9 +44,9 @@ def read_memory(model: ModelFile, n_threads: int) -> float:
     return max(words.nbytes / _seconds(read, n_threads) for _ in range(2))
 
 
-def read_file(model: ModelFile, blocks: Sequence[int], way: WayChoice, block_bytes: int, ring: int) -> float:
+def read_file(model: ModelFile, blocks: Sequence[int], mode: ReadMode, block_bytes: int, ring: int) -> float:
     """Bytes a second of blocks that are not in memory, neighbours at once as when paging, given up as soon as `ring` others have come."""
-    window = open_window(way.way, model.path, model.stamp, block_bytes)
+    mapping = open_mapping(mode.io_mode, model.path, model.stamp, block_bytes)
     waiting = iter(runs(blocks, max(1, BLOCK_BYTES // block_bytes)))
     lock = threading.Lock()
 
@@ -57,15 +57,15 @@ def read_file(model: ModelFile, blocks: Sequence[int], way: WayChoice, block_byt
                 run = next(waiting, None)
             if run is None:
                 break
-            window.load(*run)
+            mapping.load(*run)
             held.append(run)
-            while sum(count for _, count in held) > ring // way.readers:
-                window.release(*held.pop(0))
+            while sum(count for _, count in held) > ring // mode.readers:
+                mapping.release(*held.pop(0))
         for run in held:
-            window.release(*run)
+            mapping.release(*run)
 
-    took = _seconds(read, way.readers)
-    window.close()
+    took = _seconds(read, mode.readers)
+    mapping.close()
     return len(blocks) * block_bytes / took
 
 

@@ -226,7 +226,7 @@ def paging(bench: Bench) -> Iterator[Measured]:
             "read_bytes_a_token": fetched,
             "weight_bytes_of_a_token": reports[0]["weight_bytes"],
             "read_bytes_per_second": read,
-            "ways": [report["way"] for report in reports],
+            "io_modes": [report["io_mode"] for report in reports],
             "meters": reports[-1]["paging"],
             "logits": sorted({report["logits"] for report in reports}),
         }

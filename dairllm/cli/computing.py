@@ -85,7 +85,7 @@ def worker(
             "worker.kernels": ("--kernels", kernels),
             "worker.kv_cache": ("--kv-cache", kv_cache),
             "limits.memory": ("--memory-limit", memory_limit),
-            "paging.way": ("--paging", paging),
+            "paging.io_mode": ("--paging", paging),
             "paging.readers": ("--readers", number_or_word(readers)),
             "metrics.port": ("--metrics-port", number_or_word(metrics_port)),
             "log.format": ("--log-format", log_format),

@@ -88,7 +88,7 @@ _ROOT_KEYS = {
     "sync": "engine.sync",
     "kv_cache": "engine.kv_cache",
     "memory_limit": "limits.memory",
-    "paging": "paging.way",
+    "paging": "paging.io_mode",
     "readers": "paging.readers",
     "steps": "sampling.steps",
     "temperature": "sampling.temperature",

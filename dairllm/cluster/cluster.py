@@ -32,9 +32,8 @@ from dairllm.graph.references import weight_references
 from dairllm.graph.slicing import ShareSize, deal_shares, nearly_equal_sizes
 from dairllm.graph.types import FloatType
 from dairllm.net.runner import in_thread
-from dairllm.paging.needs import PagingMeters, PagingSettings
-from dairllm.paging.read_probe import WayChoice
-from dairllm.paging.thread_tuning import Effort
+from dairllm.paging.needs import PagingSettings
+from dairllm.paging.status import PagingStatus
 from dairllm.protocol.dllama.codec import Control
 from dairllm.protocol.dllama.root import RootSession, Stage
 from dairllm.runtime.compute import Compute
@@ -139,19 +138,9 @@ class Cluster:
         return None
 
     @property
-    def paging(self) -> PagingMeters | None:
-        """What paging of the root's share has read and waited for; None where nothing is paged."""
+    def paging(self) -> PagingStatus | None:
+        """None where nothing is paged."""
         return None if self._own is None else self._own.paging
-
-    @property
-    def way(self) -> WayChoice | None:
-        """How blocks of the root's share are read; None where nothing is paged."""
-        return None if self._own is None else self._own.way
-
-    @property
-    def effort(self) -> Effort | None:
-        """How many threads compute and read for the root's share of a token, by now; None where nothing is paged."""
-        return None if self._own is None else self._own.effort
 
     @property
     def trouble(self) -> str | None:

@@ -19,7 +19,7 @@ from dairllm.engine.program import Program
 from dairllm.graph.plan import Exchange, Run
 from dairllm.kernels.panels import TILE_COLUMNS
 from dairllm.net.transport import Connection, Incoming
-from dairllm.runtime.autotuner import Trial
+from dairllm.runtime.autotuner import Autotuner
 from dairllm.runtime.compute import BRIEF_SECONDS
 
 __all__ = ["Computes", "Meter", "RowsFrom", "TensorPass"]
@@ -81,7 +81,7 @@ class TensorPass:
         self.program, self._compute, self._meter, self._silence_of = program, compute, meter, silence
         self._silence = 0.0
         self._connections, self._links = connections, links
-        self._overlap = Trial([_halves, _whole] if overlap else [_whole])
+        self._overlap = Autotuner([_halves, _whole] if overlap else [_whole])
         self._stages = _stages(plan)
         self._final = self._stages[-1] if self._stages else None  # a session without anything in it is one, too
         self._region = cache(program.region)
@@ -106,7 +106,7 @@ class TensorPass:
         """
         clock, seconds = time.perf_counter, self._meter.seconds
         begun = before = yielded = clock()
-        parts, self._silence = self._overlap.way(rows), self._silence_of(rows)
+        parts, self._silence = self._overlap.configuration(rows), self._silence_of(rows)
         for stage in self._stages:
             for part, (first, stop) in enumerate(parts):
                 if stage.run is not None:

@@ -103,9 +103,10 @@ class TensorSession:
             await self._refuse(str(error) or "out of memory")
             raise
         try:
-            if (way := own.way) is not None:
-                rate = format_size(way.bytes_per_second) if way.rates else "as asked"
-                log.info("paging", way=way.way, readers=way.readers, read_a_second=rate, threads=self._settings.worker.n_threads)
+            if own.paging is not None:
+                mode = own.paging.read_mode
+                rate = format_size(mode.bytes_per_second) if mode.rates else "as asked"
+                log.info("paging", io_mode=mode.io_mode, readers=mode.readers, read_a_second=rate, threads=self._settings.worker.n_threads)
             self._acknowledge()
             await self._load(received, weights)
             await self._meet(received)
@@ -224,7 +225,7 @@ class TensorSession:
                     await tensor_pass.run(event.position, event.rows)
             self._token_in_hand = False
             self._count(event.rows, time.perf_counter() - started)
-            self._meters.paging.follow(own.paging)
+            self._meters.paging.follow(None if own.paging is None else own.paging.meters)
 
     async def _next(self, silence: float = math.inf) -> Event:
         return await self._root.next_event(self._wire, silence)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from dairllm import machine
 from dairllm.commands.generate_options import GenerateOptions
 from dairllm.commands.logits_file import LogitsFile
-from dairllm.commands.plan_text import plan_lines, reading, way_line
+from dairllm.commands.plan_text import plan_lines, read_mode_line, reading
 from dairllm.commands.progress import COMPILING, byte_bar, waiting
 from dairllm.commands.root_node import planned_model, root_node
 from dairllm.config import RootSettings, Sampling
@@ -102,8 +102,8 @@ async def _generate(
             compute.open()
             with byte_bar("making the cluster") if workers else nullcontext() as progress:
                 await steps.start("nodes", lambda: node.open(progress), node.close)
-            if node.way is not None and not options.json:
-                _note([way_line(node.way, executor.n_threads)])
+            if node.paging is not None and not options.json:
+                _note([read_mode_line(node.paging.read_mode, executor.n_threads)])
             generation = Generation(
                 node,
                 _sampler(options.sampling, prompt_ids),
@@ -187,7 +187,7 @@ async def say(text: str) -> None:
 
 def _report(generation: Generation, text: str, node: "LocalNode | Cluster", executor: Executor, plan: MemoryPlan) -> dict[str, Any]:
     own, *others = [dataclasses.asdict(report) for report in node.nodes]
-    paging, way, effort = node.paging, node.way, node.effort
+    paging = node.paging
     return {
         "prompt_ids": list(generation.prompt_ids),
         "ids": generation.ids,
@@ -198,10 +198,10 @@ def _report(generation: Generation, text: str, node: "LocalNode | Cluster", exec
         "decode_tokens_per_second": round(generation.decode_tokens_per_second, 3),
         "peak_rss_bytes": machine.peak_rss_bytes(),
         **{name: own[name] for name in ("bytes_sent", "bytes_received", "weight_bytes_sent")},
-        "weight_bytes_read": 0 if paging is None else paging.bytes,
+        "weight_bytes_read": 0 if paging is None else paging.meters.bytes,
         "paging": None
-        if paging is None or way is None or effort is None
-        else dataclasses.asdict(paging) | reading(way, plan) | effort._asdict(),
+        if paging is None
+        else dataclasses.asdict(paging.meters) | reading(paging.read_mode, plan) | paging.configuration._asdict(),
         "memory_plan": plan.figures(),
         "nodes": [own | {"kernels": executor.form, "threads": executor.n_threads}, *others],
     }

@@ -17,7 +17,7 @@ from dairllm.config import RootSettings, load_settings
 from dairllm.errors import ConfigError
 from dairllm.formats.model_file import ModelFile
 from dairllm.paging.needs import PagingSettings
-from dairllm.paging.read_probe import WayChoice, choose_way
+from dairllm.paging.read_mode import ReadMode, probe_read_mode
 from dairllm.runtime.memory_plan import MemoryPlan, program_bytes
 from dairllm.text.tokenizer import Tokenizer
 
@@ -40,7 +40,7 @@ def run(
         LimitError: the limit is too small; has the smallest that works.
         GraphError: the model cannot be shared by so many, or not computed.
         FormatError: it is no whole `.m` file.
-        EngineError: the file cannot be read in the way that was asked for.
+        EngineError: the file cannot be read in the mode that was asked for.
     """
     if n_nodes is not None:
         workers = ",".join(f"node-{node}" for node in range(1, n_nodes))
@@ -79,8 +79,8 @@ def run(
         sys.stdout.writelines(f"{line}\n" for line in lines)
 
 
-def _measured(settings: RootSettings, file: ModelFile, plans: Sequence[MemoryPlan]) -> dict[int, WayChoice]:
+def _measured(settings: RootSettings, file: ModelFile, plans: Sequence[MemoryPlan]) -> dict[int, ReadMode]:
     """How this machine reads the file, by the size of blocks; empty where nothing would be read."""
     sizes = dict.fromkeys(plan.needs.block_bytes for plan in plans if plan.room_blocks is not None)
     paging = PagingSettings.chosen(settings.paging, 0, 0)
-    return {size: choose_way(file.path, file.stamp, size, paging.way, paging.readers) for size in sizes}
+    return {size: probe_read_mode(file.path, file.stamp, size, paging.io_mode, paging.readers) for size in sizes}

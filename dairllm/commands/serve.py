@@ -69,8 +69,8 @@ async def _serve(settings: RootSettings, model: ModelFile, plan: MemoryPlan, tok
     async def opened() -> LocalNode | Cluster:
         node = root_node(settings, model, compute, plan, clock, history)
         await node.open()  # which leaves nothing behind where it fails
-        if (way := node.way) is not None:
-            log.info("paging", threads=executor.n_threads, **reading(way, plan))
+        if node.paging is not None:
+            log.info("paging", threads=executor.n_threads, **reading(node.paging.read_mode, plan))
         return node
 
     async def end_threads() -> None:

@@ -1,11 +1,11 @@
-"""The blocks of a window: which are in memory, which are on their way, which are to go. Shared by the task that steers and the readers."""
+"""The blocks of a mapping: which are in memory, which are on their way, which are to go. Shared by the task that steers and the readers."""
 
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 from dairllm.errors import EngineError
-from dairllm.paging.mapping import Window
+from dairllm.paging.mapping import FileMapping
 from dairllm.paging.needs import PagingMeters
 from dairllm.paging.readers import Readers
 from dairllm.paging.schedule import Block
@@ -31,10 +31,10 @@ class Blocks:
     together: a part of them would be of no use, and they leave room that lies together.
     """
 
-    def __init__(self, window: Window, kept: frozenset[Block], ring: int, readers: int, order: Order | None = None) -> None:
+    def __init__(self, mapping: FileMapping, kept: frozenset[Block], ring: int, readers: int, order: Order | None = None) -> None:
         self.kept, self.meters = kept, PagingMeters()
-        self._window, self._ring = window, ring
-        self._longest = max(1, _READ_BYTES // window.block_bytes)
+        self._mapping, self._ring = mapping, ring
+        self._longest = max(1, _READ_BYTES // mapping.block_bytes)
         self._lock = threading.Condition()
         self._kept_asked: set[Block] = set()
         self._passing: dict[Block, None] = {}
@@ -203,11 +203,11 @@ class Blocks:
             with self._lock:
                 while not self._leaving.isdisjoint(blocks):  # another reader is giving it up: not after it has come again
                     self._lock.wait()
-            nbytes = self._window.load(first, count)
+            nbytes = self._mapping.load(first, count)
         except EngineError as caught:
             error = caught
         except Exception as caught:  # whatever it is, someone waits for the block and must be told
-            error = EngineError(f"{self._window.path}: reading failed: {caught!r}")
+            error = EngineError(f"{self._mapping.path}: reading failed: {caught!r}")
         self._came(blocks, places, nbytes, error)
 
     def _leave(self, block: Block) -> Block:
@@ -218,7 +218,7 @@ class Blocks:
     def _release(self, leaving: Sequence[Block], beyond: int) -> None:
         try:
             for start, length in runs(leaving, len(leaving)):
-                self._window.release(start, length)
+                self._mapping.release(start, length)
         finally:
             if leaving:
                 with self._lock:

@@ -1,6 +1,6 @@
-"""Memory with the layout of the model file, of which only some blocks are there: a *window*.
+"""Memory with the layout of the model file, of which only some blocks are there: a *mapping*.
 
-A byte of the file always has the same address, so a program's records never change. Three ways bring a block there:
+A byte of the file always has the same address, so a program's records never change. Three I/O modes bring a block there:
 
 - `map`: the file is mapped, and a block's pages are asked for at once. With huge pages, a block of 2 MiB is read as one folio and mapped
   by one entry. Nothing is copied. What is given up must be given up twice, from the map and from the page cache.
@@ -10,7 +10,7 @@ A byte of the file always has the same address, so a program's records never cha
 Memory of our own is huge pages, or parts of them where blocks are smaller (dairllm.paging.slots).
 
 A file that is cut short while it is mapped takes its pages with it, and reading them would end the process (SIGBUS). Asking for a block
-does not: it fails. What is left is the moment between asking and computing, a few milliseconds; the other two ways have no such moment.
+does not: it fails. What is left is the moment between asking and computing, a few milliseconds; the other two have no such moment.
 """
 
 import contextlib
@@ -26,11 +26,11 @@ from dairllm.formats.file_stamp import FileStamp
 from dairllm.paging.schedule import Block
 from dairllm.paging.slots import Slots
 
-__all__ = ["WINDOWS", "BufferedWindow", "DirectWindow", "MappedWindow", "OwnWindow", "Window", "open_window"]
+__all__ = ["MAPPINGS", "BufferedMapping", "DirectMapping", "FileMapping", "MmapMapping", "ReadMapping", "open_mapping"]
 
 
-class Window(ABC):
-    """One way; blocks are loaded and released by any thread, each block by one at a time.
+class FileMapping(ABC):
+    """One I/O mode; blocks are loaded and released by any thread, each block by one at a time.
 
     Args:
         path: the model file.
@@ -41,10 +41,10 @@ class Window(ABC):
         address: of the file's first byte; a multiple of 2 MiB.
 
     Raises:
-        EngineError: the file is another one by now, or cannot be read in this way.
+        EngineError: the file is another one by now, or cannot be read in this mode.
     """
 
-    way: ClassVar[str]
+    io_mode: ClassVar[str]
     _flags: ClassVar[int] = 0
 
     def __init__(self, path: Path, stamp: FileStamp, block_bytes: int) -> None:
@@ -62,7 +62,7 @@ class Window(ABC):
             self.check()
         except OSError as error:
             self.close()
-            raise EngineError(f"{path} cannot be paged by the way `{self.way}`: {error.strerror or error}") from None
+            raise EngineError(f"{path} cannot be paged with the I/O mode {self.io_mode}: {error.strerror or error}") from None
         except BaseException:
             self.close()
             raise
@@ -122,8 +122,8 @@ class Window(ABC):
             self._fd = -1
 
 
-class MappedWindow(Window):
-    way = "map"
+class MmapMapping(FileMapping):
+    io_mode = "mmap"
 
     def _prepare(self) -> None:
         system.map_file(self.address, self.nbytes, self._fd)
@@ -146,7 +146,7 @@ class MappedWindow(Window):
         system.release_file(self._fd, offset, nbytes)
 
 
-class OwnWindow(Window):
+class ReadMapping(FileMapping):
     """Of memory of our own, into which blocks are read."""
 
     _slots: Slots | None = None
@@ -185,8 +185,8 @@ class OwnWindow(Window):
             self._slots = None
 
 
-class BufferedWindow(OwnWindow):
-    way = "buffered"
+class BufferedMapping(ReadMapping):
+    io_mode = "buffered"
 
     def _read(self, offset: int, nbytes: int) -> None:
         if system.read_into(self._fd, self.address + offset, nbytes, offset) < nbytes:
@@ -194,8 +194,8 @@ class BufferedWindow(OwnWindow):
         system.release_file(self._fd, offset, nbytes)
 
 
-class DirectWindow(OwnWindow):
-    way = "direct"
+class DirectMapping(ReadMapping):
+    io_mode = "direct"
     _flags = os.O_DIRECT
 
     def _read(self, offset: int, nbytes: int) -> None:
@@ -204,13 +204,13 @@ class DirectWindow(OwnWindow):
             raise OSError(0, "the file ends before")
 
 
-WINDOWS: dict[str, type[Window]] = {kind.way: kind for kind in (MappedWindow, BufferedWindow, DirectWindow)}
+MAPPINGS: dict[str, type[FileMapping]] = {kind.io_mode: kind for kind in (MmapMapping, BufferedMapping, DirectMapping)}
 
 
-def open_window(way: str, path: Path, stamp: FileStamp, block_bytes: int) -> Window:
-    """A window on a file, by one of WINDOWS.
+def open_mapping(io_mode: str, path: Path, stamp: FileStamp, block_bytes: int) -> FileMapping:
+    """A mapping on a file, by one of MAPPINGS.
 
     Raises:
-        EngineError: as `Window`.
+        EngineError: as `FileMapping`.
     """
-    return WINDOWS[way](path, stamp, block_bytes)
+    return MAPPINGS[io_mode](path, stamp, block_bytes)

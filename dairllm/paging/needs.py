@@ -17,13 +17,13 @@ from dairllm.paging.schedule import Block, blocks_of, group_pieces
 
 __all__ = [
     "BLOCK_BYTES",
+    "IO_MODES",
     "RING_BYTES",
-    "WAYS",
+    "IoMode",
     "PagingMeters",
     "PagingNeeds",
     "PagingSettings",
     "Policy",
-    "Way",
     "block_size",
     "copied_bytes",
     "weights_needs",
@@ -43,9 +43,9 @@ _STEP_BYTES = 3 << 10
 _BLOCK_BYTES = 256
 """What is remembered of a block."""
 
-Way = Literal["auto", "map", "buffered", "direct"]
+IoMode = Literal["auto", "mmap", "buffered", "direct"]
 Policy = Literal["pinned", "lru"]
-WAYS: tuple[Way, ...] = ("map", "buffered", "direct")
+IO_MODES: tuple[IoMode, ...] = ("mmap", "buffered", "direct")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ class PagingSettings:
         room_blocks: blocks that may be in memory at once, from the needs' ring_blocks_min on.
         policy: "pinned": as many blocks as fit stay, evenly spread over the pass, the others pass through a ring.
             "lru": the least recently used block goes; the wrong one to go in a dense model, whose use is a cycle.
-        way: how blocks come into memory (dairllm.paging.mapping); "auto" measures the file at start.
+        io_mode: how blocks come into memory (dairllm.paging.mapping); "auto" measures the file at start.
         readers: threads that read; None: as many as measurements find best.
         threads: that compute; None: likewise, of those that there are.
         block_bytes: a power of two from 4096 on; None: `block_size` of the weights, which is what the needs were counted in.
@@ -64,7 +64,7 @@ class PagingSettings:
 
     room_blocks: int
     policy: Policy = "pinned"
-    way: Way = "auto"
+    io_mode: IoMode = "auto"
     readers: int | None = None
     block_bytes: int | None = None
     threads: int | None = None
@@ -74,7 +74,7 @@ class PagingSettings:
         """By somebody's settings, with the room that a plan found."""
         readers = None if paging.readers == "auto" else int(paging.readers)
         threads = None if paging.threads == "auto" else int(paging.threads)
-        return cls(room_blocks, paging.policy, paging.way, readers, block_bytes, threads)
+        return cls(room_blocks, paging.policy, paging.io_mode, readers, block_bytes, threads)
 
 
 @dataclass(slots=True)

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from dairllm.paging.block_cache import Blocks
 from dairllm.paging.expert_use import ExpertUse
-from dairllm.paging.mapping import Window
+from dairllm.paging.mapping import FileMapping
 from dairllm.paging.policy import Division
 from dairllm.paging.schedule import Block, Step
 
@@ -27,7 +27,7 @@ class Pager:
     """One task steers it, step by step.
 
     Args:
-        window: open; stays the caller's.
+        mapping: open; stays the caller's.
         steps: of one program, in the order of a pass.
         division: of the room.
         readers: number of threads.
@@ -36,10 +36,10 @@ class Pager:
         blocks: what is in memory.
     """
 
-    def __init__(self, window: Window, steps: Sequence[Step], division: Division, readers: int) -> None:
+    def __init__(self, mapping: FileMapping, steps: Sequence[Step], division: Division, readers: int) -> None:
         self.steps = steps
         self._use = ExpertUse(steps) if division.by_use else None
-        self.blocks = Blocks(window, division.kept, division.ring, readers, None if self._use is None else self._use.order)
+        self.blocks = Blocks(mapping, division.kept, division.ring, readers, None if self._use is None else self._use.order)
         self._ring, self._length, self._call_blocks = division.ring, division.outlook, division.ring // _CALLS
         self._uses = [block for step in steps for block in step.blocks]
         self._first_use: list[int] = []

@@ -18,7 +18,7 @@ _MOST = 12_000
 
 
 class Slots:
-    """For one window. Any thread brings and takes back, each block one at a time.
+    """For one mapping. Any thread brings and takes back, each block one at a time.
 
     Args:
         slot_bytes: of a block: a power of two, from a page to half a huge page.
@@ -66,7 +66,7 @@ class Slots:
             system.renew(address, count * self._bytes)
 
     def close(self) -> None:
-        """Give up what is not in use; what is, goes with the window's addresses."""
+        """Give up what is not in use; what is, goes with the mapping's addresses."""
         system.unmap(*self._region)
 
     def _move(self, source: int, destination: int, count: int) -> Sequence[bool]:

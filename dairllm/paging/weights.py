@@ -1,4 +1,4 @@
-"""Weights under paging: matmuls read the window, norms lie in memory, rows of the embedding come when they are looked up."""
+"""Weights under paging: matmuls read the mapping, norms lie in memory, rows of the embedding come when they are looked up."""
 
 import os
 from collections.abc import Iterable
@@ -15,13 +15,13 @@ from dairllm.errors import EngineError
 from dairllm.formats.file_stamp import FileStamp
 from dairllm.formats.model_file import ModelFile
 from dairllm.graph.types import Op, OpCode, row_bytes
-from dairllm.paging.mapping import Window
+from dairllm.paging.mapping import FileMapping
 
 __all__ = ["EmbeddingRows", "PagedWeights", "SmallReads"]
 
 
 class SmallReads:
-    """Reads of a few KiB, through a descriptor of their own: through the window a row would bring a whole block.
+    """Reads of a few KiB, through a descriptor of their own: through the mapping a row would bring a whole block.
 
     Args:
         stamp: which file that was when its header was read.
@@ -90,23 +90,23 @@ class EmbeddingRows:
 
 
 class PagedWeights:
-    """`dairllm.engine.weights.Weights` over a window.
+    """`dairllm.engine.weights.Weights` over a mapping.
 
     Args:
         places: where each op's weight lies in its file.
-        window: on the file of the matmuls.
+        mapping: on the file of the matmuls.
         model: whose file holds all else.
 
     Attributes:
-        nbytes: memory beside the window.
+        nbytes: memory beside the mapping.
         embedding: the table of the embedding op, where there is one.
 
     Raises:
         EngineError: the file cannot be read.
     """
 
-    def __init__(self, places: Weights, window: Window, model: ModelFile) -> None:
-        self._places, self._window = places, window
+    def __init__(self, places: Weights, mapping: FileMapping, model: ModelFile) -> None:
+        self._places, self._mapping = places, mapping
         self._file = SmallReads(model.path, model.stamp)
         self._copies: list[NDArray[np.uint8]] = []
         self.nbytes = places.nbytes
@@ -121,8 +121,8 @@ class PagedWeights:
         if place.offset is None:
             return place
         if op.code == OpCode.MATMUL:
-            window = Area(f"the window on {self._window.path}", self._window.address, self._window.nbytes)
-            return place._replace(area=window.part(place.area.what, place.offset, place.area.nbytes))
+            mapping = Area(f"the mapping on {self._mapping.path}", self._mapping.address, self._mapping.nbytes)
+            return place._replace(area=mapping.part(place.area.what, place.offset, place.area.nbytes))
         size = op.weight_size
         if op.code == OpCode.EMBEDDING:
             if self.embedding is None:

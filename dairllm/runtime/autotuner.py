@@ -1,49 +1,49 @@
-"""A choice between ways that give the same bits, made by trying each for a while on the work that is to be done anyway."""
+"""A choice between configurations that give the same bits, made by trying each for a while on the work that is to be done anyway."""
 
 import statistics
 from collections.abc import Hashable, Sequence
 from typing import Generic, TypeVar
 
-__all__ = ["Trial"]
+__all__ = ["Autotuner"]
 
 T = TypeVar("T", bound=Hashable)
 
 _ROUNDS = 2
 _CLEARLY = 0.97
-"""Another way than the first is taken where a pass takes at most so much of the first's time."""
+"""Another configuration than the first is taken where a pass takes at most so much of the first's time."""
 
 
-class Trial(Generic[T]):
-    """Told of each pass, it says in which way the next is to be computed.
+class Autotuner(Generic[T]):
+    """Told of each pass, it says with which configuration the next is to be computed.
 
     Args:
-        ways: the first of them by default.
-        passes: in one way before the next is tried, twice over.
-        settling: of them, how many do not count yet: they still have what the way before has left.
+        configurations: the first of them by default.
+        passes: with one before the next is tried, twice over.
+        settling: of them, how many do not count yet: they still have what the one before has left.
 
     Attributes:
-        way: of the next pass.
+        configuration: of the next pass.
         over: whether it stays.
     """
 
-    def __init__(self, ways: Sequence[T], *, passes: int = 1, settling: int = 0) -> None:
-        self._ways, self._passes, self._settling = tuple(ways), passes, settling
-        self._seconds: dict[T, list[float]] = {way: [] for way in ways}
+    def __init__(self, configurations: Sequence[T], *, passes: int = 1, settling: int = 0) -> None:
+        self._configurations, self._passes, self._settling = tuple(configurations), passes, settling
+        self._seconds: dict[T, list[float]] = {configuration: [] for configuration in configurations}
         self._count = 0
-        self.way, self.over = ways[0], len(ways) == 1
+        self.configuration, self.over = configurations[0], len(configurations) == 1
 
     def passed(self, seconds: float) -> None:
         """A pass took so long."""
         if self.over:
             return
         if self._count % self._passes >= self._settling:
-            self._seconds[self.way].append(seconds)
+            self._seconds[self.configuration].append(seconds)
         self._count += 1
         turn = self._count // self._passes
-        if turn < _ROUNDS * len(self._ways):
-            self.way = self._ways[turn % len(self._ways)]
+        if turn < _ROUNDS * len(self._configurations):
+            self.configuration = self._configurations[turn % len(self._configurations)]
             return
-        taken = {way: statistics.median(found) for way, found in self._seconds.items()}
-        best = min(taken, key=lambda way: taken[way])
-        self.way = best if taken[best] <= _CLEARLY * taken[self._ways[0]] else self._ways[0]
+        taken = {configuration: statistics.median(found) for configuration, found in self._seconds.items()}
+        best = min(taken, key=lambda one: taken[one])
+        self.configuration = best if taken[best] <= _CLEARLY * taken[self._configurations[0]] else self._configurations[0]
         self.over = True

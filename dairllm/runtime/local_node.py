@@ -13,9 +13,8 @@ from dairllm.errors import EngineError
 from dairllm.formats.model_file import ModelFile
 from dairllm.graph.build import LOGITS_PIPE, TOKEN_PIPE, build_graph
 from dairllm.graph.types import FloatType
-from dairllm.paging.needs import PagingMeters, PagingSettings
-from dairllm.paging.read_probe import WayChoice
-from dairllm.paging.thread_tuning import Effort
+from dairllm.paging.needs import PagingSettings
+from dairllm.paging.status import PagingStatus
 from dairllm.runtime.compute import Compute
 from dairllm.runtime.node_program import NodeProgram, open_program
 from dairllm.runtime.node_report import NodeReport
@@ -147,19 +146,9 @@ class LocalNode:
         return self._kv_caches
 
     @property
-    def paging(self) -> PagingMeters | None:
-        """What paging has read and waited for; None where nothing is paged."""
+    def paging(self) -> PagingStatus | None:
+        """None where nothing is paged."""
         return None if self._own is None else self._own.paging
-
-    @property
-    def way(self) -> WayChoice | None:
-        """How blocks are read, as measured at `open`; None where nothing is paged."""
-        return None if self._own is None else self._own.way
-
-    @property
-    def effort(self) -> Effort | None:
-        """How many threads compute and read for a token, by now; None where nothing is paged."""
-        return None if self._own is None else self._own.effort
 
     @property
     def trouble(self) -> None:

@@ -7,9 +7,8 @@ from dairllm.engine.weights import Weights
 from dairllm.formats.model_file import ModelFile
 from dairllm.graph.types import FloatType, NetworkConfig, NodeConfig
 from dairllm.net.runner import in_thread
-from dairllm.paging.needs import PagingMeters, PagingSettings
-from dairllm.paging.read_probe import WayChoice
-from dairllm.paging.thread_tuning import Effort
+from dairllm.paging.needs import PagingSettings
+from dairllm.paging.status import PagingStatus
 from dairllm.runtime.compute import Compute
 from dairllm.runtime.paged_compute import PagedCompute, open_paged
 from dairllm.runtime.resident_compute import InPlaceCompute
@@ -30,19 +29,9 @@ class NodeProgram:
     compute: InPlaceCompute | PagedCompute
 
     @property
-    def paging(self) -> PagingMeters | None:
-        """What paging has read and waited for; None where nothing is paged."""
-        return self.compute.meters if isinstance(self.compute, PagedCompute) else None
-
-    @property
-    def way(self) -> WayChoice | None:
-        """How blocks are read; None where nothing is paged."""
-        return self.compute.choice if isinstance(self.compute, PagedCompute) else None
-
-    @property
-    def effort(self) -> Effort | None:
-        """How many threads compute and read for a token, by now; None where nothing is paged."""
-        return self.compute.effort if isinstance(self.compute, PagedCompute) else None
+    def paging(self) -> PagingStatus | None:
+        """None where nothing is paged."""
+        return self.compute.status if isinstance(self.compute, PagedCompute) else None
 
     async def close(self) -> None:
         """Nothing is being computed."""

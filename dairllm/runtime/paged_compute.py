@@ -25,15 +25,16 @@ from dairllm.graph.types import FloatType, NetworkConfig, NodeConfig
 from dairllm.kernels.panels import TILE_COLUMNS
 from dairllm.net.runner import in_thread
 from dairllm.paging.block_cache import Blocks
-from dairllm.paging.mapping import Window, open_window
+from dairllm.paging.mapping import FileMapping, open_mapping
 from dairllm.paging.needs import PagingMeters, PagingSettings, weights_needs
 from dairllm.paging.pager import Pager
 from dairllm.paging.policy import divide
-from dairllm.paging.read_probe import WayChoice, choose_way
+from dairllm.paging.read_mode import ReadMode, probe_read_mode
 from dairllm.paging.schedule import Block, program_steps
-from dairllm.paging.thread_tuning import Effort, possible_efforts
+from dairllm.paging.status import PagingStatus
+from dairllm.paging.thread_configuration import ThreadConfiguration, thread_configurations
 from dairllm.paging.weights import EmbeddingRows, PagedWeights
-from dairllm.runtime.autotuner import Trial
+from dairllm.runtime.autotuner import Autotuner
 from dairllm.runtime.compute import Compute
 
 __all__ = ["PagedCompute", "open_paged"]
@@ -71,21 +72,21 @@ async def open_paged(
     def prepare() -> PagedCompute:
         needs = weights_needs(network, node, places, block_bytes=settings.block_bytes)
         file = places.matmul_file or model
-        choice = choose_way(file.path, file.stamp, needs.block_bytes, settings.way, settings.readers)
-        window = open_window(choice.way, file.path, file.stamp, needs.block_bytes)
+        choice = probe_read_mode(file.path, file.stamp, needs.block_bytes, settings.io_mode, settings.readers)
+        mapping = open_mapping(choice.io_mode, file.path, file.stamp, needs.block_bytes)
         weights = None
         try:
-            weights = PagedWeights(places, window, model)
+            weights = PagedWeights(places, mapping, model)
             program = compile_program(network, node, weights, n_threads=n_threads, piece_bytes=PIECE_BYTES, kv_cache=kv_cache)
             steps, starts = program_steps(program, needs.block_bytes)
-            efforts = possible_efforts(settings.threads, settings.readers, most_threads=n_threads, first_readers=choice.readers)
-            pager = Pager(window, steps, divide(steps, needs, settings), max(effort.readers for effort in efforts))
+            configurations = thread_configurations(settings.threads, settings.readers, most_threads=n_threads, first_readers=choice.readers)
+            pager = Pager(mapping, steps, divide(steps, needs, settings), max(configuration.readers for configuration in configurations))
         except BaseException:
             if weights is not None:
                 weights.close()
-            window.close()
+            mapping.close()
             raise
-        return PagedCompute(compute, program, pager, starts, window, weights, choice, Trial(efforts, passes=3, settling=1))
+        return PagedCompute(compute, program, pager, starts, mapping, weights, choice, Autotuner(configurations, passes=3, settling=1))
 
     return await in_thread("prepare", prepare, PagedCompute.give_back)
 
@@ -104,21 +105,25 @@ class PagedCompute:
         program: Program,
         pager: Pager,
         starts: Sequence[int],
-        window: Window,
+        mapping: FileMapping,
         weights: PagedWeights,
-        choice: WayChoice,
-        trial: Trial[Effort],
+        choice: ReadMode,
+        tuner: Autotuner[ThreadConfiguration],
     ) -> None:
         self.program, self.choice = program, choice
-        self._trial, self._n_threads = trial, program.n_threads
+        self._tuner, self._n_threads = tuner, program.n_threads
         self._pass_seconds, self._pass_end = 0.0, -math.inf
         self._one_row = self._measured = False
         self._compute, self._pager, self._starts = compute, pager, starts
         self._stepwise = program.with_segments([(step.first, step.stop) for step in pager.steps])
-        self._window, self._weights = window, weights
+        self._mapping, self._weights = mapping, weights
         self._embedding_steps = {
             number for number, step in enumerate(pager.steps) for record, _ in program.embeddings if step.first <= record < step.stop
         }
+
+    @property
+    def status(self) -> PagingStatus:
+        return PagingStatus(self.meters, self.choice, self.configuration)
 
     @property
     def meters(self) -> PagingMeters:
@@ -137,7 +142,7 @@ class PagedCompute:
         """
         if program is not self.program:
             raise EngineError("paging was made for another program")
-        self._window.check()
+        self._mapping.check()
         step, end = self._starts[first], self._starts[stop]
         begun = time.perf_counter()
         if not step:
@@ -160,37 +165,37 @@ class PagedCompute:
                 self._pager.computed(other)
             step = following
         self._pager.look_ahead(end % len(self._pager.steps))
-        self._window.check()  # what was written into the file meanwhile may have been computed with
+        self._mapping.check()  # what was written into the file meanwhile may have been computed with
         self._pass_seconds += time.perf_counter() - begun
         if end == len(self._pager.steps):
             self._end_pass()
 
     @property
-    def effort(self) -> Effort:
+    def configuration(self) -> ThreadConfiguration:
         """How many threads compute and read for a token, by now."""
-        return self._trial.way
+        return self._tuner.configuration
 
     @property
     def settled(self) -> bool:
         """Whether that has been tried, and stays."""
-        return self._trial.over
+        return self._tuner.over
 
     def _begin_pass(self, now: float, rows: int) -> None:
         """Rows of a prompt are computed by all threads, a token by as many as are found best."""
         self._one_row = rows == 1
-        threads = self.effort.threads if self._one_row else self._n_threads
+        threads = self.configuration.threads if self._one_row else self._n_threads
         self._compute.use_threads(threads)
-        self._pager.blocks.readers = self.effort.readers
+        self._pager.blocks.readers = self.configuration.readers
         # between two tokens in a row there is little time; with more, the ring has filled meanwhile
         self._measured = self._one_row and self._pager.blocks.kept_all and now - self._pass_end < _LITTLE * self._pass_seconds
         self._pass_seconds = 0.0
 
     def _end_pass(self) -> None:
         self._pass_end = time.perf_counter()
-        if self._measured and not self._trial.over:
-            self._trial.passed(self._pass_seconds)
-            if self._trial.over:
-                log.info("paging: what is fastest", threads=self.effort.threads, readers=self.effort.readers)
+        if self._measured and not self._tuner.over:
+            self._tuner.passed(self._pass_seconds)
+            if self._tuner.over:
+                log.info("paging: what is fastest", threads=self.configuration.threads, readers=self.configuration.readers)
 
     async def _run_experts(self, step: int, position: int, rows: int, first_row: int) -> None:
         """A step of experts: all rows together where there is room for all experts that they go through, else in parts."""
@@ -264,7 +269,7 @@ class PagedCompute:
         """The memory, the readers and the file. Waits for reads: not for the event loop."""
         self._pager.close()
         self._weights.close()
-        self._window.close()
+        self._mapping.close()
 
 
 def _load_rows(

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from dairllm.engine.kv_caches import KvCaches
+from dairllm.paging.status import PagingStatus
 from dairllm.runtime.node_report import NodeReport
 from dairllm.serving.scoring import ScoringModel
-from dairllm.telemetry import PagingCounts
 
 __all__ = ["OpenModel"]
 
@@ -20,8 +20,8 @@ class OpenModel(ScoringModel, Protocol):
         ...
 
     @property
-    def paging(self) -> PagingCounts | None:
-        """What paging of this machine's weights has read and waited for; None where nothing is paged."""
+    def paging(self) -> PagingStatus | None:
+        """Of this machine's weights; None where nothing is paged."""
         ...
 
     @property

@@ -321,7 +321,8 @@ class Service:
         self._last_took = took
         if not again:
             meters.requests[outcome] += 1
-        meters.paging.follow(None if self._model is None else self._model.paging)
+        paging = None if self._model is None else self._model.paging
+        meters.paging.follow(None if paging is None else paging.meters)
         meters.prompt_tokens += n_prompt
         meters.cached_tokens += reply.cached_tokens
         meters.generated_tokens += n_ids

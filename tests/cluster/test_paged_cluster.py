@@ -44,7 +44,7 @@ def half(model: ModelFile, sizes: Sequence[ShareSize]) -> PagingSettings:
     node = build_node(model.spec, network, 0, shares[0])
     needs = weights_needs(network, node, LocatedWeights(model, node, weight_references(model.spec, shares[0], node)))
     assert needs.blocks_total > needs.ring_blocks_min + 2
-    return PagingSettings((needs.blocks_total + needs.ring_blocks_min) // 2, "pinned", "map", 1, needs.block_bytes)
+    return PagingSettings((needs.blocks_total + needs.ring_blocks_min) // 2, "pinned", "mmap", 1, needs.block_bytes)
 
 
 def room(mib: int) -> dict[str, object]:
@@ -54,7 +54,7 @@ def room(mib: int) -> dict[str, object]:
 @pytest.mark.parametrize("shares", ["4/1024,4/1024", "5/1088,3/960"])
 async def test_root_and_worker_page_their_shares(make_worker: Any, compute: Compute[Program], logged: Log, path: Path, shares: str) -> None:
     expected = await one_node(path, compute, IDS, 12)
-    worker = await make_worker(own=path, limits=room(32), paging={"way": "map", "readers": 1})
+    worker = await make_worker(own=path, limits=room(32), paging={"io_mode": "mmap", "readers": 1})
     with ModelFile.open(path) as model:
         sizes = parse_shares(shares)
         address = WorkerAddress("127.0.0.1", worker.port)
@@ -63,7 +63,7 @@ async def test_root_and_worker_page_their_shares(make_worker: Any, compute: Comp
         assert await ids_of(cluster, IDS, 12) == expected
         assert cluster.nodes[0].weight_bytes_sent == 0
         assert cluster.paging is not None
-        assert cluster.paging.bytes > 13 * MIB
+        assert cluster.paging.meters.bytes > 13 * MIB
         await cluster.close()
     (plan,) = (entry for entry in logged if entry["event"] == "memory plan")
     assert parse_size(plan["in_memory"]) < parse_size(plan["weights"])

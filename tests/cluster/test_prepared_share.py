@@ -85,13 +85,13 @@ async def answer(path: Path, port: int, compute: Compute[Program], shares: str, 
         paging = None
         if room is not None:
             blocks = needs.ring_blocks_min + int((needs.blocks_total - needs.ring_blocks_min) * room)
-            paging = PagingSettings(blocks, "pinned", "map", 1, needs.block_bytes)
+            paging = PagingSettings(blocks, "pinned", "mmap", 1, needs.block_bytes)
         cluster = Cluster(model, [WorkerAddress("127.0.0.1", port)], compute, n_threads=1, sizes=parse_shares(shares), paging=paging)
         try:
             await cluster.open()
             ids = [token async for token in Generation(cluster, Sampler(0.0, 1.0, 0), IDS, 12).run()]
             assert cluster.nodes[0].weight_bytes_sent == 0
-            return ids, 0 if cluster.paging is None else cluster.paging.bytes
+            return ids, 0 if cluster.paging is None else cluster.paging.meters.bytes
         finally:
             await cluster.close()
 
@@ -101,7 +101,7 @@ async def answer(path: Path, port: int, compute: Compute[Program], shares: str, 
 async def test_the_same_ids_with_fewer_bytes(make_worker: Any, compute: Compute[Program], logged: Log, path: Path, shares: str) -> None:
     """Of a root and a worker that page, and of a root that does not; also where the worker's heads lie apart."""
     limits = {"memory": f"{machine.rss_bytes() + 34 * MIB}B"}
-    worker = await make_worker(own=path, limits=limits, paging={"way": "map", "readers": 1})
+    worker = await make_worker(own=path, limits=limits, paging={"io_mode": "mmap", "readers": 1})
     expected, before = await answer(path, worker.port, compute, shares, 0.4)
     prepare.run(path, shares=shares)
     with ModelFile.open(path) as model:

@@ -100,7 +100,7 @@ def test_a_process_keeps_its_limit_from_the_smallest_on(
     assert found["memory_plan"]["limit_bytes"] == limit
     assert found["memory_plan"]["total_bytes"] <= limit
     assert found["paging"]["bytes"] > found["memory_plan"]["weight_bytes"]
-    assert found["paging"]["way"] in ("map", "buffered", "direct")
+    assert found["paging"]["io_mode"] in ("mmap", "buffered", "direct")
 
 
 def test_a_limit_below_the_smallest_is_refused_with_one_that_works(model: Path) -> None:
@@ -114,7 +114,7 @@ def test_a_limit_below_the_smallest_is_refused_with_one_that_works(model: Path) 
     command += ["--memory-limit", f"{limit}B", "--steps", "1"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=True)
     assert "smallest limit" in done.stderr, "the plan is shown"
-    assert "weights are read by the way" in done.stderr
+    assert "weights are read with " in done.stderr
 
 
 def test_a_worker_with_the_model_keeps_its_limit(model: Path, expected: dict[str, list[int]], tmp_path: Path) -> None:

@@ -57,9 +57,9 @@ def cache_types(spec: ModelSpec) -> tuple[FloatType, ...]:
     return (FloatType.F32, FloatType.F16, FloatType.Q80)[: 3 if spec.head_dim % BLOCK_VALUES == 0 else 2]
 
 
-def ways(model: ModelFile, n_threads: int, block_bytes: int) -> Iterator[tuple[FloatType, PagingSettings | None, list[list[int]]]]:
+def settings(model: ModelFile, n_threads: int, block_bytes: int) -> Iterator[tuple[FloatType, PagingSettings | None, list[list[int]]]]:
     """(KV cache, room, sizes of batches): all weights in place; and, with each number of threads another, the least room that works or half
-    of what there is, and a way of reading.
+    of what there is, and an I/O mode.
 
     Rows that come alone read all weights again, which takes its time: paged, all 40 do so with one kind of cache.
     """
@@ -67,10 +67,10 @@ def ways(model: ModelFile, n_threads: int, block_bytes: int) -> Iterator[tuple[F
     needs = weights_needs(network, node, FileWeights(model), block_bytes=block_bytes)
     rooms = needs.ring_blocks_min, (needs.ring_blocks_min + needs.blocks_total) // 2
     assert rooms[0] < rooms[1] < needs.blocks_total
-    way = paging_needs.WAYS[n_threads % 3]
+    io_mode = paging_needs.IO_MODES[n_threads % 3]
     for number, kind in enumerate(cache_types(model.spec), n_threads):
         yield kind, None, [[LENGTH], [7, 33], [38, 2], ALONE]
-        room = PagingSettings(rooms[number % 2], way=way, readers=1 + n_threads % 2, block_bytes=block_bytes, threads=n_threads)
+        room = PagingSettings(rooms[number % 2], io_mode=io_mode, readers=1 + n_threads % 2, block_bytes=block_bytes, threads=n_threads)
         yield kind, room, [[LENGTH], [7, 33], ALONE if kind == FloatType.F32 else [33, *[1] * 7]]
 
 
@@ -82,7 +82,7 @@ async def digests(path: Path, tokens: Sequence[int], in_place: bool) -> dict[str
         for n_threads in THREADS:
             ops.CLAIMED_BYTES = CLAIMED_BYTES[n_threads]
             with Executor(n_threads) as executor:
-                for kind, room, batches in ways(model, n_threads, block_bytes):
+                for kind, room, batches in settings(model, n_threads, block_bytes):
                     if room is not None and in_place:
                         continue
                     node = LocalNode(model, Compute(executor, math.inf), n_threads=n_threads, kv_cache=kind, paging=room)
@@ -93,7 +93,7 @@ async def digests(path: Path, tokens: Sequence[int], in_place: bool) -> dict[str
                             logits = await node.feed(tokens[at : at + size], at, logits=True)
                             at += size
                         found[kind.name].add(hashlib.sha256(logits.tobytes()).hexdigest()[:16])
-                    assert node.paging is None or node.paging.bytes > model.nbytes, "what had gone came again"
+                    assert node.paging is None or node.paging.meters.bytes > model.nbytes, "what had gone came again"
                     await node.close()
     return {kind: sorted(values) for kind, values in found.items()}
 

@@ -11,7 +11,7 @@ import pytest
 from dairllm.engine import system
 from dairllm.formats.file_stamp import FileStamp
 from dairllm.paging.expert_use import ExpertUse
-from dairllm.paging.mapping import Window, open_window
+from dairllm.paging.mapping import FileMapping, open_mapping
 from dairllm.paging.needs import PagingNeeds, PagingSettings, Policy
 from dairllm.paging.pager import Pager
 from dairllm.paging.policy import divide
@@ -23,10 +23,10 @@ BLOCK = 64 << 10
 LAYERS, EXPERTS, LONG = 4, 8, 3
 
 
-class Counting(Window):
+class Counting(FileMapping):
     """Keeps count of what is read."""
 
-    way = "counting"
+    io_mode = "counting"
 
     def __init__(self) -> None:
         self.block_bytes, self.path = BLOCK, Path("counted")
@@ -61,13 +61,13 @@ def layers() -> list[Step]:
 
 def read(policy: Policy, routing: list[list[set[int]]], room: int) -> list[int]:
     """Blocks read in each pass."""
-    steps, window = layers(), Counting()
+    steps, mapping = layers(), Counting()
     needs = PagingNeeds(LAYERS * (2 * EXPERTS + 2), 2 * LONG + 1, 2 * LONG + 1, BLOCK, 0)
-    pager = Pager(window, steps, divide(steps, needs, PagingSettings(room, policy=policy)), 2)
+    pager = Pager(mapping, steps, divide(steps, needs, PagingSettings(room, policy=policy)), 2)
     event, found = threading.Event(), []
     try:
         for chosen in routing:
-            before = sum(count for _, count in window.loads)
+            before = sum(count for _, count in mapping.loads)
             for number, step in enumerate(steps):
                 experts = chosen[number // 2] if step.experts else set()
                 needed = pager.needed(number, experts)
@@ -76,10 +76,10 @@ def read(policy: Policy, routing: list[list[set[int]]], room: int) -> list[int]:
                 while pager.blocks.missing(needed, event.set):
                     assert event.wait(PATIENCE)
                     event.clear()
-                assert set(needed) <= window.held
-                assert len(window.held) <= room
+                assert set(needed) <= mapping.held
+                assert len(mapping.held) <= room
                 pager.computed(number, experts)
-            found.append(sum(count for _, count in window.loads) - before)
+            found.append(sum(count for _, count in mapping.loads) - before)
     finally:
         pager.close()
     return found
@@ -164,12 +164,12 @@ def test_more_blocks_than_slots_lie_in_ordinary_pages(monkeypatch: pytest.Monkey
     slots.close()
 
 
-@pytest.mark.parametrize("way", ["buffered", "direct"])
-def test_small_blocks_take_no_more_mappings_than_they_are_apart(way: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("io_mode", ["buffered", "direct"])
+def test_small_blocks_take_no_more_mappings_than_they_are_apart(io_mode: str, tmp_path: Path) -> None:
     path = tmp_path / "file"
     content = np.random.default_rng(1).bytes(300 * BLOCK + 77)
     path.write_bytes(content)
-    window = open_window(way, path, FileStamp.of(path), BLOCK)
+    mapping = open_mapping(io_mode, path, FileStamp.of(path), BLOCK)
     dice = random.Random(6)  # noqa: S311  # not for secrets
     before = len(Path("/proc/self/maps").read_text().splitlines())
     held: list[Block] = []
@@ -177,13 +177,13 @@ def test_small_blocks_take_no_more_mappings_than_they_are_apart(way: str, tmp_pa
         block = dice.randrange(0, 300, 3)
         if block in held:
             continue
-        window.load(block, 3)
+        mapping.load(block, 3)
         held.append(block)
-        begin = window.address + block * BLOCK
+        begin = mapping.address + block * BLOCK
         assert ctypes.string_at(begin, 3 * BLOCK) == content[block * BLOCK : (block + 3) * BLOCK]
         if len(held) > 8:
-            window.release(held.pop(dice.randrange(8)), 3)
+            mapping.release(held.pop(dice.randrange(8)), 3)
     assert len(Path("/proc/self/maps").read_text().splitlines()) - before <= 4 * 3 * 8 + 8
-    window.load(300)
-    assert ctypes.string_at(window.address + 300 * BLOCK, 77) == content[-77:]
-    window.close()
+    mapping.load(300)
+    assert ctypes.string_at(mapping.address + 300 * BLOCK, 77) == content[-77:]
+    mapping.close()

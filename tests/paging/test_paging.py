@@ -1,4 +1,4 @@
-"""The parts of paging by themselves: windows, room, blocks that come and go, pieces of matrices."""
+"""The parts of paging by themselves: mappings, room, blocks that come and go, pieces of matrices."""
 
 import ctypes
 import random
@@ -20,11 +20,11 @@ from dairllm.formats.random_model import small_spec, write_random_model
 from dairllm.graph.build import build_graph
 from dairllm.graph.model import Architecture
 from dairllm.graph.types import FloatType, MatmulConfig, Op, OpCode, Pointer, PointerSource, PointerType, Size
-from dairllm.paging.mapping import WINDOWS, BufferedWindow, Window, open_window
+from dairllm.paging.mapping import MAPPINGS, BufferedMapping, FileMapping, open_mapping
 from dairllm.paging.needs import PagingNeeds, PagingSettings, Policy, weights_needs
 from dairllm.paging.pager import Pager
 from dairllm.paging.policy import Division, divide, spread
-from dairllm.paging.read_probe import choose_way
+from dairllm.paging.read_mode import probe_read_mode
 from dairllm.paging.schedule import Block, Step, blocks_of
 from tests.patience import PATIENCE
 
@@ -37,85 +37,85 @@ AREA = Area("weight", 0, 1 << 40)
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Nine blocks and some bytes."""
-    path = tmp_path_factory.mktemp("window") / "file"
+    path = tmp_path_factory.mktemp("mapping") / "file"
     path.write_bytes(np.random.default_rng(1).bytes(9 * HUGE + 1234))
     return path
 
 
-@pytest.fixture(params=WINDOWS)
-def window(request: pytest.FixtureRequest, file: Path) -> Iterator[Window]:
-    window = open_window(request.param, file, FileStamp.of(file), HUGE)
-    yield window
-    window.close()
+@pytest.fixture(params=MAPPINGS)
+def mapping(request: pytest.FixtureRequest, file: Path) -> Iterator[FileMapping]:
+    mapping = open_mapping(request.param, file, FileStamp.of(file), HUGE)
+    yield mapping
+    mapping.close()
 
 
-def in_memory(window: Window, block: Block) -> int:
+def in_memory(mapping: FileMapping, block: Block) -> int:
     """Pages of a block that this process has mapped."""
-    pages = -(-min(window.block_bytes, window.nbytes - block * window.block_bytes) // 4096)
+    pages = -(-min(mapping.block_bytes, mapping.nbytes - block * mapping.block_bytes) // 4096)
     with open("/proc/self/pagemap", "rb") as pagemap:
-        pagemap.seek((window.address + block * window.block_bytes) // 4096 * 8)
+        pagemap.seek((mapping.address + block * mapping.block_bytes) // 4096 * 8)
         entries = np.frombuffer(pagemap.read(8 * pages), np.uint64)
     return int((entries >> np.uint64(63)).sum())
 
 
-def test_a_block_is_at_its_place_until_it_is_released(window: Window, file: Path) -> None:
+def test_a_block_is_at_its_place_until_it_is_released(mapping: FileMapping, file: Path) -> None:
     expected = file.read_bytes()
-    assert window.address % (HUGE) == 0
+    assert mapping.address % (HUGE) == 0
     for block, count in ((0, 1), (3, 2), (8, 2)):
-        nbytes = window.load(block, count)
+        nbytes = mapping.load(block, count)
         begin = block * HUGE
         assert nbytes == min(count * HUGE, len(expected) - begin)
-        assert ctypes.string_at(window.address + begin, nbytes) == expected[begin : begin + nbytes]
-        assert in_memory(window, block) == HUGE // 4096
+        assert ctypes.string_at(mapping.address + begin, nbytes) == expected[begin : begin + nbytes]
+        assert in_memory(mapping, block) == HUGE // 4096
     for block, count in ((0, 1), (3, 2), (8, 2)):
-        window.release(block, count)
-    assert [in_memory(window, block) for block in range(10)] == [0] * 10
+        mapping.release(block, count)
+    assert [in_memory(mapping, block) for block in range(10)] == [0] * 10
 
 
-@pytest.mark.parametrize("way", WINDOWS)
-def test_a_window_on_a_file_that_is_another_by_now(way: str, file: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("io_mode", MAPPINGS)
+def test_a_mapping_of_a_file_that_is_another_by_now(io_mode: str, file: Path, tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(file.read_bytes())
     stamp = FileStamp.of(path)
-    window = open_window(way, path, stamp, HUGE)
+    mapping = open_mapping(io_mode, path, stamp, HUGE)
     path.write_bytes(b"short")
     with pytest.raises(EngineError, match=rf"had {9 * HUGE + 1234} bytes when it was opened and has 5 now"):
-        window.load(4)
-    window.close()
+        mapping.load(4)
+    mapping.close()
     with pytest.raises(EngineError, match="had"):
-        open_window(way, path, stamp, HUGE)
+        open_mapping(io_mode, path, stamp, HUGE)
     path.unlink()
-    with pytest.raises(EngineError, match=rf"file cannot be paged by the way `{way}`: No such file"):
-        open_window(way, path, stamp, HUGE)
+    with pytest.raises(EngineError, match=rf"file cannot be paged with the I/O mode {io_mode}: No such file"):
+        open_mapping(io_mode, path, stamp, HUGE)
     with pytest.raises(EngineError, match="blocks of 5000 bytes; expected a power of two"):
-        open_window(way, file, FileStamp.of(file), 5000)
+        open_mapping(io_mode, file, FileStamp.of(file), 5000)
 
 
-def test_the_way_is_measured_or_as_it_was_set(file: Path) -> None:
+def test_the_io_mode_is_measured_or_as_it_was_set(file: Path) -> None:
     stamp = FileStamp.of(file)
-    chosen = choose_way(file, stamp, HUGE)
-    assert chosen.way in WINDOWS
+    chosen = probe_read_mode(file, stamp, HUGE)
+    assert chosen.io_mode in MAPPINGS
     assert chosen.readers in (1, 2)
-    assert dict(chosen.rates).keys() == {(way, readers) for way in WINDOWS for readers in (1, 2)}
-    assert chosen.bytes_per_second == dict(chosen.rates)[chosen.way, chosen.readers] > 0
-    direct = choose_way(file, stamp, HUGE, "direct")
-    assert direct.way == "direct"
-    assert {way for (way, _), _ in direct.rates} == {"direct"}
-    assert choose_way(file, stamp, HUGE, "auto", 3).readers == 3
-    fixed = choose_way(file, stamp, HUGE, "buffered", 2)
-    assert (fixed.way, fixed.readers, fixed.rates, fixed.bytes_per_second) == ("buffered", 2, (), 0)
+    assert dict(chosen.rates).keys() == {(io_mode, readers) for io_mode in MAPPINGS for readers in (1, 2)}
+    assert chosen.bytes_per_second == dict(chosen.rates)[chosen.io_mode, chosen.readers] > 0
+    direct = probe_read_mode(file, stamp, HUGE, "direct")
+    assert direct.io_mode == "direct"
+    assert {io_mode for (io_mode, _), _ in direct.rates} == {"direct"}
+    assert probe_read_mode(file, stamp, HUGE, "auto", 3).readers == 3
+    fixed = probe_read_mode(file, stamp, HUGE, "buffered", 2)
+    assert (fixed.io_mode, fixed.readers, fixed.rates, fixed.bytes_per_second) == ("buffered", 2, (), 0)
 
 
-def test_a_way_that_fails_is_not_taken(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(window: Window, offset: int, nbytes: int) -> None:
+def test_an_io_mode_that_fails_is_not_taken(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(mapping: FileMapping, offset: int, nbytes: int) -> None:
         raise OSError(5, "Input/output error")
 
-    for way in ("map", "direct"):
-        monkeypatch.setattr(WINDOWS[way], "_load", fails)
-    assert choose_way(file, FileStamp.of(file), HUGE).way == "buffered"
-    monkeypatch.setattr(BufferedWindow, "_load", fails)
+    for io_mode in ("mmap", "direct"):
+        monkeypatch.setattr(MAPPINGS[io_mode], "_load", fails)
+    assert probe_read_mode(file, FileStamp.of(file), HUGE).io_mode == "buffered"
+    monkeypatch.setattr(BufferedMapping, "_load", fails)
     with pytest.raises(EngineError, match="bytes 0 to 2097152 cannot be read: Input/output error"):
-        choose_way(file, FileStamp.of(file), HUGE)
+        probe_read_mode(file, FileStamp.of(file), HUGE)
 
 
 # ------------------------------------------------------------------------------------------------------------------------------- room
@@ -153,10 +153,10 @@ def test_what_stays_is_spread_evenly(count: int) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------------------ coming and going
-class Recording(Window):
+class Recording(FileMapping):
     """Keeps count of what is in memory, and takes its time at random."""
 
-    way = "recording"
+    io_mode = "recording"
 
     def __init__(self, total: int, seed: int) -> None:
         self.block_bytes, self.nbytes, self.path = BLOCK, total * BLOCK, Path("recorded")
@@ -207,28 +207,28 @@ def test_blocks_are_there_when_their_step_comes_wherever_the_pass_goes(readers: 
     dice = random.Random(readers + kept + ring)  # noqa: S311  # not for secrets
     steps = [Step(n, n + 1, tuple(dict.fromkeys([2 * n % 40, (2 * n + 1) % 40, 7 * n % 40]))) for n in range(20)]
     stay = spread(range(40), kept)
-    window = Recording(40, readers)
-    pager = Pager(window, steps, Division(stay, 0 if kept == 40 else ring, ring), readers)
+    mapping = Recording(40, readers)
+    pager = Pager(mapping, steps, Division(stay, 0 if kept == 40 else ring, ring), readers)
     try:
         for number in [*range(20), *range(20), *(dice.randrange(20) for _ in range(150))]:
             come(pager, number)
-            assert set(steps[number].blocks) <= window.held
+            assert set(steps[number].blocks) <= mapping.held
             pager.blocks.used(steps[number].blocks)
     finally:
         pager.close()
-    assert window.most <= kept + ring
-    assert pager.blocks.meters.bytes == window.loads * BLOCK
+    assert mapping.most <= kept + ring
+    assert pager.blocks.meters.bytes == mapping.loads * BLOCK
 
 
 def test_a_pass_reads_what_does_not_stay_once() -> None:
-    window = Recording(40, 0)
-    pager = Pager(window, line(40), Division(spread(range(40), 25), 5, 5), 2)
+    mapping = Recording(40, 0)
+    pager = Pager(mapping, line(40), Division(spread(range(40), 25), 5, 5), 2)
     try:
         for number in [*range(40)] * 3:
             come(pager, number)
     finally:
         pager.close()
-    assert 25 + 3 * 15 <= window.loads <= 25 + 3 * 15 + 5  # the last ones are of the pass that would come
+    assert 25 + 3 * 15 <= mapping.loads <= 25 + 3 * 15 + 5  # the last ones are of the pass that would come
 
 
 # ------------------------------------------------------------------------------------------------------------------------------- pieces

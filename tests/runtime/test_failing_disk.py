@@ -17,7 +17,7 @@ from dairllm.errors import EngineError
 from dairllm.formats.model_file import ModelFile
 from dairllm.formats.random_model import small_spec, write_random_model
 from dairllm.graph.build import build_graph
-from dairllm.paging.needs import PagingSettings, Way, weights_needs
+from dairllm.paging.needs import IoMode, PagingSettings, weights_needs
 from dairllm.runtime.compute import Compute
 from dairllm.runtime.local_node import LocalNode, default_sync
 from tests.patience import PATIENCE
@@ -49,8 +49,8 @@ def disk(tmp_path: Path) -> Iterator[tuple[Path, Path]]:
         yield folder, image
 
 
-@pytest.mark.parametrize("way", ["map", "buffered", "direct"])
-async def test_a_disk_that_fails_fails_the_pass_and_says_so(way: Way, disk: tuple[Path, Path]) -> None:
+@pytest.mark.parametrize("io_mode", ["mmap", "buffered", "direct"])
+async def test_a_disk_that_fails_fails_the_pass_and_says_so(io_mode: IoMode, disk: tuple[Path, Path]) -> None:
     folder, image = disk
     path = folder / "m.m"
     write_random_model(path, small_spec(dim=512, n_heads=8, n_kv_heads=8, hidden_dim=4096, n_layers=6))
@@ -60,7 +60,7 @@ async def test_a_disk_that_fails_fails_the_pass_and_says_so(way: Way, disk: tupl
         compute.open()
         network, (graph,) = build_graph(model.spec, 1, default_sync(model.spec.weight_type), 32)
         needs = weights_needs(network, graph, FileWeights(model), block_bytes=BLOCK)
-        paging = PagingSettings(needs.ring_blocks_min + 2, way=way, readers=1, block_bytes=BLOCK)
+        paging = PagingSettings(needs.ring_blocks_min + 2, io_mode=io_mode, readers=1, block_bytes=BLOCK)
         node = LocalNode(model, compute, n_threads=1, rows=32, paging=paging)
         await node.open()
         expected = np.array(await node.feed([1], 0, logits=True))

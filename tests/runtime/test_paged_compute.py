@@ -21,8 +21,8 @@ from dairllm.formats.random_model import small_spec, write_random_model
 from dairllm.graph.build import build_graph
 from dairllm.graph.model import Architecture
 from dairllm.graph.types import FloatType
-from dairllm.paging.mapping import BufferedWindow
-from dairllm.paging.needs import PagingSettings, Way, weights_needs
+from dairllm.paging.mapping import BufferedMapping
+from dairllm.paging.needs import IoMode, PagingSettings, weights_needs
 from dairllm.runtime.compute import Compute
 from dairllm.runtime.local_node import LocalNode, default_sync
 from tests.patience import until
@@ -120,12 +120,12 @@ async def test_paged_is_resident_in_every_room(name: str, models: dict[str, Path
     )
     read = []
     for number, room in enumerate(room for room in rooms if room >= least):
-        way: Way = ("map", "buffered", "direct")[number % 3]
-        settings = PagingSettings(room, way=way, readers=1 + number % 2, block_bytes=BLOCK)
+        io_mode: IoMode = ("mmap", "buffered", "direct")[number % 3]
+        settings = PagingSettings(room, io_mode=io_mode, readers=1 + number % 2, block_bytes=BLOCK)
         async with opened(models[name], executor, settings, brief=(math.inf, 0.0)[number // 2 % 2]) as node:
-            assert await answer(node) == expected, (room, way)
+            assert await answer(node) == expected, (room, io_mode)
             assert node.paging is not None
-            read.append(node.paging.bytes)
+            read.append(node.paging.meters.bytes)
     assert read[0] > read[-1], "what stays is not read again"
     assert read[-1] == read[-2], "with room for all, each block is read once"
 
@@ -136,7 +136,7 @@ async def test_the_least_recently_used_may_go_as_well(name: str, models: dict[st
         expected = await answer(node)
     least, total = needs_of(models[name])
     for room in (least, (least + total) // 2, total):
-        settings = PagingSettings(room, policy="lru", way="buffered", readers=2, block_bytes=BLOCK)
+        settings = PagingSettings(room, policy="lru", io_mode="buffered", readers=2, block_bytes=BLOCK)
         async with opened(models[name], executor, settings) as node:
             assert await answer(node) == expected, room
 
@@ -145,15 +145,15 @@ async def test_what_is_kept_is_not_read_again(models: dict[str, Path], executor:
     """A token reads the blocks that do not stay, each once, and one row of the embedding."""
     least, total = needs_of(models["wide_Q40"])
     for room in (least + 4, total // 2, total * 3 // 4):
-        settings = PagingSettings(room, way="buffered", readers=1, block_bytes=BLOCK)
+        settings = PagingSettings(room, io_mode="buffered", readers=1, block_bytes=BLOCK)
         async with opened(models["wide_Q40"], executor, settings) as node:
             assert node.paging is not None
             for place in range(3):
                 await node.feed([place], place, logits=True)
-            before = node.paging.bytes
+            before = node.paging.meters.bytes
             for place in range(3, 13):
                 await node.feed([place], place, logits=True)
-            read = (node.paging.bytes - before) / 10
+            read = (node.paging.meters.bytes - before) / 10
         ring = min(6, room)
         again = total - (room - ring)
         # blocks that two matrices share and that lie farther apart in the pass than the ring is long are read twice
@@ -162,21 +162,21 @@ async def test_what_is_kept_is_not_read_again(models: dict[str, Path], executor:
 
 async def test_threads_are_tried_without_a_changed_bit(models: dict[str, Path], executor: Executor) -> None:
     async def tokens(paging: PagingSettings | None) -> tuple[list[bytes], set[tuple[int, int]]]:
-        found, efforts = [], set()
+        found, configurations = [], set()
         async with opened(models["wide_Q40"], executor, paging) as node:
             await node.feed(PROMPT, 0, logits=False)
             for place in range(60):
                 found.append(np.array(await node.feed([place], len(PROMPT) + place, logits=True)).tobytes())
-                efforts.add((executor.n_threads, 0 if paging is None else node.effort.readers))
-        return found, efforts
+                configurations.add((executor.n_threads, 0 if node.paging is None else node.paging.configuration.readers))
+        return found, configurations
 
     want, _ = await tokens(None)
     with ModelFile.open(models["wide_Q40"]) as model:
         network, (own,) = build_graph(model.spec, 1, default_sync(model.spec.weight_type), 32)
         needs = weights_needs(network, own, FileWeights(model), block_bytes=BLOCK)
-    got, efforts = await tokens(PagingSettings(needs.ring_blocks_min + 8, "pinned", "map", None, BLOCK))
+    got, configurations = await tokens(PagingSettings(needs.ring_blocks_min + 8, "pinned", "mmap", None, BLOCK))
     assert got == want
-    assert efforts == {(2, 1), (2, 2), (1, 1), (1, 2)}
+    assert configurations == {(2, 1), (2, 2), (1, 1), (1, 2)}
     assert executor.n_threads == 2  # as it was found
 
 
@@ -192,11 +192,11 @@ def copy(models: dict[str, Path], tmp_path: Path) -> Path:
     return Path(shutil.copy(models["wide_Q40"], tmp_path / "model.m"))
 
 
-@pytest.mark.parametrize("way", ["map", "buffered", "direct"])
-async def test_a_file_cut_short_fails_the_request_and_says_so(way: Way, copy: Path, executor: Executor) -> None:
+@pytest.mark.parametrize("io_mode", ["mmap", "buffered", "direct"])
+async def test_a_file_cut_short_fails_the_request_and_says_so(io_mode: IoMode, copy: Path, executor: Executor) -> None:
     least, _ = needs_of(copy)
     size = size_of(copy)
-    async with opened(copy, executor, PagingSettings(least, way=way, readers=1, block_bytes=BLOCK)) as node:
+    async with opened(copy, executor, PagingSettings(least, io_mode=io_mode, readers=1, block_bytes=BLOCK)) as node:
         await node.feed([1], 0, logits=True)
         os.truncate(copy, size - 5 * BLOCK)
         for _ in range(2):
@@ -206,7 +206,7 @@ async def test_a_file_cut_short_fails_the_request_and_says_so(way: Way, copy: Pa
 
 async def test_a_file_written_to_fails_the_request(copy: Path, executor: Executor) -> None:
     least, _ = needs_of(copy)
-    async with opened(copy, executor, PagingSettings(least, way="map", readers=1, block_bytes=BLOCK)) as node:
+    async with opened(copy, executor, PagingSettings(least, io_mode="mmap", readers=1, block_bytes=BLOCK)) as node:
         await node.feed([1], 0, logits=True)
         with copy.open("r+b") as file:
             file.seek(-10, os.SEEK_END)
@@ -221,7 +221,7 @@ async def test_a_file_put_in_its_place_before_it_is_opened_is_refused(copy: Path
     with ModelFile.open(copy) as model:
         other = shutil.copy(copy, copy.with_name("other.m"))
         os.replace(other, copy)
-        node = LocalNode(model, compute, n_threads=2, paging=PagingSettings(least, way="map", readers=1, block_bytes=BLOCK))
+        node = LocalNode(model, compute, n_threads=2, paging=PagingSettings(least, io_mode="mmap", readers=1, block_bytes=BLOCK))
         with pytest.raises(EngineError, match=r"model\.m has been replaced since it was opened"):
             await node.open()
 
@@ -229,7 +229,7 @@ async def test_a_file_put_in_its_place_before_it_is_opened_is_refused(copy: Path
 async def test_a_file_replaced_while_it_is_used_changes_nothing(copy: Path, executor: Executor) -> None:
     """Whoever has it open reads the old one to the end."""
     least, _ = needs_of(copy)
-    async with opened(copy, executor, PagingSettings(least, way="buffered", readers=1, block_bytes=BLOCK)) as node:
+    async with opened(copy, executor, PagingSettings(least, io_mode="buffered", readers=1, block_bytes=BLOCK)) as node:
         expected = await answer(node)
         write_random_model(copy.with_name("other.m"), small_spec(), seed=1)
         os.replace(copy.with_name("other.m"), copy)
@@ -241,19 +241,19 @@ async def test_a_disk_that_fails_fails_the_request_and_the_next_one_may_succeed(
 ) -> None:
     least, total = needs_of(copy)
     failing: list[int] = []
-    load = BufferedWindow._load
+    load = BufferedMapping._load
 
-    def broken(window: BufferedWindow, offset: int, nbytes: int) -> None:
+    def broken(mapping: BufferedMapping, offset: int, nbytes: int) -> None:
         if failing and offset <= failing[0] * BLOCK < offset + nbytes:
             raise OSError(5, "Input/output error")
-        load(window, offset, nbytes)
+        load(mapping, offset, nbytes)
 
-    monkeypatch.setattr(BufferedWindow, "_load", broken)
+    monkeypatch.setattr(BufferedMapping, "_load", broken)
     for room in (least, (least + total) // 2, total):
         failing.clear()
         async with opened(copy, executor, None) as resident:
             expected = await answer(resident)
-        async with opened(copy, executor, PagingSettings(room, way="buffered", readers=2, block_bytes=BLOCK)) as node:
+        async with opened(copy, executor, PagingSettings(room, io_mode="buffered", readers=2, block_bytes=BLOCK)) as node:
             failing.append(size_of(copy) // BLOCK - 8)  # of the classifier
             for _ in range(2):
                 with pytest.raises(EngineError, match=r"model\.m, bytes \d+ to \d+ cannot be read: Input/output error"):
@@ -266,7 +266,8 @@ async def test_a_pass_that_is_cancelled_leaves_all_in_order(models: dict[str, Pa
     least, _ = needs_of(models["wide_Q40"])
     async with opened(models["wide_Q40"], executor, None) as node:
         expected = await answer(node)
-    async with opened(models["wide_Q40"], executor, PagingSettings(least, way="direct", readers=2, block_bytes=BLOCK), brief=0.0) as node:
+    settings = PagingSettings(least, io_mode="direct", readers=2, block_bytes=BLOCK)
+    async with opened(models["wide_Q40"], executor, settings, brief=0.0) as node:
         for turns in range(0, 60, 4):
             task = asyncio.ensure_future(node.feed(PROMPT, 0, logits=True))
             for _ in range(turns):
@@ -284,7 +285,7 @@ async def test_an_opening_that_is_cancelled_gives_back_what_comes_after_all(mode
         return len(os.listdir("/proc/self/fd")), {thread.name for thread in threading.enumerate() if thread.name.startswith("reader")}
 
     least, _ = needs_of(models["wide_Q40"])
-    settings = PagingSettings(least, way="direct", readers=2, block_bytes=BLOCK)
+    settings = PagingSettings(least, io_mode="direct", readers=2, block_bytes=BLOCK)
     compute: Compute[Program] = Compute(executor)
     with ModelFile.open(models["wide_Q40"]) as model:
         compute.open()
@@ -313,14 +314,14 @@ async def test_only_experts_that_rows_are_routed_to_are_read(models: dict[str, P
     others = total * BLOCK - all_experts
     read = []
     for room in (least, int(others + of_experts) // BLOCK, int(others + 2 * of_experts) // BLOCK, total):
-        async with opened(models["experts"], executor, PagingSettings(room, way="buffered", readers=2, block_bytes=BLOCK)) as node:
+        async with opened(models["experts"], executor, PagingSettings(room, io_mode="buffered", readers=2, block_bytes=BLOCK)) as node:
             assert node.paging is not None
             for place in range(3):
                 await node.feed([place], place, logits=True)
-            before = node.paging.bytes
+            before = node.paging.meters.bytes
             for place in range(3, 23):
                 await node.feed([7 * place], place, logits=True)
-            read.append((node.paging.bytes - before) / 20)
+            read.append((node.paging.meters.bytes - before) / 20)
     assert 0 < read[0] <= 1.3 * (others + of_experts)
     assert read[1] <= 1.3 * of_experts  # neighbouring experts share blocks: each is read with a block more than it fills
     assert read == sorted(read, reverse=True)

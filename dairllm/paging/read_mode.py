@@ -1,4 +1,4 @@
-"""Which way of reading is the fastest for a file on this machine: measured, since it depends on disk, file system and kernel."""
+"""Which I/O mode is the fastest for a file on this machine: measured, since it depends on disk, file system and kernel."""
 
 import time
 from collections.abc import Sequence
@@ -9,73 +9,79 @@ from pathlib import Path
 from dairllm.errors import EngineError
 from dairllm.formats.file_stamp import FileStamp
 from dairllm.paging.block_cache import runs
-from dairllm.paging.mapping import Window, open_window
-from dairllm.paging.needs import WAYS, Way
+from dairllm.paging.mapping import FileMapping, open_mapping
+from dairllm.paging.needs import IO_MODES, IoMode
 from dairllm.paging.readers import Readers
 
-__all__ = ["WayChoice", "choose_way"]
+__all__ = ["ReadMode", "probe_read_mode"]
 
 _SAMPLE_BYTES = 48 << 20
 _SAMPLE_SECONDS = 0.25
 _CLEARLY = 1.15
-"""A way that costs more processor time must be so much faster to be taken."""
+"""A mode that costs more processor time must be so much faster to be taken."""
 _SECOND_READER = 0.9
 """A second reader is taken unless it makes reading slower than this: while one gives up blocks or waits to be woken, the other reads."""
 
 
 @dataclass(frozen=True, slots=True)
-class WayChoice:
+class ReadMode:
     """How a file is read.
 
     Attributes:
-        way: one of WAYS.
+        io_mode: one of IO_MODES.
         readers: threads that read.
-        rates: what was measured: ((way, readers), bytes a second); empty where nothing was.
+        rates: what was measured: ((I/O mode, readers), bytes a second); empty where nothing was.
     """
 
-    way: str
+    io_mode: str
     readers: int
     rates: tuple[tuple[tuple[str, int], float], ...] = ()
 
     @property
     def bytes_per_second(self) -> float:
         """Of the chosen; 0 where nothing was measured."""
-        return dict(self.rates).get((self.way, self.readers), 0.0)
+        return dict(self.rates).get((self.io_mode, self.readers), 0.0)
 
 
-def choose_way(
-    path: Path, stamp: FileStamp, block_bytes: int, way: Way = "auto", readers: int | None = None, *, sample_bytes: int = _SAMPLE_BYTES
-) -> WayChoice:
+def probe_read_mode(
+    path: Path,
+    stamp: FileStamp,
+    block_bytes: int,
+    io_mode: IoMode = "auto",
+    readers: int | None = None,
+    *,
+    sample_bytes: int = _SAMPLE_BYTES,
+) -> ReadMode:
     """Measure what is not given, for a second or two at most: parts of the file are read, and leave the page cache again.
 
     Args:
         stamp: which file it is.
-        way: "auto", or the one to take.
+        io_mode: "auto", or the one to take.
         readers: how many are to read, or None.
 
     Raises:
-        EngineError: the file cannot be read in the way that is asked for, or in none.
+        EngineError: the file cannot be read in the mode that is asked for, or in none.
     """
-    if way != "auto" and readers is not None:
-        return WayChoice(way, readers)
+    if io_mode != "auto" and readers is not None:
+        return ReadMode(io_mode, readers)
     rates: dict[tuple[str, int], float] = {}
     reason: EngineError | None = None
-    for kind in WAYS if way == "auto" else (way,):
+    for kind in IO_MODES if io_mode == "auto" else (io_mode,):
         try:
-            window = open_window(kind, path, stamp, block_bytes)
+            mapping = open_mapping(kind, path, stamp, block_bytes)
         except EngineError as error:
             reason = error
             continue
         try:
             blocks = _sample(stamp.nbytes, block_bytes, sample_bytes)
-            _rate(window, blocks[: len(blocks) // 4 + 1], 1)  # the first touch of memory is slow on a virtual machine
+            _rate(mapping, blocks[: len(blocks) // 4 + 1], 1)  # the first touch of memory is slow on a virtual machine
             for count in (1, 2) if readers is None else (readers,):
-                rates[kind, count] = _rate(window, blocks, count)
+                rates[kind, count] = _rate(mapping, blocks, count)
         except EngineError as error:
             reason = error
             rates = {key: rate for key, rate in rates.items() if key[0] != kind}
         finally:
-            window.close()
+            mapping.close()
     if not rates:
         raise reason or EngineError(f"{path} cannot be paged")
     fastest: dict[str, float] = {}
@@ -87,7 +93,7 @@ def choose_way(
             best = name
     counts = {count: rate for (name, count), rate in rates.items() if name == best}
     taken = max(count for count, rate in counts.items() if rate >= _SECOND_READER * fastest[best])
-    return WayChoice(best, taken, tuple(rates.items()))
+    return ReadMode(best, taken, tuple(rates.items()))
 
 
 def _sample(nbytes: int, block_bytes: int, sample_bytes: int) -> list[int]:
@@ -99,11 +105,11 @@ def _sample(nbytes: int, block_bytes: int, sample_bytes: int) -> list[int]:
     return [total * part // stretches + place for part in range(stretches) for place in range(length)]
 
 
-def _rate(window: Window, blocks: Sequence[int], readers: int) -> float:
+def _rate(mapping: FileMapping, blocks: Sequence[int], readers: int) -> float:
     """Bytes a second for reading blocks, released behind; those read before the time was up count."""
     for block in blocks:
-        window.forget(block)
-    pieces = runs(blocks, max(1, (2 << 20) // window.block_bytes))
+        mapping.forget(block)
+    pieces = runs(blocks, max(1, (2 << 20) // mapping.block_bytes))
     done: list[int] = []
     failed: list[EngineError] = []
     end = time.perf_counter() + _SAMPLE_SECONDS
@@ -112,10 +118,10 @@ def _rate(window: Window, blocks: Sequence[int], readers: int) -> float:
         if time.perf_counter() > end and done:
             return
         try:
-            done.append(window.load(first, count))
+            done.append(mapping.load(first, count))
         except EngineError as error:
             failed.append(error)
-        window.release(first, count)
+        mapping.release(first, count)
 
     begun = time.perf_counter()
     threads = Readers(readers)

@@ -7,10 +7,10 @@ where it matters: over the passes of one row that are computed anyway. Threads c
 
 from typing import NamedTuple
 
-__all__ = ["Effort", "possible_efforts"]
+__all__ = ["ThreadConfiguration", "thread_configurations"]
 
 
-class Effort(NamedTuple):
+class ThreadConfiguration(NamedTuple):
     """Attributes:
     threads: that compute.
     readers: that read.
@@ -20,8 +20,8 @@ class Effort(NamedTuple):
     readers: int
 
 
-def possible_efforts(threads: int | None, readers: int | None, *, most_threads: int, first_readers: int) -> list[Effort]:
-    """Efforts worth a trial, the first to be had until another proves better.
+def thread_configurations(threads: int | None, readers: int | None, *, most_threads: int, first_readers: int) -> list[ThreadConfiguration]:
+    """Configurations worth a trial, the first to be had until another proves better.
 
     Args:
         threads: as somebody wants it; None: any.
@@ -31,4 +31,4 @@ def possible_efforts(threads: int | None, readers: int | None, *, most_threads: 
     """
     computing = [most_threads, most_threads - 1, most_threads // 2] if threads is None else [min(threads, most_threads)]
     reading = [first_readers, 3 - first_readers] if readers is None else [readers]
-    return list(dict.fromkeys(Effort(max(t, 1), r) for t in computing for r in reading))
+    return list(dict.fromkeys(ThreadConfiguration(max(t, 1), r) for t in computing for r in reading))
