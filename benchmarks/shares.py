@@ -33,7 +33,7 @@ from dairllm.paging.needs import BLOCK_BYTES
 from dairllm.paging.read_mode import probe_read_mode
 from dairllm.paging.schedule import blocks_of
 
-RING = 16 * BLOCK_BYTES
+STREAMING = 16 * BLOCK_BYTES
 READERS = 2
 COLUMNS = ("block_matmul_wo", "block_matmul_w2")
 
@@ -111,7 +111,7 @@ def measure(model: ModelFile, n_nodes: int, rounds: int) -> None:
     }
 
     def read_blocks(file: WeightsFile, wanted: Sequence[int], size: int) -> None:
-        read_file(file, wanted, modes[size][file is share], size, RING // size)  # type: ignore[arg-type]  # of any file
+        read_file(file, wanted, modes[size][file is share], size, STREAMING // size)  # type: ignore[arg-type]  # of any file
 
     def columns_apart() -> None:
         read_blocks(model, blocks(node, here, BLOCK_BYTES, COLUMNS), BLOCK_BYTES)

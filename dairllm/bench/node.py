@@ -96,8 +96,8 @@ async def _measure(task: NodeTask) -> dict[str, Any]:
             rows = max(task.rows) if task.batch is None else task.batch
             plan = _plan(model, task, rows)
             paging = None
-            if plan.room_blocks is not None:
-                paging = PagingSettings(plan.room_blocks, task.policy, task.io_mode, task.readers, plan.needs.block_bytes)
+            if plan.budget_blocks is not None:
+                paging = PagingSettings(plan.budget_blocks, task.policy, task.io_mode, task.readers, plan.needs.block_bytes)
             network, node = _graph(model, model.spec.seq_len, rows)
             if paging is not None:
                 forget(model.path)
@@ -135,9 +135,11 @@ async def _rounds(task: NodeTask, model: ModelFile, plan: MemoryPlan, own: NodeP
         if own.paging is None:
             reading.append(read_memory(model, task.threads))
         else:
-            reading.append(read_file(model, streamed, own.paging.read_mode, plan.needs.block_bytes, ring=plan.needs.ring_blocks_best))
+            reading.append(
+                read_file(model, streamed, own.paging.read_mode, plan.needs.block_bytes, streaming=plan.needs.streaming_blocks_best)
+            )
         for rows in task.rows:
-            await feeder.feed(rows)  # finds the caches, or the ring, as something else has left them
+            await feeder.feed(rows)  # finds the caches, or the streaming buffer, as something else has left them
             profile, before = own.program.profile(), _fetched(own)
             seconds[rows] += [await feeder.feed(rows) for _ in range(task.passes)]
             profiles[rows] += profile.sum(axis=0)

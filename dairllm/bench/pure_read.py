@@ -44,8 +44,9 @@ def read_memory(model: ModelFile, n_threads: int) -> float:
     return max(words.nbytes / _seconds(read, n_threads) for _ in range(2))
 
 
-def read_file(model: ModelFile, blocks: Sequence[int], mode: ReadMode, block_bytes: int, ring: int) -> float:
-    """Bytes a second of blocks that are not in memory, neighbours at once as when paging, given up as soon as `ring` others have come."""
+def read_file(model: ModelFile, blocks: Sequence[int], mode: ReadMode, block_bytes: int, streaming: int) -> float:
+    """Bytes a second of blocks that are not in memory, neighbours at once as when paging, evicted as soon as `streaming` others
+    have come."""
     mapping = open_mapping(mode.io_mode, model.path, model.stamp, block_bytes)
     waiting = iter(runs(blocks, max(1, BLOCK_BYTES // block_bytes)))
     lock = threading.Lock()
@@ -59,7 +60,7 @@ def read_file(model: ModelFile, blocks: Sequence[int], mode: ReadMode, block_byt
                 break
             mapping.load(*run)
             held.append(run)
-            while sum(count for _, count in held) > ring // mode.readers:
+            while sum(count for _, count in held) > streaming // mode.readers:
                 mapping.release(*held.pop(0))
         for run in held:
             mapping.release(*run)

@@ -156,7 +156,7 @@ class TensorSession:
         plan = plan_node(network, node, weights, limit, packed=packed, n_threads=n_threads, kv_cache=self._kv_cache, beside=comparing)
         here = "" if located is not None else ", or the model on a disk of this worker (worker.model),"
         plan.check(f"A shorter context (--max-seq-len of the root, now {{seq_len}}) or a smaller share (--shares){here} needs less")
-        paging = None if plan.room_blocks is None else PagingSettings.chosen(settings.paging, plan.room_blocks, plan.needs.block_bytes)
+        paging = None if plan.budget_blocks is None else PagingSettings.chosen(settings.paging, plan.budget_blocks, plan.needs.block_bytes)
         log.info("memory plan", node=node.node, nodes=network.n_nodes, **plan.summary())
         if paging is None and packed is not None:
             weights = packed

@@ -61,7 +61,7 @@ def run(options: GenerateOptions) -> None:
 def _is_of_interest(plan: MemoryPlan, settings: RootSettings) -> bool:
     """Whether the plan is shown unasked: it holds something back, or somebody set a limit or wants to know more than usual."""
     chosen = settings.limits.memory != RootSettings().limits.memory
-    return plan.room_blocks is not None or chosen or settings.log.level in ("debug", "info")
+    return plan.budget_blocks is not None or chosen or settings.log.level in ("debug", "info")
 
 
 def _note(lines: Iterable[str]) -> None:

@@ -63,7 +63,7 @@ def run(
             for node in range(len(settings.cluster.workers) + 1)
         ]
         measured = _measured(settings, file, plans) if measure else {}
-    choices = [None if plan.room_blocks is None else measured.get(plan.needs.block_bytes) for plan in plans]
+    choices = [None if plan.budget_blocks is None else measured.get(plan.needs.block_bytes) for plan in plans]
     if json:
         nodes = [
             {"node": node, **plan.figures(), "reading": None if choice is None else reading(choice, plan)}
@@ -81,6 +81,6 @@ def run(
 
 def _measured(settings: RootSettings, file: ModelFile, plans: Sequence[MemoryPlan]) -> dict[int, ReadMode]:
     """How this machine reads the file, by the size of blocks; empty where nothing would be read."""
-    sizes = dict.fromkeys(plan.needs.block_bytes for plan in plans if plan.room_blocks is not None)
+    sizes = dict.fromkeys(plan.needs.block_bytes for plan in plans if plan.budget_blocks is not None)
     paging = PagingSettings.chosen(settings.paging, 0, 0)
     return {size: probe_read_mode(file.path, file.stamp, size, paging.io_mode, paging.readers) for size in sizes}

@@ -157,7 +157,7 @@ def root_node(
     """
     n_threads, workers, sync = settings.engine.n_threads, settings.cluster.workers, sync_of(settings, model)
     kv_cache = FloatType[settings.engine.kv_cache.upper()]
-    paging = None if plan.room_blocks is None else PagingSettings.chosen(settings.paging, plan.room_blocks, plan.needs.block_bytes)
+    paging = None if plan.budget_blocks is None else PagingSettings.chosen(settings.paging, plan.budget_blocks, plan.needs.block_bytes)
     if not workers:
         return LocalNode(
             model,

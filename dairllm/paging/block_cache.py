@@ -10,20 +10,20 @@ from dairllm.paging.needs import PagingMeters
 from dairllm.paging.readers import Readers
 from dairllm.paging.schedule import Block
 
-__all__ = ["Blocks", "Order", "runs"]
+__all__ = ["BlockCache", "EvictionOrder", "runs"]
 
 _ORDERS = 8
 """Blocks are put in order again when so large a part of them has gone: it takes longer the more there are."""
 
-Order = Callable[[Iterable[Block]], Iterable[Block]]
+EvictionOrder = Callable[[Iterable[Block]], Iterable[Block]]
 """Blocks that are in memory or on their way, what is to go first at the begin."""
 
 _READ_BYTES = 2 << 20
 """The longest read of neighbouring blocks."""
 
 
-class Blocks:
-    """At most `ring` blocks pass through; those of `kept` come once and stay. What was used longest ago goes first, or what somebody
+class BlockCache:
+    """At most `streaming` blocks pass through; those of `pinned` come once and stay. What was used longest ago goes first, or what somebody
     else puts first.
 
     A block that is to make room is only named: whichever reader needs room first gives it up, before it reads. Until then it can be called
@@ -31,14 +31,16 @@ class Blocks:
     together: a part of them would be of no use, and they leave room that lies together.
     """
 
-    def __init__(self, mapping: FileMapping, kept: frozenset[Block], ring: int, readers: int, order: Order | None = None) -> None:
-        self.kept, self.meters = kept, PagingMeters()
-        self._mapping, self._ring = mapping, ring
+    def __init__(
+        self, mapping: FileMapping, pinned: frozenset[Block], streaming: int, readers: int, order: EvictionOrder | None = None
+    ) -> None:
+        self.pinned, self.meters = pinned, PagingMeters()
+        self._mapping, self._streaming = mapping, streaming
         self._longest = max(1, _READ_BYTES // mapping.block_bytes)
         self._lock = threading.Condition()
-        self._kept_asked: set[Block] = set()
+        self._pinned_asked: set[Block] = set()
         self._passing: dict[Block, None] = {}
-        """In the ring or asked for, what is to go first at the begin; never more than `ring`."""
+        """In the streaming buffer or asked for, what is to go first at the begin; never more than `streaming`."""
         self._order, self._gone = order, 0
         """How blocks are put in order; how many have gone since."""
         self._to_go: dict[Block, None] = {}
@@ -48,7 +50,7 @@ class Blocks:
         self._beyond = 0
         """How many of those are more than whoever gives them up needs room for: they still are in `_occupied`."""
         self._occupied = 0
-        """Places of the ring that hold something or are being filled."""
+        """Places of the streaming buffer that hold something or are being filled."""
         self._ready: set[Block] = set()
         self._failed: dict[Block, EngineError] = {}
         self._awaited: set[Block] = set()
@@ -57,13 +59,13 @@ class Blocks:
 
     # ------------------------------------------------------------------------------------------------- what the steering task calls
     @property
-    def kept_all(self) -> bool:
-        """Whether all kept blocks have been asked for."""
-        return len(self._kept_asked) == len(self.kept)
+    def all_pinned_asked(self) -> bool:
+        """Whether all pinned blocks have been asked for."""
+        return len(self._pinned_asked) == len(self.pinned)
 
     def asked(self, block: Block) -> bool:
         """Whether a block is in memory to stay there, or on its way."""
-        return block in self._passing or block in self._kept_asked
+        return block in self._passing or block in self._pinned_asked
 
     def all_ready(self, blocks: Iterable[Block]) -> bool:
         """Whether blocks are all in memory; they stay there until `ask` is called."""
@@ -76,13 +78,13 @@ class Blocks:
         with self._lock:
             for block in [block for block in self._failed if block not in protected]:
                 self._forget(block)
-            victims = iter(self._victims(sum(block not in self.kept for block in missing), protected))
+            victims = iter(self._victims(sum(block not in self.pinned for block in missing), protected))
             for block in missing:
-                if block in self.kept:
-                    self._kept_asked.add(block)
+                if block in self.pinned:
+                    self._pinned_asked.add(block)
                     reading.append(block)
                     continue
-                if len(self._passing) >= self._ring:
+                if len(self._passing) >= self._streaming:
                     victim = next(victims, None)
                     if victim is None:
                         break
@@ -156,7 +158,7 @@ class Blocks:
 
     def _victims(self, places: int, protected: frozenset[Block] | set[Block]) -> list[range]:
         """What is to make room for so many blocks more, as runs of neighbours; what cannot be had is missing."""
-        lacking = len(self._passing) + places - self._ring
+        lacking = len(self._passing) + places - self._streaming
         if self._order is not None and lacking > 0 and self._gone * _ORDERS >= len(self._passing):
             self._passing, self._gone = dict.fromkeys(self._order(self._passing)), 0
         found: list[range] = []
@@ -175,21 +177,21 @@ class Blocks:
     def _forget(self, block: Block) -> None:
         """A block that failed may be asked for again."""
         self._passing.pop(block, None)
-        self._kept_asked.discard(block)
+        self._pinned_asked.discard(block)
         del self._failed[block]
 
     # -------------------------------------------------------------------------------------------------------------- reader threads
     def _read(self, first: Block, count: int) -> None:
         blocks = range(first, first + count)
-        places = sum(block not in self.kept for block in blocks)
+        places = sum(block not in self.pinned for block in blocks)
         with self._lock:
             leaving: list[Block] = []
             self._occupied += places
             while True:
-                while self._occupied > self._ring and self._to_go and len(leaving) < places:
+                while self._occupied > self._streaming and self._to_go and len(leaving) < places:
                     leaving.append(self._leave(next(iter(self._to_go))))
                     self._occupied -= 1
-                if self._occupied <= self._ring or len(leaving) == places or not self._beyond:
+                if self._occupied <= self._streaming or len(leaving) == places or not self._beyond:
                     break
                 self._lock.wait()  # for what another reader is giving up
             needed = len(leaving)

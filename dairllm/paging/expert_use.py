@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from dairllm.paging.schedule import Block, Step
+from dairllm.paging.schedule import Block, ScheduleUnit
 
 __all__ = ["ExpertUse"]
 
@@ -24,21 +24,21 @@ class ExpertUse:
     """Told of each use, it says which blocks are to go first.
 
     Args:
-        steps: of one program.
+        units: of one program.
     """
 
-    def __init__(self, steps: Sequence[Step]) -> None:
+    def __init__(self, units: Sequence[ScheduleUnit]) -> None:
         self._first: dict[int, int] = {}
-        """By step: its first expert's number among all."""
+        """By unit: its first expert's number among all."""
         count = 0
-        for number, step in enumerate(steps):
-            if step.experts:
-                self._first[number], count = count, count + len(step.experts)
-        end = 1 + max((block for step in steps for blocks in (step.blocks, *step.experts) for block in blocks), default=0)
+        for number, unit in enumerate(units):
+            if unit.experts:
+                self._first[number], count = count, count + len(unit.experts)
+        end = 1 + max((block for unit in units for blocks in (unit.blocks, *unit.experts) for block in blocks), default=0)
         self._owners = np.full((2, end), count)
         """Of each block, the experts that have a part of it, two at most; `count` is nobody."""
         for number, first in self._first.items():
-            for expert, blocks in enumerate(steps[number].experts):
+            for expert, blocks in enumerate(units[number].experts):
                 for block in blocks:
                     mine, other = self._owners[:, block]
                     if other == count:
@@ -49,11 +49,11 @@ class ExpertUse:
         self._keep, self._add = keep[:, None], (1 - keep) * (1, _WEIGHT)
         self._last = -1
 
-    def used(self, step: int, experts: Iterable[int]) -> None:
-        """Rows went through experts of a step."""
-        if step <= self._last:  # another pass
+    def used(self, unit: int, experts: Iterable[int]) -> None:
+        """Rows went through experts of a unit."""
+        if unit <= self._last:  # another pass
             self._means *= self._keep
-        self._last, first = step, self._first[step]
+        self._last, first = unit, self._first[unit]
         self._means[:, [first + expert for expert in experts]] += self._add[:, None]
 
     def order(self, held: Iterable[Block]) -> list[Block]:

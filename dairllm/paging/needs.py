@@ -1,8 +1,8 @@
 """What paging needs and what it is given: blocks of the model file, counted before anything is loaded.
 
-A node that cannot hold its weights keeps some blocks of the file and passes the others through a *ring*: read ahead of their use, given up
-behind it. Room is counted in blocks. What is small or read a row at a time is no block: norms are copied into memory at start, rows of the
-embedding are read one by one.
+A node that cannot hold its weights pins some blocks of the file and passes the others through a *streaming buffer*: read ahead
+of their use, evicted behind it. The budget is counted in blocks. What is small or read a row at a time is no block: norms are
+copied into memory at start, rows of the embedding are read one by one.
 """
 
 from collections.abc import Iterable
@@ -18,7 +18,7 @@ from dairllm.paging.schedule import Block, blocks_of, group_pieces
 __all__ = [
     "BLOCK_BYTES",
     "IO_MODES",
-    "RING_BYTES",
+    "STREAMING_BYTES",
     "IoMode",
     "PagingMeters",
     "PagingNeeds",
@@ -32,14 +32,14 @@ __all__ = [
 BLOCK_BYTES = 2 << 20
 """The usual block: what one huge page maps, and the largest folio that the page cache reads at once."""
 
-RING_BYTES = 32 << 20
-"""Of the ring that pays: enough for reads and computing not to wait for each other; more takes from what could be kept."""
+STREAMING_BYTES = 32 << 20
+"""Of the streaming buffer that pays: enough for reads and computing not to wait for each other; more takes from what could be pinned."""
 
 _LEAST_BLOCK = 64 << 10
 _EXPERT_BLOCKS = 8
 _PAGE = 4096
-_STEP_BYTES = 3 << 10
-"""What is remembered of a step: its records while they are made, its blocks, its outlook."""
+_UNIT_BYTES = 3 << 10
+"""What is remembered of a unit: its records while they are made, its blocks, its lookahead."""
 _BLOCK_BYTES = 256
 """What is remembered of a block."""
 
@@ -53,8 +53,8 @@ class PagingSettings:
     """How a node pages.
 
     Attributes:
-        room_blocks: blocks that may be in memory at once, from the needs' ring_blocks_min on.
-        policy: "pinned": as many blocks as fit stay, evenly spread over the pass, the others pass through a ring.
+        budget_blocks: blocks that may be in memory at once, from the needs' streaming_blocks_min on.
+        policy: "pinned": as many blocks as fit stay, evenly spread over the pass, the others pass through a streaming buffer.
             "lru": the least recently used block goes; the wrong one to go in a dense model, whose use is a cycle.
         io_mode: how blocks come into memory (dairllm.paging.mapping); "auto" measures the file at start.
         readers: threads that read; None: as many as measurements find best.
@@ -62,7 +62,7 @@ class PagingSettings:
         block_bytes: a power of two from 4096 on; None: `block_size` of the weights, which is what the needs were counted in.
     """
 
-    room_blocks: int
+    budget_blocks: int
     policy: Policy = "pinned"
     io_mode: IoMode = "auto"
     readers: int | None = None
@@ -70,11 +70,11 @@ class PagingSettings:
     threads: int | None = None
 
     @classmethod
-    def chosen(cls, paging: Paging, room_blocks: int, block_bytes: int) -> "PagingSettings":
-        """By somebody's settings, with the room that a plan found."""
+    def chosen(cls, paging: Paging, budget_blocks: int, block_bytes: int) -> "PagingSettings":
+        """By somebody's settings, with the budget that a plan found."""
         readers = None if paging.readers == "auto" else int(paging.readers)
         threads = None if paging.threads == "auto" else int(paging.threads)
-        return cls(room_blocks, paging.policy, paging.io_mode, readers, block_bytes, threads)
+        return cls(budget_blocks, paging.policy, paging.io_mode, readers, block_bytes, threads)
 
 
 @dataclass(slots=True)
@@ -82,7 +82,7 @@ class PagingMeters:
     """Counts since the node was opened.
 
     Attributes:
-        hits: blocks that were in memory when their step came.
+        hits: blocks that were in memory when their unit came.
         misses: blocks that were waited for.
         wait_seconds: for how long in all.
         bytes: read from the file.
@@ -98,34 +98,34 @@ class PagingNeeds(NamedTuple):
     """What paging a node's weights takes.
 
     Attributes:
-        blocks_total: blocks that a pass over all segments reads; with so much room nothing is ever read twice.
-        ring_blocks_min: the least room that works.
-        ring_blocks_best: of the ring that pays; room beyond keeps blocks in memory.
+        blocks_total: blocks that a pass over all segments reads; with such a budget nothing is ever read twice.
+        streaming_blocks_min: the least budget that works.
+        streaming_blocks_best: of the streaming that pays; a budget beyond that pins blocks.
         block_bytes: of one block.
         copied_bytes: memory beside the blocks: norms, rows of the embedding, weights that lie in memory.
-        remembered_bytes: what is kept in mind of steps and blocks.
+        remembered_bytes: what is kept in mind of units and blocks.
         expert_blocks: of blocks_total, those of experts.
         active_blocks: of those, what one row goes through, at most.
     """
 
     blocks_total: int
-    ring_blocks_min: int
-    ring_blocks_best: int
+    streaming_blocks_min: int
+    streaming_blocks_best: int
     block_bytes: int
     copied_bytes: int
     remembered_bytes: int = 0
     expert_blocks: int = 0
     active_blocks: int = 0
 
-    def staying(self, room: int) -> int:
-        """Blocks that stay, of a room in blocks; of experts, about which nothing is known before, none."""
+    def pinned(self, budget: int) -> int:
+        """Pinned blocks, of a budget in blocks; of experts, about which nothing is known before, none."""
         if self.expert_blocks:
-            return min(self.blocks_total - self.expert_blocks, max(0, room - 2 * self.ring_blocks_min))
-        return max(0, room - self.ring_blocks_best)
+            return min(self.blocks_total - self.expert_blocks, max(0, budget - 2 * self.streaming_blocks_min))
+        return max(0, budget - self.streaming_blocks_best)
 
-    def missing(self, room: int) -> int:
+    def missing(self, budget: int) -> int:
         """Blocks that a pass of one row reads, at most: experts that were used before may be there."""
-        return self.blocks_total - self.expert_blocks + self.active_blocks - self.staying(room)
+        return self.blocks_total - self.expert_blocks + self.active_blocks - self.pinned(budget)
 
 
 def weights_needs(network: NetworkConfig, node: NodeConfig, weights: Weights, *, block_bytes: int | None = None) -> PagingNeeds:
@@ -140,11 +140,11 @@ def weights_needs(network: NetworkConfig, node: NodeConfig, weights: Weights, *,
     size = block_bytes or block_size(node, weights)
     total: set[Block] = set()
     expert_blocks: set[Block] = set()
-    widest, expert_room, active, steps = 1, 0, 0, 0
+    widest, expert_room, active, units = 1, 0, 0, 0
     for pieces in segment_pieces(node, weights, PIECE_BYTES):
         for group in group_pieces(pieces, size):
             members = [pieces[place] for place in group]
-            steps += 1
+            units += 1
             total.update(blocks_of(_spans(members), size))
             if members[0].experts:
                 experts = zip(*(piece.spans for piece in members if piece.spans), strict=True)  # of each, its matrices in the file
@@ -154,9 +154,9 @@ def weights_needs(network: NetworkConfig, node: NodeConfig, weights: Weights, *,
             else:
                 widest = max(widest, len(blocks_of(_spans(members), size)))
     least = max(widest, expert_room) + 1
-    best = max(RING_BYTES // size, 2 * widest, least)
+    best = max(STREAMING_BYTES // size, 2 * widest, least)
     count = len(total)
-    remembered = steps * _STEP_BYTES + count * _BLOCK_BYTES if count else 0
+    remembered = units * _UNIT_BYTES + count * _BLOCK_BYTES if count else 0
     copied, active = copied_bytes(network, node, weights), min(active, len(expert_blocks))
     return PagingNeeds(count, min(least, count), min(best, count), size, copied, remembered, len(expert_blocks), active)
 

@@ -97,12 +97,12 @@ def probe_read_mode(
 
 
 def _sample(nbytes: int, block_bytes: int, sample_bytes: int) -> list[int]:
-    """Blocks in a few stretches, evenly over the file."""
+    """Blocks in a few extents, evenly over the file."""
     total = -(-nbytes // block_bytes)
     wanted = min(max(sample_bytes // block_bytes, 1), total)
-    stretches = min(4, wanted)
-    length = wanted // stretches
-    return [total * part // stretches + place for part in range(stretches) for place in range(length)]
+    extents = min(4, wanted)
+    length = wanted // extents
+    return [total * part // extents + place for part in range(extents) for place in range(length)]
 
 
 def _rate(mapping: FileMapping, blocks: Sequence[int], readers: int) -> float:

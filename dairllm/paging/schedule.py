@@ -1,6 +1,6 @@
-"""The unit of computing under paging: a *step*, some records of a segment and the blocks of the model file that they read.
+"""The unit of computing under paging: a *schedule unit*, some records of a segment and the blocks of the model file that they read.
 
-A step reads few blocks, so that little room is needed at once, and a segment's records that read nothing go with the step before them.
+A unit reads few blocks, so that little room is needed at once, and a segment's records that read nothing go with the unit before them.
 """
 
 from collections.abc import Iterable, Sequence
@@ -9,17 +9,17 @@ from dataclasses import dataclass
 from dairllm.engine.pieces import PIECE_BYTES, Piece, Span
 from dairllm.engine.program import Program
 
-__all__ = ["STEP_BYTES", "Block", "Step", "blocks_of", "group_pieces", "program_steps"]
+__all__ = ["UNIT_BYTES", "Block", "ScheduleUnit", "blocks_of", "group_pieces", "program_schedule"]
 
 Block = int
 """Number of a block: it begins at that many times its size in the file."""
 
-STEP_BYTES = PIECE_BYTES
+UNIT_BYTES = PIECE_BYTES
 """Pieces are computed together up to so many bytes: fewer calls of the compute threads."""
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class ScheduleUnit:
     """Records first .. stop - 1 of a program.
 
     Attributes:
@@ -45,11 +45,11 @@ def blocks_of(spans: Iterable[Span], block_bytes: int) -> tuple[Block, ...]:
 
 
 def group_pieces(pieces: Sequence[Piece], block_bytes: int) -> list[list[int]]:
-    """Which pieces of a segment, by their places, make one step: neighbours, while they read few blocks; experts, all their matrices.
+    """Which pieces of a segment, by their places, make one unit: neighbours, while they read few blocks; experts, all their matrices.
 
     An expert's matrices lie together in the file: they are one read.
     """
-    limit = STEP_BYTES // block_bytes + 1
+    limit = UNIT_BYTES // block_bytes + 1
     groups: list[list[int]] = []
     held: set[Block] = set()
     for place, piece in enumerate(pieces):
@@ -63,12 +63,12 @@ def group_pieces(pieces: Sequence[Piece], block_bytes: int) -> list[list[int]]:
     return groups
 
 
-def program_steps(program: Program, block_bytes: int) -> tuple[tuple[Step, ...], tuple[int, ...]]:
-    """A program as steps, and for each segment the number of its first step; one number more, that of all steps.
+def program_schedule(program: Program, block_bytes: int) -> tuple[tuple[ScheduleUnit, ...], tuple[int, ...]]:
+    """A program as units, and for each segment the number of its first unit; one number more, that of all units.
 
-    Records that read nothing belong to the step before them, or, at the begin of a segment, to the first.
+    Records that read nothing belong to the unit before them, or, at the begin of a segment, to the first.
     """
-    steps: list[Step] = []
+    units: list[ScheduleUnit] = []
     starts = [0]
     for first, stop in program.segments:
         own = [(record, piece) for record, piece in program.pieces if first <= record < stop]
@@ -80,8 +80,8 @@ def program_steps(program: Program, block_bytes: int) -> tuple[tuple[Step, ...],
             if members and members[0].experts:
                 spans = zip(*(piece.spans for piece in members), strict=True)
                 experts = tuple(tuple(sorted(blocks_of(matrices, block_bytes))) for matrices in spans)
-                steps.append(Step(begin, end, (), experts, own[group[0]][0]))
+                units.append(ScheduleUnit(begin, end, (), experts, own[group[0]][0]))
             else:
-                steps.append(Step(begin, end, blocks_of((span for piece in members for span in piece.spans), block_bytes)))
-        starts.append(len(steps))
-    return tuple(steps), tuple(starts)
+                units.append(ScheduleUnit(begin, end, blocks_of((span for piece in members for span in piece.spans), block_bytes)))
+        starts.append(len(units))
+    return tuple(units), tuple(starts)

@@ -36,7 +36,7 @@ class Slots:
         self._count = 0
         """Slots that there are so far."""
         self._free: dict[int, int] = {}
-        """First slot and length of each stretch that is free; what came back last, and may still be in a cache, at the end."""
+        """First slot and length of each extent that is free; what came back last, and may still be in a cache, at the end."""
         self._taken: dict[int, int] = {}
         """The slot of an address."""
 
@@ -58,7 +58,7 @@ class Slots:
         with self._lock:
             slots = [self._taken.pop(address + number * self._bytes, -1) for number in range(count)]
             place = 0
-            for slot, length in _stretches(slots):
+            for slot, length in _extents(slots):
                 if slot >= 0:  # where it cannot be moved, the slot gets other memory when it is used again
                     self._move(address + place * self._bytes, self._pool + slot * self._bytes, length)
                     self._give(slot, length)
@@ -83,7 +83,7 @@ class Slots:
         return moved
 
     def _take(self, count: int) -> list[tuple[int, int]]:
-        """Free slots as (first, length), in few stretches."""
+        """Free slots as (first, length), in few extents."""
         free = sum(self._free.values())
         if free < count:
             self._grow(count - free)
@@ -125,8 +125,8 @@ class Slots:
         self._count += count
 
 
-def _stretches(slots: Sequence[int]) -> list[tuple[int, int]]:
-    """Slots as stretches that follow each other, (first, length); -1 is none, and those follow each other too."""
+def _extents(slots: Sequence[int]) -> list[tuple[int, int]]:
+    """Slots as extents that follow each other, (first, length); -1 is none, and those follow each other too."""
     found: list[tuple[int, int]] = []
     for slot in slots:
         first, length = found[-1] if found else (-2, 0)

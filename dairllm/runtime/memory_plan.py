@@ -3,9 +3,10 @@
     limit  >=  program and interpreter  +  KV cache  +  pipes, buffers, tables, threads  +  weights
 
 What the program holds is measured, not guessed: whoever plans has loaded already what will run, the tokenizer included. The rest is
-counted. The weights are all in place where they fit. Where they do not, they are paged: as many blocks stay as fit, the others pass through
-a ring. Where they do, and a server asks for it, what is left goes to more KV caches, each for another conversation. Unless somebody chose
-them, the context is made no longer than a quarter of the limit has room for, and a prompt's batch no larger than an eighth.
+counted. The weights are all in place where they fit. Where they do not, they are paged: as many blocks are pinned as fit, the
+others pass through a streaming buffer. Where they do, and a server asks for it, what is left goes to more KV caches, each for
+another conversation. Unless somebody chose them, the context is made no longer than a quarter of the limit has room for, and a
+prompt's batch no larger than an eighth.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -54,7 +55,7 @@ class MemoryPlan:
         kv_cache: for all positions of one conversation.
         buffers: pipes, buffers, tables, what threads work with, and weights that are copied or come over the wire.
         needs: of the weights in the model's file, in blocks.
-        room_blocks: blocks of weights that fit beside all that; None where all of them do.
+        budget_blocks: blocks of weights that fit beside all that; None where all of them do.
         start: the most that is held before the first pass, runtime included.
         conversations: that have a KV cache each.
         held: weights among the buffers: those that are copied or come over the wire.
@@ -68,7 +69,7 @@ class MemoryPlan:
     kv_cache: int
     buffers: int
     needs: PagingNeeds
-    room_blocks: int | None
+    budget_blocks: int | None
     start: int = 0
     conversations: int = 1
     held: int = 0
@@ -86,14 +87,14 @@ class MemoryPlan:
     @property
     def resident(self) -> int:
         """Weights in memory at once, at most."""
-        return self.weights if self.room_blocks is None else self.room_blocks * self.needs.block_bytes
+        return self.weights if self.budget_blocks is None else self.budget_blocks * self.needs.block_bytes
 
     @property
     def missing(self) -> int:
-        """Weights that a token reads from the disk, at most: what neither fits nor is part of the ring's coming and going."""
-        if self.room_blocks is None:
+        """Weights that a token reads from the disk, at most: what neither fits nor is part of the streaming buffer's coming and going."""
+        if self.budget_blocks is None:
             return 0
-        return self.needs.missing(self.room_blocks) * self.needs.block_bytes
+        return self.needs.missing(self.budget_blocks) * self.needs.block_bytes
 
     @property
     def total(self) -> int:
@@ -102,12 +103,12 @@ class MemoryPlan:
     @property
     def is_roomy(self) -> bool:
         """Whether the batch takes nothing from the weights that matters."""
-        return self.room_blocks is None or (self.buffers <= self.limit // 8 and self.room_blocks >= self.needs.ring_blocks_best)
+        return self.budget_blocks is None or (self.buffers <= self.limit // 8 and self.budget_blocks >= self.needs.streaming_blocks_best)
 
     @property
     def smallest(self) -> int:
         """The least limit that works with this context and batch, in whole MiB."""
-        least = max(self.fixed + self.needs.ring_blocks_min * self.needs.block_bytes, self.start)
+        least = max(self.fixed + self.needs.streaming_blocks_min * self.needs.block_bytes, self.start)
         return -(-least >> 20) << 20
 
     @property
@@ -119,8 +120,8 @@ class MemoryPlan:
         if self.fits:
             return
         parts = ", ".join(f"{format_size(size)} {what}" for what, size, _ in self._fixed_rows())
-        ring = self.needs.ring_blocks_min * self.needs.block_bytes
-        paged = f", {format_size(ring)} to page the weights through" if ring else ""
+        streaming = self.needs.streaming_blocks_min * self.needs.block_bytes
+        paged = f", {format_size(streaming)} to page the weights through" if streaming else ""
         raise LimitError(
             f"the memory limit {self._limit} is too small: {parts}{paged}; {format_size(self.smallest)} would do. "
             + advice.format(seq_len=self.seq_len)
@@ -141,7 +142,7 @@ class MemoryPlan:
             "missing_bytes_a_token": self.missing,
             "max_seq_len": self.seq_len,
             "batch_rows": self.rows,
-            "paged": self.room_blocks is not None,
+            "paged": self.budget_blocks is not None,
         }
 
     def summary(self) -> dict[str, Any]:
@@ -170,18 +171,18 @@ class MemoryPlan:
 
     def table(self) -> list[tuple[str, int, str]]:
         """(what, bytes, remark) of each part, their sum, and what could be."""
-        if self.room_blocks is None:
+        if self.budget_blocks is None:
             weights = [("weights, all in memory", self.weights, "in place, in the model's file")]
         else:
-            staying, size = self.needs.staying(self.room_blocks), self.needs.block_bytes
-            ring, experts = self.room_blocks - staying, self.needs.expert_blocks
+            pinned, size = self.needs.pinned(self.budget_blocks), self.needs.block_bytes
+            streaming, experts = self.budget_blocks - pinned, self.needs.expert_blocks
             read = f"{'at most ' if experts else ''}{format_size(self.missing)}"
             weights = [
-                ("weights that stay", staying * size, f"of {format_size(self.weights)}; a token reads {read} from the disk"),
+                ("pinned weights", pinned * size, f"of {format_size(self.weights)}; a token reads {read} from the disk"),
                 (
-                    "experts used most" if experts else "ring of the others",
-                    ring * size,
-                    f"{ring} blocks of {format_size(size)}" + (", a ring of the others too" if experts else ""),
+                    "experts used most" if experts else "streaming buffer",
+                    streaming * size,
+                    f"{streaming} blocks of {format_size(size)}" + (", and those that are streamed" if experts else ""),
                 ),
             ]
         return [
@@ -269,7 +270,7 @@ def plan_memory(
 
 
 def _with_conversations(plan: MemoryPlan, most: int) -> MemoryPlan:
-    if plan.room_blocks is not None:
+    if plan.budget_blocks is not None:
         return plan
     more = (plan.limit - plan.total) // max(plan.kv_cache, 1)
     return replace(plan, conversations=max(1, min(most, 1 + more)))
@@ -322,7 +323,7 @@ def plan_node(
         needs = weights_needs(network, node, weights)
         buffers = held.working + needs.copied_bytes + needs.remembered_bytes + beside
         room = max(0, (nbytes - runtime - held.caches - buffers) // needs.block_bytes)
-        room_blocks = None if room >= needs.blocks_total else room
+        budget_blocks = None if room >= needs.blocks_total else room
         return MemoryPlan(
             nbytes,
             str(limit),
@@ -332,10 +333,10 @@ def plan_node(
             held.caches,
             buffers,
             needs,
-            room_blocks,
+            budget_blocks,
             runtime + start,
             held=weights.nbytes,
         )
 
     plan = None if packed is None else planned(packed)
-    return planned(weights) if plan is None or plan.room_blocks is not None else plan
+    return planned(weights) if plan is None or plan.budget_blocks is not None else plan

@@ -1,7 +1,7 @@
 """Computing with weights that are not all in memory: the event loop's side of paging.
 
-`PagedCompute` takes the place of a node's `Compute`. It goes through a pass step by step: says where the pass has come to, so that reads go
-on ahead of it; waits for what the next step needs, if that is not there yet; has the step computed. Reader threads do the reading, compute
+`PagedCompute` takes the place of a node's `Compute`. It goes through a pass unit by unit: says where the pass has come to, so that reads go
+on ahead of it; waits for what the next unit needs, if that is not there yet; has the unit computed. Reader threads do the reading, compute
 threads the computing. What is asked for ahead is asked for at once, many blocks at a time, so nothing has to run on the loop for the disk
 to stay busy.
 """
@@ -24,13 +24,13 @@ from dairllm.graph.build import TOKEN_PIPE
 from dairllm.graph.types import FloatType, NetworkConfig, NodeConfig
 from dairllm.kernels.panels import TILE_COLUMNS
 from dairllm.net.runner import in_thread
-from dairllm.paging.block_cache import Blocks
+from dairllm.paging.block_cache import BlockCache
 from dairllm.paging.mapping import FileMapping, open_mapping
 from dairllm.paging.needs import PagingMeters, PagingSettings, weights_needs
 from dairllm.paging.pager import Pager
 from dairllm.paging.policy import divide
 from dairllm.paging.read_mode import ReadMode, probe_read_mode
-from dairllm.paging.schedule import Block, program_steps
+from dairllm.paging.schedule import Block, program_schedule
 from dairllm.paging.status import PagingStatus
 from dairllm.paging.thread_configuration import ThreadConfiguration, thread_configurations
 from dairllm.paging.weights import EmbeddingRows, PagedWeights
@@ -78,9 +78,9 @@ async def open_paged(
         try:
             weights = PagedWeights(places, mapping, model)
             program = compile_program(network, node, weights, n_threads=n_threads, piece_bytes=PIECE_BYTES, kv_cache=kv_cache)
-            steps, starts = program_steps(program, needs.block_bytes)
+            units, starts = program_schedule(program, needs.block_bytes)
             configurations = thread_configurations(settings.threads, settings.readers, most_threads=n_threads, first_readers=choice.readers)
-            pager = Pager(mapping, steps, divide(steps, needs, settings), max(configuration.readers for configuration in configurations))
+            pager = Pager(mapping, units, divide(units, needs, settings), max(configuration.readers for configuration in configurations))
         except BaseException:
             if weights is not None:
                 weights.close()
@@ -115,10 +115,10 @@ class PagedCompute:
         self._pass_seconds, self._pass_end = 0.0, -math.inf
         self._one_row = self._measured = False
         self._compute, self._pager, self._starts = compute, pager, starts
-        self._stepwise = program.with_segments([(step.first, step.stop) for step in pager.steps])
+        self._unitwise = program.with_segments([(unit.first, unit.stop) for unit in pager.units])
         self._mapping, self._weights = mapping, weights
-        self._embedding_steps = {
-            number for number, step in enumerate(pager.steps) for record, _ in program.embeddings if step.first <= record < step.stop
+        self._embedding_units = {
+            number for number, unit in enumerate(pager.units) for record, _ in program.embeddings if unit.first <= record < unit.stop
         }
 
     @property
@@ -132,8 +132,8 @@ class PagedCompute:
     @property
     def streamed(self) -> tuple[Block, ...]:
         """Blocks that do not stay, in the order of a pass: what it reads, and of experts what it may read."""
-        order = dict.fromkeys(block for step in self._pager.steps for blocks in (step.blocks, *step.experts) for block in blocks)
-        return tuple(block for block in order if block not in self._pager.blocks.kept)
+        order = dict.fromkeys(block for unit in self._pager.units for blocks in (unit.blocks, *unit.experts) for block in blocks)
+        return tuple(block for block in order if block not in self._pager.blocks.pinned)
 
     async def run(self, program: Program, first: int, stop: int, position: int, rows: int, first_row: int = 0) -> None:
         """As `Compute.run`, of this program. Raises as well:
@@ -143,31 +143,31 @@ class PagedCompute:
         if program is not self.program:
             raise EngineError("paging was made for another program")
         self._mapping.check()
-        step, end = self._starts[first], self._starts[stop]
+        unit, end = self._starts[first], self._starts[stop]
         begun = time.perf_counter()
-        if not step:
+        if not unit:
             self._begin_pass(begun, rows)
-        while step < end:
-            self._pager.look_ahead(step)
-            if step in self._embedding_steps:
+        while unit < end:
+            self._pager.look_ahead(unit)
+            if unit in self._embedding_units:
                 await self._embed(first_row, rows)
-            if self._pager.steps[step].experts:
-                await self._run_experts(step, position, rows, first_row)
-                step += 1
+            if self._pager.units[unit].experts:
+                await self._run_experts(unit, position, rows, first_row)
+                unit += 1
                 continue
-            needed = self._pager.needed(step)
-            await self._there(needed, partial(self._pager.look_ahead, step))
-            following = self._pager.extent(step, end)
-            for other in range(step + 1, following):
+            needed = self._pager.needed(unit)
+            await self._there(needed, partial(self._pager.look_ahead, unit))
+            following = self._pager.extent(unit, end)
+            for other in range(unit + 1, following):
                 self.meters.hits += len(self._pager.needed(other))
-            await self._compute.run(self._stepwise, step, following, position, rows, first_row)
-            for other in range(step, following):
+            await self._compute.run(self._unitwise, unit, following, position, rows, first_row)
+            for other in range(unit, following):
                 self._pager.computed(other)
-            step = following
-        self._pager.look_ahead(end % len(self._pager.steps))
+            unit = following
+        self._pager.look_ahead(end % len(self._pager.units))
         self._mapping.check()  # what was written into the file meanwhile may have been computed with
         self._pass_seconds += time.perf_counter() - begun
-        if end == len(self._pager.steps):
+        if end == len(self._pager.units):
             self._end_pass()
 
     @property
@@ -186,8 +186,8 @@ class PagedCompute:
         threads = self.configuration.threads if self._one_row else self._n_threads
         self._compute.use_threads(threads)
         self._pager.blocks.readers = self.configuration.readers
-        # between two tokens in a row there is little time; with more, the ring has filled meanwhile
-        self._measured = self._one_row and self._pager.blocks.kept_all and now - self._pass_end < _LITTLE * self._pass_seconds
+        # between two tokens in a row there is little time; with more, the streaming buffer has filled meanwhile
+        self._measured = self._one_row and self._pager.blocks.all_pinned_asked and now - self._pass_end < _LITTLE * self._pass_seconds
         self._pass_seconds = 0.0
 
     def _end_pass(self) -> None:
@@ -197,20 +197,20 @@ class PagedCompute:
             if self._tuner.over:
                 log.info("paging: what is fastest", threads=self.configuration.threads, readers=self.configuration.readers)
 
-    async def _run_experts(self, step: int, position: int, rows: int, first_row: int) -> None:
-        """A step of experts: all rows together where there is room for all experts that they go through, else in parts."""
-        chosen = self.program.experts(self._pager.steps[step].expert_record, rows, first_row)
-        if not self._pager.experts_fit(step, chosen):
+    async def _run_experts(self, unit: int, position: int, rows: int, first_row: int) -> None:
+        """A unit of experts: all rows together where there is room for all experts that they go through, else in parts."""
+        chosen = self.program.experts(self._pager.units[unit].expert_record, rows, first_row)
+        if not self._pager.experts_fit(unit, chosen):
             part = TILE_COLUMNS * (-(-(rows - first_row) // (2 * TILE_COLUMNS))) if rows - first_row > TILE_COLUMNS else 1
             for begin in range(first_row, rows, part):
-                await self._run_experts(step, position, min(begin + part, rows), begin)
+                await self._run_experts(unit, position, min(begin + part, rows), begin)
             return
-        ask = partial(self._pager.demand, step, chosen)
+        ask = partial(self._pager.demand, unit, chosen)
         ask()
-        needed = self._pager.needed(step, chosen)
+        needed = self._pager.needed(unit, chosen)
         await self._there(needed, ask)
-        await self._compute.run(self._stepwise, step, step + 1, position, rows, first_row)
-        self._pager.computed(step, chosen)
+        await self._compute.run(self._unitwise, unit, unit + 1, position, rows, first_row)
+        self._pager.computed(unit, chosen)
 
     async def _there(self, needed: Sequence[Block], ask: Callable[[], None]) -> None:
         """Wait until blocks are in memory. `ask` is called again as room becomes free."""
@@ -273,7 +273,7 @@ class PagedCompute:
 
 
 def _load_rows(
-    embedding: EmbeddingRows, tokens: Sequence[int], loop: asyncio.AbstractEventLoop, done: asyncio.Future[None], blocks: Blocks
+    embedding: EmbeddingRows, tokens: Sequence[int], loop: asyncio.AbstractEventLoop, done: asyncio.Future[None], blocks: BlockCache
 ) -> None:
     """On a reader thread."""
     error: EngineError | None = None

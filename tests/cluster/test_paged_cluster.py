@@ -43,8 +43,8 @@ def half(model: ModelFile, sizes: Sequence[ShareSize]) -> PagingSettings:
     network = build_network(model.spec, shares, FloatType.F32)
     node = build_node(model.spec, network, 0, shares[0])
     needs = weights_needs(network, node, LocatedWeights(model, node, weight_references(model.spec, shares[0], node)))
-    assert needs.blocks_total > needs.ring_blocks_min + 2
-    return PagingSettings((needs.blocks_total + needs.ring_blocks_min) // 2, "pinned", "mmap", 1, needs.block_bytes)
+    assert needs.blocks_total > needs.streaming_blocks_min + 2
+    return PagingSettings((needs.blocks_total + needs.streaming_blocks_min) // 2, "pinned", "mmap", 1, needs.block_bytes)
 
 
 def room(mib: int) -> dict[str, object]:

@@ -60,7 +60,7 @@ async def paged_root(path: Path, port: int, compute: Compute[Program]) -> AsyncI
     """With room for little of its share, and the model that it has open."""
     with ModelFile.open(path) as model:
         needs = needs_of(model, 0, "4/1024,4/1024")
-        paging = PagingSettings(needs.ring_blocks_min + 2, "pinned", "buffered", 1, needs.block_bytes)
+        paging = PagingSettings(needs.streaming_blocks_min + 2, "pinned", "buffered", 1, needs.block_bytes)
         cluster = Cluster(model, [WorkerAddress("127.0.0.1", port)], compute, n_threads=1, paging=paging)
         await cluster.open()
         try:
@@ -84,7 +84,7 @@ async def answer(path: Path, port: int, compute: Compute[Program], shares: str, 
         needs = needs_of(model, 0, shares)
         paging = None
         if room is not None:
-            blocks = needs.ring_blocks_min + int((needs.blocks_total - needs.ring_blocks_min) * room)
+            blocks = needs.streaming_blocks_min + int((needs.blocks_total - needs.streaming_blocks_min) * room)
             paging = PagingSettings(blocks, "pinned", "mmap", 1, needs.block_bytes)
         cluster = Cluster(model, [WorkerAddress("127.0.0.1", port)], compute, n_threads=1, sizes=parse_shares(shares), paging=paging)
         try:

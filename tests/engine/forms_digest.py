@@ -46,9 +46,9 @@ def use_small_blocks(path: Path) -> int:
     block_bytes = 1 << max(12, (path.stat().st_size // 16).bit_length() - 1)
     if block_bytes >= paging_needs.BLOCK_BYTES:
         return paging_needs.BLOCK_BYTES
-    for module, name in ((paged_compute, "PIECE_BYTES"), (paging_needs, "PIECE_BYTES"), (schedule, "STEP_BYTES")):
+    for module, name in ((paged_compute, "PIECE_BYTES"), (paging_needs, "PIECE_BYTES"), (schedule, "UNIT_BYTES")):
         setattr(module, name, 2 * block_bytes)
-    paging_needs.RING_BYTES = 6 * block_bytes
+    paging_needs.STREAMING_BYTES = 6 * block_bytes
     return block_bytes
 
 
@@ -65,7 +65,7 @@ def settings(model: ModelFile, n_threads: int, block_bytes: int) -> Iterator[tup
     """
     network, (node,) = build_graph(model.spec, 1, default_sync(model.spec.weight_type), LENGTH)
     needs = weights_needs(network, node, FileWeights(model), block_bytes=block_bytes)
-    rooms = needs.ring_blocks_min, (needs.ring_blocks_min + needs.blocks_total) // 2
+    rooms = needs.streaming_blocks_min, (needs.streaming_blocks_min + needs.blocks_total) // 2
     assert rooms[0] < rooms[1] < needs.blocks_total
     io_mode = paging_needs.IO_MODES[n_threads % 3]
     for number, kind in enumerate(cache_types(model.spec), n_threads):

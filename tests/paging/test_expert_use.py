@@ -15,7 +15,7 @@ from dairllm.paging.mapping import FileMapping, open_mapping
 from dairllm.paging.needs import PagingNeeds, PagingSettings, Policy
 from dairllm.paging.pager import Pager
 from dairllm.paging.policy import divide
-from dairllm.paging.schedule import Block, Step
+from dairllm.paging.schedule import Block, ScheduleUnit
 from dairllm.paging.slots import Slots
 from tests.patience import PATIENCE
 
@@ -48,28 +48,28 @@ class Counting(FileMapping):
             self.held -= set(range(block, block + count))
 
 
-def layers() -> list[Step]:
+def layers() -> list[ScheduleUnit]:
     """Of each layer a block that all rows read, and experts of three blocks, of which neighbours share one."""
-    steps = []
+    units = []
     for layer in range(LAYERS):
         base = layer * (2 * EXPERTS + 3)
-        steps.append(Step(2 * layer, 2 * layer + 1, (base,)))
+        units.append(ScheduleUnit(2 * layer, 2 * layer + 1, (base,)))
         experts = tuple(tuple(range(base + 2 + 2 * expert, base + 2 + 2 * expert + LONG)) for expert in range(EXPERTS))
-        steps.append(Step(2 * layer + 1, 2 * layer + 2, (), experts, 0))
-    return steps
+        units.append(ScheduleUnit(2 * layer + 1, 2 * layer + 2, (), experts, 0))
+    return units
 
 
 def read(policy: Policy, routing: list[list[set[int]]], room: int) -> list[int]:
     """Blocks read in each pass."""
-    steps, mapping = layers(), Counting()
+    units, mapping = layers(), Counting()
     needs = PagingNeeds(LAYERS * (2 * EXPERTS + 2), 2 * LONG + 1, 2 * LONG + 1, BLOCK, 0)
-    pager = Pager(mapping, steps, divide(steps, needs, PagingSettings(room, policy=policy)), 2)
+    pager = Pager(mapping, units, divide(units, needs, PagingSettings(room, policy=policy)), 2)
     event, found = threading.Event(), []
     try:
         for chosen in routing:
             before = sum(count for _, count in mapping.loads)
-            for number, step in enumerate(steps):
-                experts = chosen[number // 2] if step.experts else set()
+            for number, unit in enumerate(units):
+                experts = chosen[number // 2] if unit.experts else set()
                 needed = pager.needed(number, experts)
                 pager.look_ahead(number)
                 pager.demand(number, experts)
@@ -104,13 +104,13 @@ def test_with_room_for_all_nothing_is_read_twice(policy: Policy) -> None:
 
 
 def test_an_expert_is_worth_what_it_is_used() -> None:
-    steps = layers()
-    use = ExpertUse(steps)
+    units = layers()
+    use = ExpertUse(units)
     for turn in range(40):
         for number in range(1, 2 * LAYERS, 2):
             use.used(number, {0, 3} if turn % 2 else {0, 5})
-    experts = steps[1].experts
-    order = use.order(dict.fromkeys(block for blocks in (*experts, steps[0].blocks) for block in blocks))
+    experts = units[1].experts
+    order = use.order(dict.fromkeys(block for blocks in (*experts, units[0].blocks) for block in blocks))
     assert set(order[-3:]) == set(experts[0])
     assert set(order[-6:-3]) == set(experts[3])  # came last; one of its blocks is shared with 2, which nobody wants
     assert set(order[-9:-6]) == set(experts[5])

@@ -25,7 +25,7 @@ from dairllm.paging.needs import PagingNeeds, PagingSettings, Policy, weights_ne
 from dairllm.paging.pager import Pager
 from dairllm.paging.policy import Division, divide, spread
 from dairllm.paging.read_mode import probe_read_mode
-from dairllm.paging.schedule import Block, Step, blocks_of
+from dairllm.paging.schedule import Block, ScheduleUnit, blocks_of
 from tests.patience import PATIENCE
 
 BLOCK = 4096
@@ -123,9 +123,9 @@ def needs(total: int, least: int = 3, best: int = 8) -> PagingNeeds:
     return PagingNeeds(total, min(least, total), min(best, total), BLOCK, 0)
 
 
-def line(total: int) -> list[Step]:
-    """Steps of one block each."""
-    return [Step(number, number + 1, (number,)) for number in range(total)]
+def line(total: int) -> list[ScheduleUnit]:
+    """Units of one block each."""
+    return [ScheduleUnit(number, number + 1, (number,)) for number in range(total)]
 
 
 @pytest.mark.parametrize("policy", ["pinned", "lru"])
@@ -133,22 +133,22 @@ def test_room_is_divided_and_never_exceeded(policy: Policy) -> None:
     for total in (4, 9, 40):
         for room in range(3, total + 3):
             division = divide(line(total), needs(total), PagingSettings(room, policy=policy))
-            assert len(division.kept) + division.ring <= room
-            assert len(division.kept) + division.ring == min(room, total) or division.ring >= 3
-            assert division.outlook <= division.ring
-            assert len(division.kept) == total or division.outlook >= min(3, total)
-    assert divide(line(40), needs(40), PagingSettings(30, policy="pinned")).ring == 8
-    assert not divide(line(40), needs(40), PagingSettings(30, policy="lru")).kept
+            assert len(division.pinned) + division.streaming <= room
+            assert len(division.pinned) + division.streaming == min(room, total) or division.streaming >= 3
+            assert division.lookahead <= division.streaming
+            assert len(division.pinned) == total or division.lookahead >= min(3, total)
+    assert divide(line(40), needs(40), PagingSettings(30, policy="pinned")).streaming == 8
+    assert not divide(line(40), needs(40), PagingSettings(30, policy="lru")).pinned
     with pytest.raises(LimitError, match="room for 2 blocks of 4096 bytes; paging this model needs 3 at least"):
         divide(line(40), needs(40), PagingSettings(2, policy=policy))
 
 
 @pytest.mark.parametrize("count", [0, 1, 7, 20, 39, 40, 50])
 def test_what_stays_is_spread_evenly(count: int) -> None:
-    kept = spread(range(40), count)
-    assert len(kept) == min(count, 40)
+    pinned = spread(range(40), count)
+    assert len(pinned) == min(count, 40)
     for part in (10, 20):
-        numbers = [len(kept & set(range(begin, begin + part))) for begin in range(0, 40, part)]
+        numbers = [len(pinned & set(range(begin, begin + part))) for begin in range(0, 40, part)]
         assert max(numbers) - min(numbers) <= 1
 
 
@@ -187,36 +187,36 @@ class Recording(FileMapping):
             self.held -= blocks
 
 
-def come(pager: Pager, step: int) -> None:
-    """Wait for a step's blocks as the event loop does."""
+def come(pager: Pager, unit: int) -> None:
+    """Wait for a unit's blocks as the event loop does."""
     event = threading.Event()
-    needed = pager.needed(step)
-    pager.look_ahead(step)
+    needed = pager.needed(unit)
+    pager.look_ahead(unit)
     while pager.blocks.missing(needed, event.set):
         if not all(pager.blocks.asked(block) for block in needed):
-            pager.look_ahead(step)
+            pager.look_ahead(unit)
         assert event.wait(PATIENCE), "nothing comes"
         event.clear()
 
 
 @pytest.mark.parametrize("readers", [1, 3])
-@pytest.mark.parametrize("kept", [0, 15, 40])
-@pytest.mark.parametrize("ring", [4, 9])
-def test_blocks_are_there_when_their_step_comes_wherever_the_pass_goes(readers: int, kept: int, ring: int) -> None:
+@pytest.mark.parametrize("pinned", [0, 15, 40])
+@pytest.mark.parametrize("streaming", [4, 9])
+def test_blocks_are_there_when_their_step_comes_wherever_the_pass_goes(readers: int, pinned: int, streaming: int) -> None:
     """In order for two passes, then with jumps; never more blocks than room, never one twice, and none is lost."""
-    dice = random.Random(readers + kept + ring)  # noqa: S311  # not for secrets
-    steps = [Step(n, n + 1, tuple(dict.fromkeys([2 * n % 40, (2 * n + 1) % 40, 7 * n % 40]))) for n in range(20)]
-    stay = spread(range(40), kept)
+    dice = random.Random(readers + pinned + streaming)  # noqa: S311  # not for secrets
+    units = [ScheduleUnit(n, n + 1, tuple(dict.fromkeys([2 * n % 40, (2 * n + 1) % 40, 7 * n % 40]))) for n in range(20)]
+    stay = spread(range(40), pinned)
     mapping = Recording(40, readers)
-    pager = Pager(mapping, steps, Division(stay, 0 if kept == 40 else ring, ring), readers)
+    pager = Pager(mapping, units, Division(stay, 0 if pinned == 40 else streaming, streaming), readers)
     try:
         for number in [*range(20), *range(20), *(dice.randrange(20) for _ in range(150))]:
             come(pager, number)
-            assert set(steps[number].blocks) <= mapping.held
-            pager.blocks.used(steps[number].blocks)
+            assert set(units[number].blocks) <= mapping.held
+            pager.blocks.used(units[number].blocks)
     finally:
         pager.close()
-    assert mapping.most <= kept + ring
+    assert mapping.most <= pinned + streaming
     assert pager.blocks.meters.bytes == mapping.loads * BLOCK
 
 
@@ -272,12 +272,12 @@ def test_needs_are_the_blocks_of_all_matrices(arch: Architecture, tmp_path: Path
         found = weights_needs(network, node, FileWeights(model), block_bytes=BLOCK)
         spans = [(tensor.offset, tensor.nbytes) for tensor in model.tensors if "matmul" in tensor.name or "gate" in tensor.name]
         assert found.blocks_total == len(blocks_of(spans, BLOCK))
-        assert 1 < found.ring_blocks_min <= found.ring_blocks_best <= found.blocks_total
+        assert 1 < found.streaming_blocks_min <= found.streaming_blocks_best <= found.blocks_total
         layers = model.spec.n_layers if arch is Architecture.QWEN3_MOE else 0
-        assert found.active_blocks == layers * (found.ring_blocks_min - 1), "a row's experts of a layer are what the least room is for"
+        assert found.active_blocks == layers * (found.streaming_blocks_min - 1), "a row's experts of a layer are what the least room is for"
         others = found.blocks_total - found.expert_blocks
         assert found.missing(0) == others + found.active_blocks
-        assert found.missing(found.blocks_total) == (found.active_blocks if layers else min(others, found.ring_blocks_best))
+        assert found.missing(found.blocks_total) == (found.active_blocks if layers else min(others, found.streaming_blocks_best))
         norms = sum(-(-tensor.nbytes // 64) * 64 for tensor in model.tensors if "norm" in tensor.name)
         assert found.copied_bytes == norms + 32 * 8192, "and for each row of a batch a row of the embedding, on two pages"
         views = FileWeights(model)

@@ -60,7 +60,7 @@ async def test_a_disk_that_fails_fails_the_pass_and_says_so(io_mode: IoMode, dis
         compute.open()
         network, (graph,) = build_graph(model.spec, 1, default_sync(model.spec.weight_type), 32)
         needs = weights_needs(network, graph, FileWeights(model), block_bytes=BLOCK)
-        paging = PagingSettings(needs.ring_blocks_min + 2, io_mode=io_mode, readers=1, block_bytes=BLOCK)
+        paging = PagingSettings(needs.streaming_blocks_min + 2, io_mode=io_mode, readers=1, block_bytes=BLOCK)
         node = LocalNode(model, compute, n_threads=1, rows=32, paging=paging)
         await node.open()
         expected = np.array(await node.feed([1], 0, logits=True))

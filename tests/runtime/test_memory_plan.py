@@ -36,7 +36,7 @@ def plan(model: ModelFile, limit: str, max_seq_len: int | None = None, rows: tup
 
 def test_with_room_for_everything_the_model_is_used_as_it_is(model: ModelFile) -> None:
     found = plan(model, "4GiB")
-    assert found.room_blocks is None
+    assert found.budget_blocks is None
     assert found.missing == 0
     assert (found.seq_len, found.rows) == (4096, 256)
     assert found.total <= 4 << 30
@@ -87,7 +87,7 @@ def conversations(model: ModelFile, limit: int, most: int) -> MemoryPlan:
 
 def test_what_is_left_beside_all_weights_goes_to_more_conversations(model: ModelFile) -> None:
     one = conversations(model, 4 << 30, 1)
-    assert (one.conversations, one.room_blocks) == (1, None)
+    assert (one.conversations, one.budget_blocks) == (1, None)
     assert conversations(model, 4 << 30, 8).conversations == 8
     for count in range(1, 8):
         found = conversations(model, one.total + count * one.kv_cache - 1, 8)
@@ -101,5 +101,5 @@ def test_what_is_left_beside_all_weights_goes_to_more_conversations(model: Model
 
 def test_where_weights_are_paged_there_is_one_conversation(model: ModelFile) -> None:
     found = conversations(model, conversations(model, 4 << 30, 1).smallest + (1 << 20), 8)
-    assert found.room_blocks is not None
+    assert found.budget_blocks is not None
     assert found.conversations == 1

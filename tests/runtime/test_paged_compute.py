@@ -90,7 +90,7 @@ def needs_of(path: Path, block_bytes: int = BLOCK) -> tuple[int, int]:
         network, (node,) = build_graph(model.spec, 1, default_sync(model.spec.weight_type), 256)
         needs = weights_needs(network, node, FileWeights(model), block_bytes=block_bytes)
         assert needs.block_bytes == block_bytes
-    return needs.ring_blocks_min, needs.blocks_total
+    return needs.streaming_blocks_min, needs.blocks_total
 
 
 def size_of(path: Path) -> int:
@@ -100,9 +100,9 @@ def size_of(path: Path) -> int:
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """As large a part of these matrices as the usual pieces are of large ones."""
-    for place in ("dairllm.paging.needs.PIECE_BYTES", "dairllm.runtime.paged_compute.PIECE_BYTES", "dairllm.paging.schedule.STEP_BYTES"):
+    for place in ("dairllm.paging.needs.PIECE_BYTES", "dairllm.runtime.paged_compute.PIECE_BYTES", "dairllm.paging.schedule.UNIT_BYTES"):
         monkeypatch.setattr(place, 2 * BLOCK)
-    monkeypatch.setattr("dairllm.paging.needs.RING_BYTES", 6 * BLOCK)
+    monkeypatch.setattr("dairllm.paging.needs.STREAMING_BYTES", 6 * BLOCK)
 
 
 NAMES = ("llama_q40", "llama_f32", "qwen3_q40", "qwen3_moe_q40", "wide_Q40", "wide_Q80", "wide_F32", "experts")
@@ -154,9 +154,9 @@ async def test_what_is_kept_is_not_read_again(models: dict[str, Path], executor:
             for place in range(3, 13):
                 await node.feed([place], place, logits=True)
             read = (node.paging.meters.bytes - before) / 10
-        ring = min(6, room)
-        again = total - (room - ring)
-        # blocks that two matrices share and that lie farther apart in the pass than the ring is long are read twice
+        streaming = min(6, room)
+        again = total - (room - streaming)
+        # blocks that two matrices share and that lie farther apart in the pass than the streaming buffer is long are read twice
         assert again * 0.9 * BLOCK <= read <= (again * 1.2 + 2) * BLOCK, (room, total)
 
 
@@ -174,7 +174,7 @@ async def test_threads_are_tried_without_a_changed_bit(models: dict[str, Path], 
     with ModelFile.open(models["wide_Q40"]) as model:
         network, (own,) = build_graph(model.spec, 1, default_sync(model.spec.weight_type), 32)
         needs = weights_needs(network, own, FileWeights(model), block_bytes=BLOCK)
-    got, configurations = await tokens(PagingSettings(needs.ring_blocks_min + 8, "pinned", "mmap", None, BLOCK))
+    got, configurations = await tokens(PagingSettings(needs.streaming_blocks_min + 8, "pinned", "mmap", None, BLOCK))
     assert got == want
     assert configurations == {(2, 1), (2, 2), (1, 1), (1, 2)}
     assert executor.n_threads == 2  # as it was found
