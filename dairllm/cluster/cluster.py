@@ -1,6 +1,6 @@
 """The root of a cluster: shares a model out to workers, of our kind or of distributed-llama's, computes a share itself, continues ids.
 
-    checks > introduction (introduction.py) > pass after pass > goodbye
+    checks > handshake (handshake.py) > pass after pass > goodbye
 
 What can be known to fail is found before anybody is dialled: a worker of distributed-llama does not survive a root that goes away before it
 has all its weights. Where it goes wrong nevertheless, those that can still be reached are led to the end of an empty session.
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from dairllm.cluster.cluster_history import ClusterHistory
 from dairllm.cluster.first_to_leave import first_to_leave
-from dairllm.cluster.handshake import Introduction, Progress
+from dairllm.cluster.handshake import Handshake, Progress
 from dairllm.cluster.remote_worker import FAREWELL_SECONDS, RemoteWorker
 from dairllm.cluster.tensor_pass import TensorPass
 from dairllm.config import Keepalive, RootDeadlines, WorkerAddress
@@ -39,7 +39,7 @@ from dairllm.protocol.dllama.root import RootSession, Stage
 from dairllm.runtime.compute import Compute
 from dairllm.runtime.local_node import default_sync
 from dairllm.runtime.node_program import NodeProgram, open_program
-from dairllm.runtime.node_report import NodeReport
+from dairllm.runtime.node_status import NodeStatus
 from dairllm.runtime.pass_clock import PassClock
 from dairllm.runtime.prepared_share import find_share
 from dairllm.units import format_size
@@ -125,12 +125,12 @@ class Cluster:
         self._usable = False
 
     @property
-    def nodes(self) -> tuple[NodeReport, ...]:
+    def nodes(self) -> tuple[NodeStatus, ...]:
         """What each node has, and what was exchanged with it."""
         reports = [worker.report for worker in self._workers]
         sums = [sum(getattr(report, name) for report in reports) for name in ("bytes_sent", "bytes_received", "weight_bytes_sent")]
         own = self._share
-        return (NodeReport(0, "", "dairllm", own.n_heads, own.n_kv_heads, own.ffn.size, *sums), *reports)
+        return (NodeStatus(0, "", "dairllm", own.n_heads, own.n_kv_heads, own.ffn.size, *sums), *reports)
 
     @property
     def kv_caches(self) -> None:
@@ -158,9 +158,9 @@ class Cluster:
             ConfigError: a worker of distributed-llama cannot compute this model; says how to convert it.
             EngineError: the root's own share cannot be computed.
         """
-        introduction = Introduction(self._model, self._network, self._workers, self._logits_rows, self._history)
+        handshake = Handshake(self._model, self._network, self._workers, self._logits_rows, self._history)
         try:
-            await self._open(introduction, progress)
+            await self._open(handshake, progress)
         except BaseException:
             try:
                 await self._leave()
@@ -170,15 +170,15 @@ class Cluster:
         self._usable = True
         log.info("cluster ready", nodes=len(self._workers) + 1, workers=[worker.description for worker in self._workers])
 
-    async def _open(self, introduction: Introduction, progress: Progress | None) -> None:
+    async def _open(self, handshake: Handshake, progress: Progress | None) -> None:
         n_threads, kv_cache, model = self._n_threads, self._kv_cache, self._model
-        await introduction.find_absent()
+        await handshake.find_absent()
         self._identity = await in_thread("digests", lambda: self._identify(progress))
         weights = await in_thread("weights", self._locate)
         self._own = own = await open_program(
             self._network, self._node, weights, self._compute, n_threads=n_threads, kv_cache=kv_cache, model=model, paging=self._paging
         )
-        await introduction.lead(self._identity, progress)
+        await handshake.lead(self._identity, progress)
         connections = {worker.node: worker.link for worker in self._workers}
         links = {worker.node: worker.wire for worker in self._workers}
         overlap = self._overlap and self._paging is None

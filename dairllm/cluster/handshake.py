@@ -19,7 +19,7 @@ import structlog
 from dairllm.cluster.cluster_history import ClusterHistory
 from dairllm.cluster.first_to_leave import first_to_leave
 from dairllm.cluster.remote_worker import RemoteWorker
-from dairllm.cluster.weight_sender import WeightStream
+from dairllm.cluster.weight_sender import WeightSender
 from dairllm.errors import ConfigError, DairllmError, NetworkError, RemoteProtocolError
 from dairllm.formats.model_file import ModelFile
 from dairllm.graph.build import build_node
@@ -30,7 +30,7 @@ from dairllm.net.runner import in_thread
 from dairllm.protocol.dllama.codec import Greeting, Peer
 from dairllm.protocol.dllama.root import Stage
 
-__all__ = ["Introduction", "Progress"]
+__all__ = ["Handshake", "Progress"]
 
 log = structlog.get_logger()
 
@@ -49,7 +49,7 @@ _HINTS = {
 }
 
 
-class Introduction:
+class Handshake:
     """`find_absent`, then `lead`, each once.
 
     Args:
@@ -144,7 +144,7 @@ class Introduction:
     async def _send_weights(self, progress: Progress | None) -> None:
         """Each worker at its own pace; to those that have the model, nothing but that this is all."""
         streams = {
-            worker.node: await in_thread("weights", partial(WeightStream, self._model, worker.share, self._logits_rows))
+            worker.node: await in_thread("weights", partial(WeightSender, self._model, worker.share, self._logits_rows))
             for worker in self._workers
             if not worker.has_model
         }

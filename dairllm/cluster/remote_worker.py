@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Literal
 
-from dairllm.cluster.weight_sender import PIECE_BYTES, WeightStream
+from dairllm.cluster.weight_sender import PIECE_BYTES, WeightSender
 from dairllm.config import Keepalive, RootDeadlines, WorkerAddress
 from dairllm.errors import NetworkError, RefusedError, RemoteProtocolError
 from dairllm.graph.slicing import Share
@@ -17,7 +17,7 @@ from dairllm.net.runner import in_thread
 from dairllm.net.transport import Connection
 from dairllm.protocol.dllama.events import Acknowledged, Refused
 from dairllm.protocol.dllama.root import RootSession, Stage
-from dairllm.runtime.node_report import NodeReport
+from dairllm.runtime.node_status import NodeStatus
 from dairllm.units import format_duration
 
 __all__ = ["FAREWELL_SECONDS", "RemoteWorker"]
@@ -75,11 +75,11 @@ class RemoteWorker:
         return self._connection
 
     @property
-    def report(self) -> NodeReport:
+    def report(self) -> NodeStatus:
         share, link = self.share, self._connection
         sent, received = (0, 0) if link is None else (link.bytes_sent - self.weight_bytes, link.bytes_received)
         sizes = share.n_heads, share.n_kv_heads, share.ffn.size
-        return NodeReport(self.node, str(self.address), self.kind, *sizes, sent, received, self.weight_bytes)
+        return NodeStatus(self.node, str(self.address), self.kind, *sizes, sent, received, self.weight_bytes)
 
     async def dial(self) -> None:
         """Connect; nothing is said yet.
@@ -121,7 +121,7 @@ class RemoteWorker:
             raise RemoteProtocolError(f"expected an ACK, found {event}")
         return event
 
-    async def send_weights(self, stream: WeightStream, progress: Callable[[], None]) -> None:
+    async def send_weights(self, stream: WeightSender, progress: Callable[[], None]) -> None:
         """Send all weights: one piece is read while the other one leaves. `progress` is called after each.
 
         Raises:

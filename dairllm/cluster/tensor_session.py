@@ -17,7 +17,7 @@ from dairllm.cluster.mesh import Mesh
 from dairllm.cluster.own_model import OwnModel
 from dairllm.cluster.tensor_pass import TensorPass
 from dairllm.cluster.weight_check import CHECK_BYTES, WeightCheck
-from dairllm.cluster.weight_receiver import WeightIntake
+from dairllm.cluster.weight_receiver import WeightReceiver
 from dairllm.config import WorkerSettings
 from dairllm.engine.located_weights import LocatedWeights
 from dairllm.engine.program import Program
@@ -177,7 +177,7 @@ class TensorSession:
     async def _load(self, received: NodeReceived, weights: WireWeights | LocatedWeights) -> None:
         """They come into the memory that the kernels will read; or they are here: named by the root, or compared with what it sends."""
         begun, silence = time.perf_counter(), self._settings.deadlines.weights
-        intake = WeightIntake(self._wire, lambda: self._next(silence))
+        intake = WeightReceiver(self._wire, lambda: self._next(silence))
         if self._own is None or isinstance(weights, WireWeights):
             assert isinstance(weights, WireWeights)  # noqa: S101 - for the type checker: weights are located in a model that we have
             came, done = await intake.receive(weights), "weights received"

@@ -10,10 +10,10 @@ from dairllm.protocol.dllama.codec import WeightHeader
 from dairllm.protocol.dllama.events import Event, Filled, WeightReceived, WeightsEnd
 from dairllm.protocol.dllama.worker import WorkerSession
 
-__all__ = ["WeightIntake"]
+__all__ = ["WeightReceiver"]
 
 
-class WeightIntake:
+class WeightReceiver:
     """Each method returns how many bytes of weights came, once the root has said that they are all.
 
     Args:

@@ -10,7 +10,7 @@ from dairllm.formats.model_slices import OutgoingWeight, outgoing_weights
 from dairllm.graph.slicing import Share
 from dairllm.protocol.dllama.codec import WeightHeader, encode_weight_header
 
-__all__ = ["PIECE_BYTES", "SENDING_BYTES", "WeightStream"]
+__all__ = ["PIECE_BYTES", "SENDING_BYTES", "WeightSender"]
 
 PIECE_BYTES = 4 << 20
 """Enough that a thread for each piece costs nothing; two of them are held for each worker."""
@@ -18,7 +18,7 @@ SENDING_BYTES = 4 * PIECE_BYTES
 """Held for each worker while weights are sent: two pieces, the file's pages that one is filled from, and what is read ahead of them."""
 
 
-class WeightStream:
+class WeightSender:
     """All weights of one node.
 
     Args:

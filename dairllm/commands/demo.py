@@ -19,7 +19,7 @@ from dairllm.formats.model_file import ModelFile
 from dairllm.net.runner import Steps, in_thread
 from dairllm.net.runner import run as run_on_loop
 from dairllm.runtime.compute import Compute
-from dairllm.runtime.node_report import NodeReport
+from dairllm.runtime.node_status import NodeStatus
 from dairllm.serving.generation import Generation
 from dairllm.serving.sampler import Sampler
 from dairllm.serving.text_stream import Answer
@@ -40,7 +40,7 @@ _PATIENCE_SECONDS = 10.0
 class _Figures:
     """What the tables show."""
 
-    nodes: Sequence[NodeReport]
+    nodes: Sequence[NodeStatus]
     memory: Sequence[int]
     """The most that each node's process has held, in bytes."""
     others: Sequence[tuple[str, str]]

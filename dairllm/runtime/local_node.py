@@ -17,7 +17,7 @@ from dairllm.paging.needs import PagingSettings
 from dairllm.paging.status import PagingStatus
 from dairllm.runtime.compute import Compute
 from dairllm.runtime.node_program import NodeProgram, open_program
-from dairllm.runtime.node_report import NodeReport
+from dairllm.runtime.node_status import NodeStatus
 from dairllm.runtime.pass_clock import PassClock
 
 __all__ = ["PROMPT_ROWS", "LocalNode", "default_sync"]
@@ -136,9 +136,9 @@ class LocalNode:
         return own
 
     @property
-    def nodes(self) -> tuple[NodeReport, ...]:
+    def nodes(self) -> tuple[NodeStatus, ...]:
         spec = self._model.spec
-        return (NodeReport(0, "", "dairllm", spec.n_heads, spec.n_kv_heads, spec.ff_dim),)
+        return (NodeStatus(0, "", "dairllm", spec.n_heads, spec.n_kv_heads, spec.ff_dim),)
 
     @property
     def kv_caches(self) -> KvCaches | None:

@@ -11,7 +11,7 @@ from dairllm.paging.needs import PagingSettings
 from dairllm.paging.status import PagingStatus
 from dairllm.runtime.compute import Compute
 from dairllm.runtime.paged_compute import PagedCompute, open_paged
-from dairllm.runtime.resident_compute import InPlaceCompute
+from dairllm.runtime.resident_compute import ResidentCompute
 
 __all__ = ["NodeProgram", "open_program"]
 
@@ -26,7 +26,7 @@ class NodeProgram:
     """
 
     program: Program
-    compute: InPlaceCompute | PagedCompute
+    compute: ResidentCompute | PagedCompute
 
     @property
     def paging(self) -> PagingStatus | None:
@@ -71,6 +71,6 @@ async def open_program(
         for file in files:
             file.ask_for_huge_pages()
         program = await in_thread("compile", lambda: compile_program(network, node, weights, n_threads=n_threads, kv_cache=kv_cache))
-        return NodeProgram(program, InPlaceCompute(compute, program.n_segments, files))
+        return NodeProgram(program, ResidentCompute(compute, program.n_segments, files))
     pager = await open_paged(network, node, weights, model, paging, compute, n_threads=n_threads, kv_cache=kv_cache)
     return NodeProgram(pager.program, pager)

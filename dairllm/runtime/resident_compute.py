@@ -12,10 +12,10 @@ from dairllm.engine.weights import WeightsFile
 from dairllm.errors import EngineError
 from dairllm.runtime.compute import Compute
 
-__all__ = ["InPlaceCompute"]
+__all__ = ["ResidentCompute"]
 
 
-class InPlaceCompute:
+class ResidentCompute:
     """Takes the place of a node's `Compute` for one program, from its making to `close`.
 
     Args:

@@ -7,7 +7,7 @@ from blake3 import blake3
 
 from dairllm import __version__
 from dairllm.graph.types import FloatType
-from dairllm.runtime.node_report import NodeReport
+from dairllm.runtime.node_status import NodeStatus
 
 __all__ = ["ARITHMETIC", "Fingerprint"]
 
@@ -29,7 +29,7 @@ class Fingerprint:
     sync: FloatType
     kv_cache: FloatType
 
-    def of(self, nodes: Sequence[NodeReport]) -> str:
+    def of(self, nodes: Sequence[NodeStatus]) -> str:
         """``"dairllm-0.1.0-3f29..."``, where these nodes compute it: their number, shares and kinds."""
         shares = [f"{node.heads}/{node.kv_heads}/{node.ffn} {node.kind}" for node in nodes]
         parts = [f"arithmetic {ARITHMETIC}", self.model.hex(), f"sync {self.sync.name}", f"kv {self.kv_cache.name}", *shares]

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
-from dairllm.runtime.node_report import NodeReport
+from dairllm.runtime.node_status import NodeStatus
 from dairllm.telemetry import LinkBytes
 
 __all__ = ["LinkTotals"]
@@ -14,11 +14,11 @@ class LinkTotals:
     def __init__(self) -> None:
         self._past: dict[tuple[int, str], LinkBytes] = {}
 
-    def keep(self, nodes: Sequence[NodeReport]) -> None:
+    def keep(self, nodes: Sequence[NodeStatus]) -> None:
         """A model is being closed; `nodes` are its last counts."""
         self._past = {(link.node, link.address): link for link in self.over(nodes)}
 
-    def over(self, nodes: Sequence[NodeReport]) -> Iterator[LinkBytes]:
+    def over(self, nodes: Sequence[NodeStatus]) -> Iterator[LinkBytes]:
         """All of it, where the model that is open now counts `nodes`."""
         links = dict(self._past)
         for one in nodes:

@@ -5,7 +5,7 @@ from typing import Protocol
 
 from dairllm.engine.kv_caches import KvCaches
 from dairllm.paging.status import PagingStatus
-from dairllm.runtime.node_report import NodeReport
+from dairllm.runtime.node_status import NodeStatus
 from dairllm.serving.scoring import ScoringModel
 
 __all__ = ["OpenModel"]
@@ -15,7 +15,7 @@ class OpenModel(ScoringModel, Protocol):
     """A model that somebody opened."""
 
     @property
-    def nodes(self) -> Sequence[NodeReport]:
+    def nodes(self) -> Sequence[NodeStatus]:
         """Who computes it, the root first."""
         ...
 

@@ -25,7 +25,7 @@ from dairllm.formats.tokenizer_file import TokenizerFile
 from dairllm.graph.types import FloatType
 from dairllm.runtime.compute import Compute
 from dairllm.runtime.local_node import LocalNode
-from dairllm.runtime.node_report import NodeReport
+from dairllm.runtime.node_status import NodeStatus
 from dairllm.serving.fingerprint import Fingerprint
 from dairllm.serving.service import OpenModel, Service
 from dairllm.telemetry import Readiness, ServiceMeters
@@ -75,10 +75,10 @@ class PacedModel:
         self.kv_caches = model.kv_caches
         self.fed: list[tuple[int, int]] = []
         self.closed = False
-        self.reports: tuple[NodeReport, ...] = model.nodes
+        self.reports: tuple[NodeStatus, ...] = model.nodes
 
     @property
-    def nodes(self) -> Sequence[NodeReport]:
+    def nodes(self) -> Sequence[NodeStatus]:
         return self.reports
 
     async def feed(self, tokens: Sequence[int], position: int, *, logits: bool) -> NDArray[np.float32] | None:

@@ -9,7 +9,7 @@ import pytest
 import structlog
 
 from dairllm.errors import NetworkError, RemoteProtocolError
-from dairllm.runtime.node_report import NodeReport
+from dairllm.runtime.node_status import NodeStatus
 from tests.api.conftest import Serve
 from tests.api.serving import Serving
 
@@ -240,10 +240,10 @@ async def test_bytes_of_each_worker_are_added_up_over_all_models(serve: Serve) -
             lines = (await client.get("/metrics")).text.splitlines()
             return {line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith("dairllm_worker")}
 
-        def report(sent: int, received: int, weights: int) -> tuple[NodeReport, ...]:
+        def report(sent: int, received: int, weights: int) -> tuple[NodeStatus, ...]:
             own, worker = ("", "dairllm"), ("10.0.0.2:9990", "dllama")
             sizes, counts = (2, 1, 64), (sent, received, weights)
-            return NodeReport(0, *own, *sizes, *counts), NodeReport(1, *worker, *sizes, *counts)  # type: ignore[arg-type] # kinds
+            return NodeStatus(0, *own, *sizes, *counts), NodeStatus(1, *worker, *sizes, *counts)  # type: ignore[arg-type] # kinds
 
         assert await scraped() == {}
         first = serving.models.last

@@ -19,7 +19,7 @@ from dairllm.graph.model import Architecture, HiddenAct
 from dairllm.graph.types import FloatType
 from dairllm.runtime.compute import BRIEF_SECONDS, Compute
 from dairllm.runtime.local_node import LocalNode
-from dairllm.runtime.node_report import NodeReport
+from dairllm.runtime.node_status import NodeStatus
 from dairllm.serving.generation import Generation
 from dairllm.serving.sampler import Sampler
 
@@ -78,7 +78,7 @@ async def test_generation_gives_the_golden_ids(executor: Executor) -> None:
         assert [token async for token in generation.run()] == golden["generated_ids_1_node"]
         again = Generation(node, Sampler(0.0, 1.0, 0), golden["prompt_ids"], 26, held=len(golden["prompt_ids"]) - 2)
         assert [token async for token in again.run()] == golden["generated_ids_1_node"], "what it holds need not be fed"
-        assert node.nodes == (NodeReport(0, "", "dairllm", 4, 2, 128),)
+        assert node.nodes == (NodeStatus(0, "", "dairllm", 4, 2, 128),)
 
 
 async def test_a_prompt_longer_than_a_batch_is_the_same_in_pieces(

@@ -8,13 +8,13 @@ from dairllm.formats.digest import sampled_digest
 from dairllm.formats.model_file import ModelFile
 from dairllm.formats.random_model import small_spec, write_random_model
 from dairllm.graph.types import FloatType
-from dairllm.runtime.node_report import NodeReport
+from dairllm.runtime.node_status import NodeStatus
 from dairllm.serving.fingerprint import Fingerprint
 
-ALONE = (NodeReport(0, "", "dairllm", 4, 2, 96),)
-TWO = (NodeReport(0, "", "dairllm", 2, 1, 48), NodeReport(1, "10.0.0.2:9990", "dairllm", 2, 1, 48))
-OTHER = NodeReport(1, "10.0.0.2:9990", "dllama", 2, 1, 48)
-UNEQUAL = (NodeReport(0, "", "dairllm", 2, 1, 64), NodeReport(1, "10.0.0.2:9990", "dairllm", 2, 1, 32))
+ALONE = (NodeStatus(0, "", "dairllm", 4, 2, 96),)
+TWO = (NodeStatus(0, "", "dairllm", 2, 1, 48), NodeStatus(1, "10.0.0.2:9990", "dairllm", 2, 1, 48))
+OTHER = NodeStatus(1, "10.0.0.2:9990", "dllama", 2, 1, 48)
+UNEQUAL = (NodeStatus(0, "", "dairllm", 2, 1, 64), NodeStatus(1, "10.0.0.2:9990", "dairllm", 2, 1, 32))
 
 
 def test_each_thing_that_changes_bits_changes_it() -> None:

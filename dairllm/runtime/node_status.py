@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["NodeReport"]
+__all__ = ["NodeStatus"]
 
 
 @dataclass(frozen=True, slots=True)
-class NodeReport:
+class NodeStatus:
     """One node, seen by the root.
 
     Attributes:
