@@ -1,6 +1,6 @@
-"""How a node tells what it does: structured logs on stderr, meters in memory, Prometheus metrics of them.
+"""How a node tells what it does: structured logs on stderr, metrics in memory, and Prometheus' view of them.
 
-Code that works increments plain numbers (:class:`Meters`); what reads them, and how they are called outside, is the collector's
+Code that works increments plain numbers (:class:`WorkerMetrics`); what reads them, and how they are called outside, is the collector's
 business. So nothing below ``api`` knows Prometheus, and counting costs an addition. Modules take their logger from
 ``structlog.get_logger()``; only the entry points call :func:`configure_logging`.
 """
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 __all__ = [
     "Histogram",
     "LinkBytes",
-    "Meters",
     "PagingCounts",
     "PagingTotals",
     "Readiness",
-    "ServiceMeters",
+    "ServiceMetrics",
+    "WorkerMetrics",
     "configure_logging",
     "registry",
 ]
@@ -146,7 +146,7 @@ class PagingTotals:
 
 
 @dataclass(slots=True)
-class Meters:
+class WorkerMetrics:
     """What one node has done since it started. Times are seconds, amounts bytes; all of it only grows, except `sessions_running`."""
 
     kernel_form: str = ""
@@ -181,7 +181,7 @@ class LinkBytes:
 
 
 @dataclass(slots=True)
-class ServiceMeters:
+class ServiceMetrics:
     """What a server of requests has done since it started. Times are seconds; all of it only grows, except `running`, `waiting` and the
     two rates."""
 
@@ -223,8 +223,8 @@ class Readiness:
     waiting_until: float | None = None
 
 
-def registry(meters: Meters | ServiceMeters) -> "CollectorRegistry":
-    """A Prometheus registry that reads `meters` at each scrape, beside the process' own figures."""
+def registry(metrics: WorkerMetrics | ServiceMetrics) -> "CollectorRegistry":
+    """A Prometheus registry that reads `metrics` at each scrape, beside the process' own figures."""
     from prometheus_client import CollectorRegistry, ProcessCollector
     from prometheus_client.metrics_core import GaugeMetricFamily, InfoMetricFamily
     from prometheus_client.registry import Collector
@@ -232,13 +232,13 @@ def registry(meters: Meters | ServiceMeters) -> "CollectorRegistry":
     class NodeCollector(Collector):
         def collect(self) -> Iterator["Metric"]:
             yield InfoMetricFamily("dairllm_build", "Version of dairllm.", {"version": __version__})
-            yield InfoMetricFamily("dairllm_kernels", "Form of the kernels in use.", {"form": meters.kernel_form or "none"})
+            yield InfoMetricFamily("dairllm_kernels", "Form of the kernels in use.", {"form": metrics.kernel_form or "none"})
             yield GaugeMetricFamily("dairllm_peak_rss_bytes", "Most memory held so far (VmHWM).", machine.peak_rss_bytes())
             yield GaugeMetricFamily(
-                "dairllm_pass_running_seconds", "For how long the pass in hand has been running.", meters.pass_running()
+                "dairllm_pass_running_seconds", "For how long the pass in hand has been running.", metrics.pass_running()
             )
-            yield from _of_paging(meters.paging)
-            yield from _of_worker(meters) if isinstance(meters, Meters) else _of_service(meters)
+            yield from _of_paging(metrics.paging)
+            yield from _of_worker(metrics) if isinstance(metrics, WorkerMetrics) else _of_service(metrics)
 
     result = CollectorRegistry(auto_describe=False)
     result.register(NodeCollector())
@@ -246,48 +246,50 @@ def registry(meters: Meters | ServiceMeters) -> "CollectorRegistry":
     return result
 
 
-def _of_worker(meters: Meters) -> Iterator["Metric"]:
+def _of_worker(metrics: WorkerMetrics) -> Iterator["Metric"]:
     from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily
 
-    yield GaugeMetricFamily("dairllm_sessions_running", "Roots being served.", meters.sessions_running)
-    yield CounterMetricFamily("dairllm_rows_computed", "Rows (tokens) computed.", meters.rows)
-    yield CounterMetricFamily("dairllm_passes", "Control packets answered: one for each batch of rows.", meters.passes)
-    yield CounterMetricFamily("dairllm_weight_bytes", "Bytes of weights taken from the network.", meters.weight_bytes)
-    yield _counts("dairllm_sessions", "Roots served, by outcome.", "outcome", meters.sessions)
-    yield _counts("dairllm_connections_refused", "Connections closed before they became a session's.", "reason", meters.refused)
-    yield _counts("dairllm_activity_seconds", "Time in sessions by activity.", "activity", meters.seconds)
+    yield GaugeMetricFamily("dairllm_sessions_running", "Roots being served.", metrics.sessions_running)
+    yield CounterMetricFamily("dairllm_rows_computed", "Rows (tokens) computed.", metrics.rows)
+    yield CounterMetricFamily("dairllm_passes", "Control packets answered: one for each batch of rows.", metrics.passes)
+    yield CounterMetricFamily("dairllm_weight_bytes", "Bytes of weights taken from the network.", metrics.weight_bytes)
+    yield _counts("dairllm_sessions", "Roots served, by outcome.", "outcome", metrics.sessions)
+    yield _counts("dairllm_connections_refused", "Connections closed before they became a session's.", "reason", metrics.refused)
+    yield _counts("dairllm_activity_seconds", "Time in sessions by activity.", "activity", metrics.seconds)
     bytes_family = CounterMetricFamily("dairllm_link_bytes", "Bytes on links, without weights.", labels=["direction", "kind"])
-    for direction, counts in (("sent", meters.sent), ("received", meters.received)):
+    for direction, counts in (("sent", metrics.sent), ("received", metrics.received)):
         for kind, value in counts.items():
             bytes_family.add_metric([direction, kind], value)
     yield bytes_family
-    yield _histogram("dairllm_pass_seconds", "From a control packet to the end of its pass.", meters.pass_seconds)
+    yield _histogram("dairllm_pass_seconds", "From a control packet to the end of its pass.", metrics.pass_seconds)
 
 
-def _of_service(meters: ServiceMeters) -> Iterator["Metric"]:
+def _of_service(metrics: ServiceMetrics) -> Iterator["Metric"]:
     from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily
 
-    yield GaugeMetricFamily("dairllm_num_requests_running", "Requests being answered: 1 at most.", meters.running)
-    yield GaugeMetricFamily("dairllm_num_requests_waiting", "Requests that wait for their turn.", meters.waiting)
-    yield _counts("dairllm_requests", "Requests for text, by outcome.", "outcome", meters.requests)
-    yield CounterMetricFamily("dairllm_prompt_tokens", "Tokens of the prompts of requests that were begun.", meters.prompt_tokens)
-    yield CounterMetricFamily("dairllm_prefix_cache_queries", "Prompt tokens that might have been held already.", meters.prompt_tokens)
-    yield CounterMetricFamily("dairllm_prefix_cache_hits", "Prompt tokens that were held already.", meters.cached_tokens)
-    yield CounterMetricFamily("dairllm_generation_tokens", "Tokens generated.", meters.generated_tokens)
-    yield CounterMetricFamily("dairllm_model_losses", "How often the model was lost: a worker went away, or a pass failed.", meters.losses)
-    yield CounterMetricFamily("dairllm_requests_begun_again", "Requests put back into the line as the model was lost.", meters.begun_again)
-    yield GaugeMetricFamily("dairllm_prefill_tokens_per_second", "Prompt tokens a second, of the last answer.", meters.prefill_rate)
-    yield GaugeMetricFamily("dairllm_decode_tokens_per_second", "Generated tokens a second, of the last answer.", meters.decode_rate)
+    yield GaugeMetricFamily("dairllm_num_requests_running", "Requests being answered: 1 at most.", metrics.running)
+    yield GaugeMetricFamily("dairllm_num_requests_waiting", "Requests that wait for their turn.", metrics.waiting)
+    yield _counts("dairllm_requests", "Requests for text, by outcome.", "outcome", metrics.requests)
+    yield CounterMetricFamily("dairllm_prompt_tokens", "Tokens of the prompts of requests that were begun.", metrics.prompt_tokens)
+    yield CounterMetricFamily("dairllm_prefix_cache_queries", "Prompt tokens that might have been held already.", metrics.prompt_tokens)
+    yield CounterMetricFamily("dairllm_prefix_cache_hits", "Prompt tokens that were held already.", metrics.cached_tokens)
+    yield CounterMetricFamily("dairllm_generation_tokens", "Tokens generated.", metrics.generated_tokens)
+    yield CounterMetricFamily("dairllm_model_losses", "How often the model was lost: a worker went away, or a pass failed.", metrics.losses)
+    yield CounterMetricFamily("dairllm_requests_begun_again", "Requests put back into the line as the model was lost.", metrics.begun_again)
+    yield GaugeMetricFamily("dairllm_prefill_tokens_per_second", "Prompt tokens a second, of the last answer.", metrics.prefill_rate)
+    yield GaugeMetricFamily("dairllm_decode_tokens_per_second", "Generated tokens a second, of the last answer.", metrics.decode_rate)
     yield _histogram(
-        "dairllm_time_to_first_token_seconds", "From a request's arrival to its first token, the wait included.", meters.first_token_seconds
+        "dairllm_time_to_first_token_seconds",
+        "From a request's arrival to its first token, the wait included.",
+        metrics.first_token_seconds,
     )
-    yield _histogram("dairllm_inter_token_latency_seconds", "From one token of an answer to the next.", meters.token_seconds)
-    yield _histogram("dairllm_e2e_request_latency_seconds", "From a request's arrival to its last token.", meters.request_seconds)
+    yield _histogram("dairllm_inter_token_latency_seconds", "From one token of an answer to the next.", metrics.token_seconds)
+    yield _histogram("dairllm_e2e_request_latency_seconds", "From a request's arrival to its last token.", metrics.request_seconds)
     sent_and_received = CounterMetricFamily(
         "dairllm_worker_bytes", "Bytes on the link to a worker, without weights.", labels=["node", "address", "direction"]
     )
     weights = CounterMetricFamily("dairllm_worker_weight_bytes", "Bytes of weights sent to a worker.", labels=["node", "address"])
-    for link in meters.links():
+    for link in metrics.links():
         sent_and_received.add_metric([str(link.node), link.address, "sent"], link.sent)
         sent_and_received.add_metric([str(link.node), link.address, "received"], link.received)
         weights.add_metric([str(link.node), link.address], link.weights)

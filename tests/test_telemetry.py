@@ -1,4 +1,4 @@
-"""Logs are lines that people and programs can read; meters are numbers that Prometheus can scrape."""
+"""Logs are lines that people and programs can read; metrics are numbers that Prometheus can scrape."""
 
 import io
 import json
@@ -12,7 +12,7 @@ from prometheus_client.exposition import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from dairllm.errors import DairllmError
-from dairllm.telemetry import Histogram, LinkBytes, Meters, PagingTotals, ServiceMeters, configure_logging, registry
+from dairllm.telemetry import Histogram, LinkBytes, PagingTotals, ServiceMetrics, WorkerMetrics, configure_logging, registry
 
 
 class Terminal(io.StringIO):
@@ -203,8 +203,8 @@ def test_libraries_speak_in_the_same_form_and_only_of_trouble() -> None:
     assert json.loads(line)["level"] == "error"
 
 
-def scrape(meters: Meters | ServiceMeters) -> dict[str, float]:
-    text = generate_latest(registry(meters)).decode()
+def scrape(metrics: WorkerMetrics | ServiceMetrics) -> dict[str, float]:
+    text = generate_latest(registry(metrics)).decode()
     return {
         sample.name + "".join(f"[{key}={value}]" for key, value in sorted(sample.labels.items())): sample.value
         for family in text_string_to_metric_families(text)
@@ -213,18 +213,18 @@ def scrape(meters: Meters | ServiceMeters) -> dict[str, float]:
 
 
 def test_meters_are_scraped_as_they_stand() -> None:
-    meters = Meters(kernel_form="avx2")
-    before = scrape(meters)
+    metrics = WorkerMetrics(kernel_form="avx2")
+    before = scrape(metrics)
     assert before["dairllm_rows_computed_total"] == before["dairllm_passes_total"] == 0
-    meters.rows, meters.passes, meters.weight_bytes, meters.sessions_running = 33, 2, 1000, 1
-    meters.sessions.update(["finished", "finished", "NetworkError"])
-    meters.refused["busy"] += 1
-    meters.sent["peer"] += 7
-    meters.received["root"] += 9
-    meters.seconds["compute"] += 0.25
-    meters.pass_seconds.observe(0.003)
-    meters.pass_seconds.observe(99)
-    after = scrape(meters)
+    metrics.rows, metrics.passes, metrics.weight_bytes, metrics.sessions_running = 33, 2, 1000, 1
+    metrics.sessions.update(["finished", "finished", "NetworkError"])
+    metrics.refused["busy"] += 1
+    metrics.sent["peer"] += 7
+    metrics.received["root"] += 9
+    metrics.seconds["compute"] += 0.25
+    metrics.pass_seconds.observe(0.003)
+    metrics.pass_seconds.observe(99)
+    after = scrape(metrics)
     assert after["dairllm_rows_computed_total"] == 33
     assert after["dairllm_passes_total"] == 2
     assert after["dairllm_weight_bytes_total"] == 1000
@@ -246,14 +246,14 @@ def test_meters_are_scraped_as_they_stand() -> None:
 
 
 def test_a_servers_meters_are_scraped_as_they_stand() -> None:
-    meters = ServiceMeters(kernel_form="avx2", running=1, waiting=3, prompt_tokens=50, cached_tokens=20, generated_tokens=7, losses=2)
-    meters.requests.update(["stop", "stop", "queue_full"])
-    meters.prefill_rate, meters.decode_rate = 100.0, 12.5
-    meters.first_token_seconds.observe(0.3)
-    meters.token_seconds.observe(0.02)
-    meters.request_seconds.observe(9)
-    meters.links = lambda: [LinkBytes(1, "10.0.0.2:9990", 5, 6, 7)]
-    found = scrape(meters)
+    metrics = ServiceMetrics(kernel_form="avx2", running=1, waiting=3, prompt_tokens=50, cached_tokens=20, generated_tokens=7, losses=2)
+    metrics.requests.update(["stop", "stop", "queue_full"])
+    metrics.prefill_rate, metrics.decode_rate = 100.0, 12.5
+    metrics.first_token_seconds.observe(0.3)
+    metrics.token_seconds.observe(0.02)
+    metrics.request_seconds.observe(9)
+    metrics.links = lambda: [LinkBytes(1, "10.0.0.2:9990", 5, 6, 7)]
+    found = scrape(metrics)
     assert found["dairllm_kernels_info[form=avx2]"] == 1
     assert (found["dairllm_num_requests_running"], found["dairllm_num_requests_waiting"]) == (1, 3)
     assert found["dairllm_requests_total[outcome=stop]"] == 2
@@ -273,9 +273,9 @@ def test_a_servers_meters_are_scraped_as_they_stand() -> None:
     assert not any(name.startswith("dairllm_sessions") for name in found), "that is a worker's"
 
 
-@pytest.mark.parametrize("meters", [Meters(), ServiceMeters()], ids=["worker", "server"])
-def test_names_follow_the_conventions(meters: Meters | ServiceMeters) -> None:
-    for family in registry(meters).collect():
+@pytest.mark.parametrize("metrics", [WorkerMetrics(), ServiceMetrics()], ids=["worker", "server"])
+def test_names_follow_the_conventions(metrics: WorkerMetrics | ServiceMetrics) -> None:
+    for family in registry(metrics).collect():
         assert family.name.startswith(("dairllm_", "process_"))
         assert family.documentation.endswith(".")
 

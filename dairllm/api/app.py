@@ -28,7 +28,7 @@ from dairllm.api.health import health_routes
 from dairllm.api.prompts import ServedModel
 from dairllm.api.schema import ChatRequest, CompletionRequest
 from dairllm.serving.service import Service
-from dairllm.telemetry import Readiness, ServiceMeters
+from dairllm.telemetry import Readiness, ServiceMetrics
 
 __all__ = ["serve_app"]
 
@@ -39,7 +39,7 @@ def serve_app(
     served: ServedModel,
     service: Service,
     readiness: Readiness,
-    meters: ServiceMeters,
+    metrics: ServiceMetrics,
     *,
     body_seconds: float = BODY_SECONDS,
     heartbeat: float = HEARTBEAT_SECONDS,
@@ -64,7 +64,7 @@ def serve_app(
         return JSONResponse(description)
 
     def completions(schema: type[ChatRequest] | type[CompletionRequest]) -> Completions:
-        return Completions(schema, served, service, meters, bodies, heartbeat)
+        return Completions(schema, served, service, metrics, bodies, heartbeat)
 
     app = Starlette(
         routes=[
@@ -72,7 +72,7 @@ def serve_app(
             Route("/v1/completions", completions(CompletionRequest), methods=["POST"]),
             Route("/v1/models", models),
             Route("/v1/models/{name:path}", model),
-            *health_routes(readiness, meters),
+            *health_routes(readiness, metrics),
         ],
         exception_handlers=exception_handlers(),
     )

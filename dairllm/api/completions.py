@@ -16,7 +16,7 @@ from dairllm.api.schema import ChatRequest, CompletionRequest, parse
 from dairllm.api.stream import send_stream, send_whole, while_connected
 from dairllm.errors import DairllmError
 from dairllm.serving.service import Service
-from dairllm.telemetry import ServiceMeters
+from dairllm.telemetry import ServiceMetrics
 
 __all__ = ["Completions"]
 
@@ -38,13 +38,13 @@ class Completions:
         schema: type[ChatRequest] | type[CompletionRequest],
         served: ServedModel,
         service: Service,
-        meters: ServiceMeters,
+        metrics: ServiceMetrics,
         bodies: Bodies,
         heartbeat: float,
     ) -> None:
         self._schema: type[ChatRequest] | type[CompletionRequest] = schema
         self._shape: type[Shape] = ChatShape if schema is ChatRequest else CompletionShape
-        self._served, self._service, self._meters, self._bodies = served, service, meters, bodies
+        self._served, self._service, self._metrics, self._bodies = served, service, metrics, bodies
         self._heartbeat = heartbeat
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -59,7 +59,7 @@ class Completions:
                 else:
                     wanted = await asyncio.to_thread(choices_of, call, self._served)
         except (ApiError, DairllmError, ClientDisconnect) as error:
-            self._meters.requests["abandoned" if isinstance(error, ClientDisconnect) else "invalid"] += 1
+            self._metrics.requests["abandoned" if isinstance(error, ClientDisconnect) else "invalid"] += 1
             raise
         choices = Choices(wanted, self._service, whole=not call.stream, request_id=scope["state"][REQUEST_ID])
         shape = self._shape(self._served.name, self._served.tokenizer)

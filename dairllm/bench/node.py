@@ -152,7 +152,7 @@ async def _rounds(task: NodeTask, model: ModelFile, plan: MemoryPlan, own: NodeP
         "missing_bytes": len(streamed) * plan.needs.block_bytes,
         "read_bytes_a_pass": fetched // passes,
         "io_mode": None if own.paging is None else {"io_mode": own.paging.read_mode.io_mode, **own.paging.configuration._asdict()},
-        "paging": None if own.paging is None else asdict(own.paging.meters),
+        "paging": None if own.paging is None else asdict(own.paging.metrics),
         "peak_rss_bytes": machine.peak_rss_bytes(),
         "logits": feeder.digest.hexdigest()[:16],
     }
@@ -169,7 +169,7 @@ async def _settle(own: NodeProgram, vocab_size: int) -> None:
 
 def _fetched(own: NodeProgram) -> int:
     """Bytes read from the disk so far."""
-    return 0 if own.paging is None else own.paging.meters.bytes
+    return 0 if own.paging is None else own.paging.metrics.bytes
 
 
 def _weight_bytes(model: ModelFile) -> int:

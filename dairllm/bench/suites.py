@@ -227,7 +227,7 @@ def paging(bench: Bench) -> Iterator[Measured]:
             "weight_bytes_of_a_token": reports[0]["weight_bytes"],
             "read_bytes_per_second": read,
             "io_modes": [report["io_mode"] for report in reports],
-            "meters": reports[-1]["paging"],
+            "metrics": reports[-1]["paging"],
             "logits": sorted({report["logits"] for report in reports}),
         }
         if bench.llama_cpp is not None:

@@ -118,7 +118,7 @@ class Cluster:
             RemoteWorker(address, shares[node], RootSession(self._network, self._plan, node), self._deadlines, self._keepalive)
             for node, address in enumerate(workers, 1)
         ]
-        self._meter = _Seconds()
+        self._metric = _Seconds()
         self._passes: tuple[TensorPass, NDArray[np.float32]] | None = None
         """What makes them, and the pipe of their tokens."""
         self._in_hand: asyncio.Task[None] | None = None
@@ -186,7 +186,7 @@ class Cluster:
         silence = self._clock.silence if exchange == "auto" else lambda _: exchange
         self._clock.forget()
         program, compute = own.program, own.compute
-        tensor_pass = TensorPass(program, self._plan, compute, connections, links, overlap=overlap, silence=silence, meter=self._meter)
+        tensor_pass = TensorPass(program, self._plan, compute, connections, links, overlap=overlap, silence=silence, metric=self._metric)
         self._passes = tensor_pass, program.values(TOKEN_PIPE)
 
     async def feed(self, tokens: Sequence[int], position: int, *, logits: bool) -> NDArray[np.float32] | None:

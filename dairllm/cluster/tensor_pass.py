@@ -22,7 +22,7 @@ from dairllm.net.transport import Connection, Incoming
 from dairllm.runtime.autotuner import Autotuner
 from dairllm.runtime.compute import BRIEF_SECONDS
 
-__all__ = ["Computes", "Meter", "RowsFrom", "TensorPass"]
+__all__ = ["Computes", "PassMetric", "RowsFrom", "TensorPass"]
 
 
 class RowsFrom(Incoming[object], Protocol):
@@ -37,7 +37,7 @@ class Computes(Protocol):
     async def run(self, program: Program, first: int, stop: int, position: int, rows: int, first_row: int = 0) -> None: ...
 
 
-class Meter(Protocol):
+class PassMetric(Protocol):
     """Counts the seconds of each activity."""
 
     seconds: dict[str, float]
@@ -63,7 +63,7 @@ class TensorPass:
         overlap: compute large batches in two parts, if that is found faster than whole: with a network that costs next to nothing the
             weights are read twice for it.
         silence: seconds without a byte after which a node is given up in a pass of so many rows.
-        meter: counts seconds of compute and exchange.
+        metric: counts seconds of compute and exchange.
     """
 
     def __init__(
@@ -76,9 +76,9 @@ class TensorPass:
         *,
         overlap: bool,
         silence: Callable[[int], float],
-        meter: Meter,
+        metric: PassMetric,
     ) -> None:
-        self.program, self._compute, self._meter, self._silence_of = program, compute, meter, silence
+        self.program, self._compute, self._metric, self._silence_of = program, compute, metric, silence
         self._silence = 0.0
         self._connections, self._links = connections, links
         self._overlap = Autotuner([_halves, _whole] if overlap else [_whole])
@@ -104,7 +104,7 @@ class TensorPass:
             RemoteProtocolError: a node said something wrong.
             EngineError: the batch does not fit, or the computation failed.
         """
-        clock, seconds = time.perf_counter, self._meter.seconds
+        clock, seconds = time.perf_counter, self._metric.seconds
         begun = before = yielded = clock()
         parts, self._silence = self._overlap.configuration(rows), self._silence_of(rows)
         for stage in self._stages:

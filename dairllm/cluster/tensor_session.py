@@ -38,7 +38,7 @@ from dairllm.runtime.compute import Compute
 from dairllm.runtime.memory_plan import plan_node, possible_limit
 from dairllm.runtime.node_program import NodeProgram, open_program
 from dairllm.runtime.pass_clock import PassClock
-from dairllm.telemetry import Meters
+from dairllm.telemetry import WorkerMetrics
 from dairllm.units import format_duration, format_size
 
 __all__ = ["TensorSession"]
@@ -68,11 +68,11 @@ class TensorSession:
         *,
         settings: WorkerSettings,
         compute: Compute[Program],
-        meters: Meters,
+        metrics: WorkerMetrics,
         own: OwnModel | None = None,
     ) -> None:
         self._root, self._wire, self._mesh, self._own = root, wire, mesh, own
-        self._settings, self._compute, self._meters = settings, compute, meters
+        self._settings, self._compute, self._metrics = settings, compute, metrics
         self._connections: dict[int, Connection] = {ROOT: root}  # by node number, as all below
         self._links: dict[int, WorkerSession | PeerLink] = {ROOT: wire}
         self._counted: dict[int, tuple[int, int]] = {}
@@ -185,7 +185,7 @@ class TensorSession:
             came, done = await intake.nothing(), "weights are in the own model"
         else:
             came, done = await intake.compare(WeightCheck(self._own.file, weights)), "weights compared with the own model"
-        self._meters.weight_bytes += came
+        self._metrics.weight_bytes += came
         log.info(done, size=format_size(came), held=format_size(weights.nbytes), took=format_duration(time.perf_counter() - begun))
 
     async def _meet(self, received: NodeReceived) -> None:
@@ -200,10 +200,10 @@ class TensorSession:
     async def _infer(self, own: NodeProgram, plan: tuple[Run | Exchange, ...]) -> None:
         exchange, program, clock = self._settings.deadlines.exchange, own.program, PassClock()
         silence = clock.silence if exchange == "auto" else lambda _: exchange
-        self._meters.pass_running = lambda: clock.running_seconds
+        self._metrics.pass_running = lambda: clock.running_seconds
         overlap = self._settings.worker.overlap and own.paging is None  # in two parts, paged weights would be read twice
         tensor_pass = TensorPass(
-            program, plan, own.compute, self._connections, self._links, overlap=overlap, silence=silence, meter=self._meters
+            program, plan, own.compute, self._connections, self._links, overlap=overlap, silence=silence, metric=self._metrics
         )
         self._counted = {node: (c.bytes_sent, c.bytes_received) for node, c in self._connections.items()}
         while not self._finishing:
@@ -212,7 +212,7 @@ class TensorSession:
             if not isinstance(event, Control):
                 return
             started = time.perf_counter()
-            self._meters.seconds["wait"] += started - begun
+            self._metrics.seconds["wait"] += started - begun
             if event.position + event.rows > program.seq_len:
                 last = event.position + event.rows - 1
                 raise RemoteProtocolError(f"the root asked for positions {event.position} to {last}; the graph has {program.seq_len}")
@@ -225,7 +225,7 @@ class TensorSession:
                     await tensor_pass.run(event.position, event.rows)
             self._token_in_hand = False
             self._count(event.rows, time.perf_counter() - started)
-            self._meters.paging.follow(None if own.paging is None else own.paging.meters)
+            self._metrics.paging.follow(None if own.paging is None else own.paging.metrics)
 
     async def _next(self, silence: float = math.inf) -> Event:
         return await self._root.next_event(self._wire, silence)
@@ -256,13 +256,13 @@ class TensorSession:
 
     def _count(self, rows: int, seconds: float) -> None:
         self.rows += rows
-        meters = self._meters
-        meters.rows += rows
-        meters.passes += 1
-        meters.pass_seconds.observe(seconds)
+        metrics = self._metrics
+        metrics.rows += rows
+        metrics.passes += 1
+        metrics.pass_seconds.observe(seconds)
         for node, connection in self._connections.items():
             kind = "root" if node == ROOT else "peer"
             sent, received = self._counted[node]
-            meters.sent[kind] += connection.bytes_sent - sent
-            meters.received[kind] += connection.bytes_received - received
+            metrics.sent[kind] += connection.bytes_sent - sent
+            metrics.received[kind] += connection.bytes_received - received
             self._counted[node] = connection.bytes_sent, connection.bytes_received

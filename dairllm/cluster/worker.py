@@ -27,7 +27,7 @@ from dairllm.protocol.dllama.codec import Greeting
 from dairllm.protocol.dllama.limits import Limits
 from dairllm.protocol.dllama.worker import WorkerSession
 from dairllm.runtime.compute import Compute
-from dairllm.telemetry import Meters
+from dairllm.telemetry import WorkerMetrics
 from dairllm.units import format_duration
 
 __all__ = ["Worker"]
@@ -42,12 +42,12 @@ class Worker:
 
     Args:
         executor: started, with as many threads as the settings say.
-        meters: counts what happens.
+        metrics: counts what happens.
         own: the model that this node has on its disk, or None. It stays the caller's.
     """
 
-    def __init__(self, settings: WorkerSettings, executor: Executor, meters: Meters, own: OwnModel | None = None) -> None:
-        self._settings, self._meters, self._own = settings, meters, own
+    def __init__(self, settings: WorkerSettings, executor: Executor, metrics: WorkerMetrics, own: OwnModel | None = None) -> None:
+        self._settings, self._metrics, self._own = settings, metrics, own
         self._compute: Compute[Program] = Compute(executor)
         self._limits = Limits(max_workers=settings.limits.nodes - 1)
         self._server: Listener | None = None
@@ -117,7 +117,7 @@ class Worker:
 
     def _refuse(self, connection: Connection, kind: str, reason: str) -> None:
         connection.abort()
-        self._meters.refused[kind] += 1
+        self._metrics.refused[kind] += 1
         log.info("connection refused", peer=connection.peer, kind=kind, reason=reason)
 
     async def _welcome(self, connection: Connection, wire: WorkerSession) -> None:
@@ -150,19 +150,19 @@ class Worker:
             self._root, self._serving = root, (task := asyncio.current_task())
             assert task is not None  # noqa: S101 - for the type checker: we are in one
             self._strangers.discard(task)
-            self._meters.sessions_running = 1
+            self._metrics.sessions_running = 1
             outcome = await self._run(root, wire, greeting)
         finally:
-            self._meters.sessions[outcome] += 1
+            self._metrics.sessions[outcome] += 1
             await self._dismiss(root, in_peace=outcome == "finished")
 
     async def _run(self, root: Connection, wire: WorkerSession, greeting: Greeting) -> str:
-        """Returns how the session ended, for the meters: finished, stopped, or by which kind of error."""
+        """Returns how the session ended, for the metrics: finished, stopped, or by which kind of error."""
         try:
             log.info("root connected", peer=root.peer, node=greeting.node, nodes=greeting.n_workers + 1)
             self._mesh = await Mesh.of(greeting, self._settings.keepalive, self._settings.deadlines.mesh, self._refuse)
             self._session = TensorSession(
-                root, wire, self._mesh, settings=self._settings, compute=self._compute, meters=self._meters, own=self._own
+                root, wire, self._mesh, settings=self._settings, compute=self._compute, metrics=self._metrics, own=self._own
             )
             await self._session.run()
             log.info("session finished", peer=root.peer, rows=self._session.rows)
@@ -196,7 +196,7 @@ class Worker:
             root.abort()
         finally:
             self._mesh = self._session = None
-            self._meters.sessions_running = 0
+            self._metrics.sessions_running = 0
             try:  # before the next root's plan counts what this process holds
                 await in_thread("give back", machine.give_back_memory)
             finally:

@@ -198,10 +198,10 @@ def _report(generation: Generation, text: str, node: "LocalNode | Cluster", exec
         "decode_tokens_per_second": round(generation.decode_tokens_per_second, 3),
         "peak_rss_bytes": machine.peak_rss_bytes(),
         **{name: own[name] for name in ("bytes_sent", "bytes_received", "weight_bytes_sent")},
-        "weight_bytes_read": 0 if paging is None else paging.meters.bytes,
+        "weight_bytes_read": 0 if paging is None else paging.metrics.bytes,
         "paging": None
         if paging is None
-        else dataclasses.asdict(paging.meters) | reading(paging.read_mode, plan) | paging.configuration._asdict(),
+        else dataclasses.asdict(paging.metrics) | reading(paging.read_mode, plan) | paging.configuration._asdict(),
         "memory_plan": plan.figures(),
         "nodes": [own | {"kernels": executor.form, "threads": executor.n_threads}, *others],
     }

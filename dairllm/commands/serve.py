@@ -28,7 +28,7 @@ from dairllm.runtime.memory_plan import MemoryPlan
 from dairllm.runtime.pass_clock import PassClock
 from dairllm.serving.fingerprint import Fingerprint
 from dairllm.serving.service import Service
-from dairllm.telemetry import Readiness, ServiceMeters
+from dairllm.telemetry import Readiness, ServiceMetrics
 from dairllm.text.tokenizer import Tokenizer
 
 __all__ = ["run"]
@@ -63,8 +63,8 @@ async def _serve(settings: RootSettings, model: ModelFile, plan: MemoryPlan, tok
     executor, clock, history = Executor(settings.engine.n_threads, settings.engine.kernels), PassClock(), ClusterHistory()
     compute: Compute[Program] = Compute(executor)
     root_node(settings, model, compute, plan)  # told now, what could be known to fail
-    readiness, meters = Readiness("starting"), ServiceMeters(kernel_form=executor.form)
-    meters.pass_running = lambda: clock.running_seconds
+    readiness, metrics = Readiness("starting"), ServiceMetrics(kernel_form=executor.form)
+    metrics.pass_running = lambda: clock.running_seconds
 
     async def opened() -> LocalNode | Cluster:
         node = root_node(settings, model, compute, plan, clock, history)
@@ -83,7 +83,7 @@ async def _serve(settings: RootSettings, model: ModelFile, plan: MemoryPlan, tok
         opened,
         tokenizer,
         readiness,
-        meters,
+        metrics,
         fingerprint=Fingerprint(digest, sync_of(settings, model), FloatType[settings.engine.kv_cache.upper()]),
         queue=server.queue,
         reconnect=settings.deadlines.reconnect,
@@ -100,7 +100,7 @@ async def _serve(settings: RootSettings, model: ModelFile, plan: MemoryPlan, tok
         sampling=settings.sampling,
         request_bytes=server.request_bytes,
     )
-    app = serve_app(served, service, readiness, meters, heartbeat=server.heartbeat, cors_origins=server.cors_origins)
+    app = serve_app(served, service, readiness, metrics, heartbeat=server.heartbeat, cors_origins=server.cors_origins)
     http = HttpServer(
         app,
         server.host,

@@ -14,7 +14,7 @@ from dairllm.config import WorkerSettings, load_settings
 from dairllm.errors import NetworkError
 from dairllm.net.runner import Steps, in_thread, until_one_ends
 from dairllm.net.runner import run as run_service
-from dairllm.telemetry import Meters, Readiness, configure_logging
+from dairllm.telemetry import Readiness, WorkerMetrics, configure_logging
 from dairllm.units import format_size
 
 if TYPE_CHECKING:
@@ -40,13 +40,13 @@ def run(config: Path | None, flags: Mapping[str, tuple[str, object]]) -> None:
 
 async def serve(settings: WorkerSettings) -> None:
     """A worker with its health server; ends when it is cancelled."""
-    readiness, meters = Readiness("starting"), Meters()
+    readiness, metrics = Readiness("starting"), WorkerMetrics()
     ended: Callable[[], Awaitable[None]] = asyncio.get_running_loop().create_future  # never
     async with Steps(settings.deadlines.shutdown + 2.0) as steps:
         if settings.metrics.enabled:
             from dairllm.api.health import HealthServer
 
-            health = HealthServer(settings.metrics.host, settings.metrics_port, readiness, meters)
+            health = HealthServer(settings.metrics.host, settings.metrics_port, readiness, metrics)
             try:
                 port = await steps.start("health server", health.start, health.close)
             except NetworkError as error:  # a port that nobody has named, unless he knows
@@ -63,7 +63,7 @@ async def serve(settings: WorkerSettings) -> None:
         executor = Executor(settings.worker.n_threads, settings.worker.kernels)
         async with telling(COMPILING):
             await steps.start("kernels", lambda: in_thread("kernels", executor.start), lambda: in_thread("kernels", executor.close))
-        meters.kernel_form = executor.form
+        metrics.kernel_form = executor.form
         log.info("kernels ready", form=executor.form, threads=executor.n_threads)
 
         own = None
@@ -71,7 +71,7 @@ async def serve(settings: WorkerSettings) -> None:
             readiness.reason = "finding out which model it has"
             own = await in_thread("model", lambda: _open_model(settings.worker.model or ""), lambda own: own.close())
             log.info("model found", model=settings.worker.model, identity=own.identity.hex())
-        worker = Worker(settings, executor, meters, own)
+        worker = Worker(settings, executor, metrics, own)
         await steps.start("listener", worker.start, worker.close)
         readiness.reason = None
         try:

@@ -6,7 +6,7 @@ from functools import partial
 
 from dairllm.errors import EngineError
 from dairllm.paging.mapping import FileMapping
-from dairllm.paging.needs import PagingMeters
+from dairllm.paging.needs import PagingMetrics
 from dairllm.paging.readers import Readers
 from dairllm.paging.schedule import Block
 
@@ -34,7 +34,7 @@ class BlockCache:
     def __init__(
         self, mapping: FileMapping, pinned: frozenset[Block], streaming: int, readers: int, order: EvictionOrder | None = None
     ) -> None:
-        self.pinned, self.meters = pinned, PagingMeters()
+        self.pinned, self.metrics = pinned, PagingMetrics()
         self._mapping, self._streaming = mapping, streaming
         self._longest = max(1, _READ_BYTES // mapping.block_bytes)
         self._lock = threading.Condition()
@@ -150,7 +150,7 @@ class BlockCache:
     def count(self, nbytes: int) -> None:
         """Bytes of the file that were read beside the blocks."""
         with self._lock:
-            self.meters.bytes += nbytes
+            self.metrics.bytes += nbytes
 
     def close(self) -> None:
         """End the reader threads."""
@@ -231,7 +231,7 @@ class BlockCache:
 
     def _came(self, blocks: range, places: int, nbytes: int, error: EngineError | None) -> None:
         with self._lock:
-            self.meters.bytes += nbytes
+            self.metrics.bytes += nbytes
             if error is None:
                 self._ready.update(blocks)
             else:

@@ -20,7 +20,7 @@ __all__ = [
     "IO_MODES",
     "STREAMING_BYTES",
     "IoMode",
-    "PagingMeters",
+    "PagingMetrics",
     "PagingNeeds",
     "PagingSettings",
     "Policy",
@@ -78,7 +78,7 @@ class PagingSettings:
 
 
 @dataclass(slots=True)
-class PagingMeters:
+class PagingMetrics:
     """Counts since the node was opened.
 
     Attributes:

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from dairllm.paging.needs import PagingMeters
+from dairllm.paging.needs import PagingMetrics
 from dairllm.paging.read_mode import ReadMode
 from dairllm.paging.thread_configuration import ThreadConfiguration
 
@@ -11,11 +11,11 @@ __all__ = ["PagingStatus"]
 
 class PagingStatus(NamedTuple):
     """Attributes:
-    meters: what has been read and waited for.
+    metrics: what has been read and waited for.
     read_mode: how blocks are read, as measured at the start.
     configuration: how many threads compute and read for a token, by now.
     """
 
-    meters: PagingMeters
+    metrics: PagingMetrics
     read_mode: ReadMode
     configuration: ThreadConfiguration

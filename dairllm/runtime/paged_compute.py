@@ -26,7 +26,7 @@ from dairllm.kernels.panels import TILE_COLUMNS
 from dairllm.net.runner import in_thread
 from dairllm.paging.block_cache import BlockCache
 from dairllm.paging.mapping import FileMapping, open_mapping
-from dairllm.paging.needs import PagingMeters, PagingSettings, weights_needs
+from dairllm.paging.needs import PagingMetrics, PagingSettings, weights_needs
 from dairllm.paging.pager import Pager
 from dairllm.paging.policy import divide
 from dairllm.paging.read_mode import ReadMode, probe_read_mode
@@ -123,11 +123,11 @@ class PagedCompute:
 
     @property
     def status(self) -> PagingStatus:
-        return PagingStatus(self.meters, self.choice, self.configuration)
+        return PagingStatus(self.metrics, self.choice, self.configuration)
 
     @property
-    def meters(self) -> PagingMeters:
-        return self._pager.blocks.meters
+    def metrics(self) -> PagingMetrics:
+        return self._pager.blocks.metrics
 
     @property
     def streamed(self) -> tuple[Block, ...]:
@@ -159,7 +159,7 @@ class PagedCompute:
             await self._there(needed, partial(self._pager.look_ahead, unit))
             following = self._pager.extent(unit, end)
             for other in range(unit + 1, following):
-                self.meters.hits += len(self._pager.needed(other))
+                self.metrics.hits += len(self._pager.needed(other))
             await self._compute.run(self._unitwise, unit, following, position, rows, first_row)
             for other in range(unit, following):
                 self._pager.computed(other)
@@ -214,9 +214,9 @@ class PagedCompute:
 
     async def _there(self, needed: Sequence[Block], ask: Callable[[], None]) -> None:
         """Wait until blocks are in memory. `ask` is called again as room becomes free."""
-        blocks, meters = self._pager.blocks, self.meters
+        blocks, metrics = self._pager.blocks, self.metrics
         if blocks.all_ready(needed):
-            meters.hits += len(needed)
+            metrics.hits += len(needed)
             return
         loop = asyncio.get_running_loop()
         come = asyncio.Event()
@@ -226,8 +226,8 @@ class PagedCompute:
                 loop.call_soon_threadsafe(come.set)
 
         missing = blocks.missing(needed, notify)
-        meters.hits += len(needed) - missing
-        meters.misses += missing
+        metrics.hits += len(needed) - missing
+        metrics.misses += missing
         if missing:
             begun = time.perf_counter()
             while missing:
@@ -236,7 +236,7 @@ class PagedCompute:
                 await come.wait()
                 come.clear()
                 missing = blocks.missing(needed, notify)
-            meters.wait_seconds += time.perf_counter() - begun
+            metrics.wait_seconds += time.perf_counter() - begun
 
     async def _embed(self, first_row: int, rows: int) -> None:
         """Bring the embedding's rows for the tokens of a pass.

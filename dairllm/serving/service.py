@@ -31,7 +31,7 @@ from dairllm.serving.recovery import Recovery
 from dairllm.serving.reply import STALL_SECONDS, AbandonedError, Order, Reply, StalledError
 from dairllm.serving.scoring import generation_for
 from dairllm.serving.text_stream import Answer
-from dairllm.telemetry import Readiness, ServiceMeters
+from dairllm.telemetry import Readiness, ServiceMetrics
 from dairllm.text.tokenizer import Tokenizer
 from dairllm.units import format_duration
 
@@ -70,7 +70,7 @@ class Service:
         opens: makes a model that can be used at once; called anew whenever it was lost.
         tokenizer: of the model.
         readiness: told why requests cannot be answered. Its reason at `start` is what is said until the model was first opened.
-        meters: counts what happens.
+        metrics: counts what happens.
         fingerprint: of the model, told with each answer.
         queue: requests that may wait.
         reconnect: seconds between attempts to open the model.
@@ -84,7 +84,7 @@ class Service:
         opens: Callable[[], Awaitable[OpenModel]],
         tokenizer: Tokenizer,
         readiness: Readiness,
-        meters: ServiceMeters,
+        metrics: ServiceMetrics,
         *,
         fingerprint: Fingerprint,
         queue: int,
@@ -94,7 +94,7 @@ class Service:
         patience: float = STALL_SECONDS,
     ) -> None:
         self._opens, self._tokenizer = opens, tokenizer
-        self._readiness, self._meters, self._fingerprint = readiness, meters, fingerprint
+        self._readiness, self._metrics, self._fingerprint = readiness, metrics, fingerprint
         self._queue, self._reconnect, self._shutdown, self._patience = queue, reconnect, shutdown, patience
         self._line: deque[Reply] = deque()
         self._arrival = asyncio.Event()
@@ -105,7 +105,7 @@ class Service:
         self._links = LinkTotals()
         self._last_took = 1.0
         self._recovery = Recovery(readiness, recovery, self._give_up)
-        meters.links = lambda: self._links.over(() if self._model is None else self._model.nodes)
+        metrics.links = lambda: self._links.over(() if self._model is None else self._model.nodes)
 
     async def start(self) -> None:
         """Begin to open the model; returns at once."""
@@ -149,10 +149,10 @@ class Service:
             QueueFullError: the line is full.
         """
         if self._readiness.reason is not None and not self._recovery.running:
-            self._meters.requests["unavailable"] += 1
+            self._metrics.requests["unavailable"] += 1
             raise self._unavailable()
         if not again and len(self._line) + (self._at_hand is not None) > self._queue:
-            self._meters.requests["queue_full"] += 1
+            self._metrics.requests["queue_full"] += 1
             raise QueueFullError(len(self._line), min(LONGEST_RETRY, math.ceil(self._last_took)))
 
     def ask(self, order: Order, *, whole: bool = False, request_id: str = "", again: bool = False) -> Reply:
@@ -185,7 +185,7 @@ class Service:
             try:
                 trouble = await self._serve(model)
                 if trouble is not None:
-                    self._meters.losses += 1
+                    self._metrics.losses += 1
                     self._lose(trouble)
                     log.warning(
                         "model lost", reason=trouble, waiting=len(self._line), requests_wait=format_duration(self._recovery.seconds)
@@ -250,7 +250,7 @@ class Service:
 
     async def _serve(self, model: OpenModel) -> str | None:
         """Answer one after the other; returns why the model cannot be used any more, or None when the service is being closed."""
-        held = HeldModel(model, self._meters.token_seconds, self._fingerprint.of(model.nodes), model.kv_caches)
+        held = HeldModel(model, self._metrics.token_seconds, self._fingerprint.of(model.nodes), model.kv_caches)
         while not self._closing:
             if not self._line:
                 self._arrival.clear()
@@ -310,29 +310,29 @@ class Service:
         if self._closing or reply.beginnings >= MOST_BEGINNINGS or not reply.begin_again():
             return False
         self._line.appendleft(reply)
-        self._meters.begun_again += 1
+        self._metrics.begun_again += 1
         return True
 
     def _record(self, reply: Reply, generation: Generation, begun: float) -> None:
-        meters, n_ids, n_prompt = self._meters, len(generation.ids), len(reply.order.prompt_ids)
+        metrics, n_ids, n_prompt = self._metrics, len(generation.ids), len(reply.order.prompt_ids)
         waited, took = begun - reply.asked_at, time.perf_counter() - begun
         again = reply in self._line
         outcome = "begun again" if again else _outcome(reply)
         self._last_took = took
         if not again:
-            meters.requests[outcome] += 1
+            metrics.requests[outcome] += 1
         paging = None if self._model is None else self._model.paging
-        meters.paging.follow(None if paging is None else paging.meters)
-        meters.prompt_tokens += n_prompt
-        meters.cached_tokens += reply.cached_tokens
-        meters.generated_tokens += n_ids
+        metrics.paging.follow(None if paging is None else paging.metrics)
+        metrics.prompt_tokens += n_prompt
+        metrics.cached_tokens += reply.cached_tokens
+        metrics.generated_tokens += n_ids
         if n_ids:
-            meters.first_token_seconds.observe(waited + generation.prefill_seconds)
-            meters.prefill_rate = generation.prefill_tokens_per_second
+            metrics.first_token_seconds.observe(waited + generation.prefill_seconds)
+            metrics.prefill_rate = generation.prefill_tokens_per_second
         if n_ids > 1:
-            meters.decode_rate = generation.decode_tokens_per_second
+            metrics.decode_rate = generation.decode_tokens_per_second
         if reply.finish_reason is not None:
-            meters.request_seconds.observe(waited + took)
+            metrics.request_seconds.observe(waited + took)
         log.info(
             "answered", request_id=reply.request_id, outcome=outcome,
             prompt_tokens=n_prompt, cached_tokens=reply.cached_tokens, generated_tokens=n_ids,
@@ -343,7 +343,7 @@ class Service:
         """One that waits leaves the line; the one at hand ends by itself at the next pass."""
         if reply in self._line:
             self._line.remove(reply)
-            self._meters.requests[_outcome(reply)] += 1
+            self._metrics.requests[_outcome(reply)] += 1
             self._count()
 
     def _refuse_all(self, more: str = "") -> None:
@@ -356,11 +356,11 @@ class Service:
         return UnavailableError(f"{reason}{more}", min(LONGEST_RETRY, math.ceil(self._reconnect)))
 
     def _count(self) -> None:
-        self._meters.waiting, self._meters.running = len(self._line), int(self._at_hand is not None)
+        self._metrics.waiting, self._metrics.running = len(self._line), int(self._at_hand is not None)
 
 
 def _outcome(reply: Reply) -> str:
-    """A label for the meters."""
+    """A label for the metrics."""
     if reply.finish_reason is not None:
         return reply.finish_reason
     kinds = ((AbandonedError, "abandoned"), (StalledError, "stalled"), (UnavailableError, "unavailable"))

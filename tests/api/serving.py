@@ -28,7 +28,7 @@ from dairllm.runtime.local_node import LocalNode
 from dairllm.runtime.node_status import NodeStatus
 from dairllm.serving.fingerprint import Fingerprint
 from dairllm.serving.service import OpenModel, Service
-from dairllm.telemetry import Readiness, ServiceMeters
+from dairllm.telemetry import Readiness, ServiceMetrics
 from dairllm.text.tokenizer import Tokenizer
 from tests.patience import PATIENCE
 
@@ -161,7 +161,7 @@ class Serving:
     service: Service
     models: Models
     readiness: Readiness
-    meters: ServiceMeters
+    metrics: ServiceMetrics
     tokenizer: Tokenizer
     client: AsyncOpenAI
 
@@ -226,21 +226,21 @@ async def serving(
     if held:
         models.gate.clear()
     tokenizer = Tokenizer.load(path.with_suffix(".t"))
-    readiness, meters = Readiness("connecting to nobody"), ServiceMeters()
+    readiness, metrics = Readiness("connecting to nobody"), ServiceMetrics()
     async with models.ready() as opens:
         service = Service(
-            opens, tokenizer, readiness, meters, fingerprint=FINGERPRINT, queue=queue, reconnect=reconnect, recovery=recovery,
+            opens, tokenizer, readiness, metrics, fingerprint=FINGERPRINT, queue=queue, reconnect=reconnect, recovery=recovery,
             shutdown=shutdown, patience=patience,
         )  # fmt: skip
         renderer = tokenizer.chat_renderer()
         served = ServedModel(
             path.stem, tokenizer, renderer, SEQ_LEN, VOCAB, sampling or Sampling(steps=16, temperature=1.0, seed=1), request_bytes
         )
-        app = serve_app(served, service, readiness, meters, body_seconds=body_seconds, heartbeat=heartbeat, cors_origins=cors_origins)
+        app = serve_app(served, service, readiness, metrics, body_seconds=body_seconds, heartbeat=heartbeat, cors_origins=cors_origins)
         http = HttpServer(app, "127.0.0.1", 0, connections=connections, connection=connection, keep_alive=keep_alive, hosts=hosts)
         port = await http.start()
         client = AsyncOpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="unused", max_retries=0, timeout=PATIENCE)
-        running = Serving(port, service, models, readiness, meters, tokenizer, client)
+        running = Serving(port, service, models, readiness, metrics, tokenizer, client)
         await service.start()
         try:
             if wait and not held:

@@ -149,7 +149,7 @@ async def test_bad_bodies(serve: Serve) -> None:
             assert error["code"], case
             if param is not None:
                 assert error["message"].startswith(f"{param}: "), case
-        assert serving.meters.requests["invalid"] == len(CASES)
+        assert serving.metrics.requests["invalid"] == len(CASES)
         assert serving.models.last.fed == []
         assert (await client.post(COMPLETIONS, json=prompt())).status_code == 200
 
@@ -199,7 +199,7 @@ async def test_a_client_that_goes_away_in_its_body(serve: Serve) -> None:
     async with serve() as serving:
         async with dialled(serving, BEGUN):
             await asyncio.sleep(0.05)
-        await serving.until(lambda: serving.meters.requests["abandoned"] == 1)
+        await serving.until(lambda: serving.metrics.requests["abandoned"] == 1)
         assert await answers(serving)
 
 
@@ -217,7 +217,7 @@ async def test_large_bodies_at_once_are_bounded_and_small_ones_come_through(serv
             assert error["code"] == "overloaded"
             for task in waiting:
                 task.cancel()
-        await serving.until(lambda: serving.meters.requests["abandoned"] == 8)
+        await serving.until(lambda: serving.metrics.requests["abandoned"] == 8)
         checked(await client.post(COMPLETIONS, content=b" " * most), 400)
 
 
@@ -271,7 +271,7 @@ async def test_what_is_wrong_with_a_packed_body(serve: Serve) -> None:
         answer = await client.post(COMPLETIONS, content=whole, headers={"content-encoding": "br"})
         assert checked(answer, 415)["message"] == "the body is packed by 'br'; expected gzip, or none"
         assert answer.headers["accept-encoding"] == "gzip"
-        assert serving.meters.requests == {"invalid": 7}
+        assert serving.metrics.requests == {"invalid": 7}
         assert (await client.post(COMPLETIONS, content=whole, headers=PACKED)).status_code == 200
 
 

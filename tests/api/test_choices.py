@@ -70,9 +70,9 @@ async def test_others_have_their_turn_between_two_answers(serve: Serve) -> None:
         model = serving.models.last
         model.gate.clear()
         many = asyncio.create_task(complete(serving, prompt=[[5] * 9, [6] * 10, [7] * 11], max_tokens=1))
-        await serving.until(lambda: serving.meters.running == 1)
+        await serving.until(lambda: serving.metrics.running == 1)
         one = asyncio.create_task(complete(serving, prompt=[8] * 12, max_tokens=1))
-        await serving.until(lambda: serving.meters.waiting == 1)
+        await serving.until(lambda: serving.metrics.waiting == 1)
         model.gate.set()
         assert len((await many).choices) == 3
         await one
@@ -86,10 +86,10 @@ async def test_who_goes_away_is_given_no_further_answer(serve: Serve) -> None:
         asking = asyncio.create_task(complete(serving, prompt=[[5] * 9, [6] * 10], max_tokens=3000))
         await serving.until(lambda: len(model.fed) >= 2)
         asking.cancel()
-        await serving.until(lambda: serving.meters.requests["abandoned"] == 1)
+        await serving.until(lambda: serving.metrics.requests["abandoned"] == 1)
         assert (await complete(serving, prompt=[8] * 12, max_tokens=1)).choices
         assert [rows for _, rows in model.fed if rows > 1] == [9, 12]
-        assert serving.meters.requests == {"abandoned": 1, "length": 1}
+        assert serving.metrics.requests == {"abandoned": 1, "length": 1}
 
 
 async def test_a_model_that_comes_back_between_two_answers(serve: Serve) -> None:

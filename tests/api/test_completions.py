@@ -215,8 +215,8 @@ async def test_a_conversation_that_goes_on_computes_only_what_is_new(serve: Serv
         assert (await complete(serving, prompt=longer[:20])).choices[0].text == shorter.choices[0].text
         assert first.choices[0].text
         assert tokenizer.bos_id not in longer
-    assert serving.meters.cached_tokens == 50 + 19
-    assert serving.meters.prompt_tokens == 50 + 80 + 20 + 3 + 80 + 3 + 20
+    assert serving.metrics.cached_tokens == 50 + 19
+    assert serving.metrics.prompt_tokens == 50 + 80 + 20 + 3 + 80 + 3 + 20
 
 
 async def test_the_whole_context(serve: Serve) -> None:

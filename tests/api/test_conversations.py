@@ -43,7 +43,7 @@ async def test_a_title_between_two_turns_does_not_cost_the_next_turn_its_prefix(
             fed.append(serving.models.last.fed[0][0])
     assert [text for text, _ in found] == expected
     assert [count for _, count in found] == fed == [0, 24, 624, 83, 654, 83]
-    assert serving.meters.cached_tokens == sum(fed)
+    assert serving.metrics.cached_tokens == sum(fed)
 
 
 async def test_users_in_turn(serve: Serve) -> None:

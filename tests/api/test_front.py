@@ -12,7 +12,7 @@ import structlog
 
 from dairllm.api.connection import BoundedConnection
 from dairllm.api.health import HealthServer
-from dairllm.telemetry import Meters, Readiness
+from dairllm.telemetry import Readiness, WorkerMetrics
 from tests.api.conftest import Serve
 from tests.api.serving import Serving, dialled
 from tests.patience import PATIENCE
@@ -108,7 +108,7 @@ async def test_who_names_no_host_is_no_browser(serve: Serve) -> None:
 
 @pytest.mark.parametrize(("host", "status"), [("127.0.0.1", 421), ("0.0.0.0", 200)])  # noqa: S104 - for the time of a test
 async def test_a_workers_health_likewise(host: str, status: int) -> None:
-    server = HealthServer(host, 0, Readiness(None), Meters())
+    server = HealthServer(host, 0, Readiness(None), WorkerMetrics())
     port = await server.start()
     async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
         assert (await client.get("/metrics", headers={"host": "attacker.example"})).status_code == status
@@ -219,7 +219,7 @@ async def test_where_none_idles_one_more_is_told(serve: Serve) -> None:
         serving.models.last.gate.clear()
         async with client_of(serving) as client:
             busy = [asyncio.create_task(client.post(COMPLETIONS, json=BODY)) for _ in range(2)]
-            await serving.until(lambda: serving.meters.running + serving.meters.waiting == 2)
+            await serving.until(lambda: serving.metrics.running + serving.metrics.waiting == 2)
             async with dialled(serving, IDLE) as (reader, _):
                 answer = await reader.read()
             assert answer.startswith(b"HTTP/1.1 503 ")

@@ -11,13 +11,13 @@ import pytest
 from dairllm.api.health import HealthServer
 from dairllm.errors import NetworkError
 from dairllm.net.addresses import listening_socket
-from dairllm.telemetry import Meters, Readiness
+from dairllm.telemetry import Readiness, WorkerMetrics
 from tests.patience import PATIENCE
 
 
 class Served:
-    def __init__(self, port: int, readiness: Readiness, meters: Meters) -> None:
-        self.port, self.readiness, self.meters = port, readiness, meters
+    def __init__(self, port: int, readiness: Readiness, metrics: WorkerMetrics) -> None:
+        self.port, self.readiness, self.metrics = port, readiness, metrics
 
     async def get(self, path: str, **headers: str) -> tuple[int, str, str]:
         """Status, content type, body."""
@@ -36,9 +36,9 @@ class Served:
 
 @pytest.fixture
 async def served() -> AsyncIterator[Served]:
-    readiness, meters = Readiness("compiling kernels"), Meters(kernel_form="portable")
-    server = HealthServer("127.0.0.1", 0, readiness, meters)
-    yield Served(await server.start(), readiness, meters)
+    readiness, metrics = Readiness("compiling kernels"), WorkerMetrics(kernel_form="portable")
+    server = HealthServer("127.0.0.1", 0, readiness, metrics)
+    yield Served(await server.start(), readiness, metrics)
     await server.close()
 
 
@@ -55,7 +55,7 @@ async def test_it_is_alive_before_it_is_ready(served: Served) -> None:
 
 
 async def test_metrics_are_prometheus_text(served: Served) -> None:
-    served.meters.rows = 5
+    served.metrics.rows = 5
     status, kind, body = await served.get("/metrics")
     assert status == 200
     assert kind.startswith("text/plain; version=")
@@ -79,19 +79,19 @@ async def test_a_port_that_is_taken_is_named() -> None:
         sock.listen()
         port = sock.getsockname()[1]
         with pytest.raises(NetworkError, match=f"cannot listen on 127.0.0.1 port {port}: Address already in use"):
-            await HealthServer("127.0.0.1", port, Readiness(), Meters()).start()
+            await HealthServer("127.0.0.1", port, Readiness(), WorkerMetrics()).start()
 
 
 async def test_closing_frees_the_port() -> None:
-    server = HealthServer("127.0.0.1", 0, Readiness(), Meters())
+    server = HealthServer("127.0.0.1", 0, Readiness(), WorkerMetrics())
     port = await server.start()
     await server.close()
     with pytest.raises(OSError, match="Connect"):
         await asyncio.open_connection("127.0.0.1", port)
-    again = HealthServer("127.0.0.1", port, Readiness(), Meters())
+    again = HealthServer("127.0.0.1", port, Readiness(), WorkerMetrics())
     assert await again.start() == port
     await again.close()
 
 
 async def test_a_server_that_never_started_can_be_closed() -> None:
-    await HealthServer("127.0.0.1", 0, Readiness(), Meters()).close()
+    await HealthServer("127.0.0.1", 0, Readiness(), WorkerMetrics()).close()

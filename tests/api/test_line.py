@@ -30,12 +30,12 @@ async def test_fifty_at_once_get_what_they_would_get_alone(serve: Serve) -> None
         gate = serving.models.last.gate
         gate.clear()
         together = [asyncio.create_task(complete(serving, prompt)) for prompt in prompts]
-        await serving.until(lambda: serving.meters.running + serving.meters.waiting == MANY)
-        assert (serving.meters.running, serving.meters.waiting) == (1, MANY - 1)
+        await serving.until(lambda: serving.metrics.running + serving.metrics.waiting == MANY)
+        assert (serving.metrics.running, serving.metrics.waiting) == (1, MANY - 1)
         gate.set()
         assert [answer.choices[0].text for answer in await asyncio.gather(*together)] == alone
         assert len(set(alone)) > MANY / 2
-        assert serving.meters.requests == {"length": 2 * MANY}
+        assert serving.metrics.requests == {"length": 2 * MANY}
 
 
 async def test_those_for_whom_there_is_no_place_are_told_to_come_again(serve: Serve) -> None:
@@ -53,7 +53,7 @@ async def test_those_for_whom_there_is_no_place_are_told_to_come_again(serve: Se
             assert error.code == "rate_limit_exceeded"
             assert "requests are waiting already" in error.message
             assert 1 <= int(error.response.headers["retry-after"]) <= 60
-        assert serving.meters.requests == {"length": 9, "queue_full": MANY - 9}
+        assert serving.metrics.requests == {"length": 9, "queue_full": MANY - 9}
         assert (await complete(serving, "again")).choices[0].text
 
 
@@ -62,7 +62,7 @@ async def test_without_a_line_one_is_answered_and_nobody_waits(serve: Serve) -> 
         gate = serving.models.last.gate
         gate.clear()
         first = asyncio.create_task(complete(serving, "one"))
-        await serving.until(lambda: serving.meters.running == 1)
+        await serving.until(lambda: serving.metrics.running == 1)
         with pytest.raises(openai.RateLimitError):
             await complete(serving, "two")
         gate.set()
@@ -81,7 +81,7 @@ async def test_a_client_that_goes_away_in_the_middle_frees_the_model(serve: Serv
         answer = await complete(serving, "two", max_tokens=3)
         assert answer.usage.completion_tokens == 3
         assert len(model.fed) - passes < 20, "of 4000"
-        assert serving.meters.requests == {"abandoned": 1, "length": 1}
+        assert serving.metrics.requests == {"abandoned": 1, "length": 1}
 
 
 async def test_a_client_that_goes_away_frees_the_model_though_nothing_was_streamed(serve: Serve) -> None:
@@ -92,7 +92,7 @@ async def test_a_client_that_goes_away_frees_the_model_though_nothing_was_stream
         await serving.until(lambda: len(model.fed) >= 2)
         asked.cancel()
         await asyncio.wait({asked})
-        await serving.until(lambda: serving.meters.requests["abandoned"] == 1)
+        await serving.until(lambda: serving.metrics.requests["abandoned"] == 1)
         assert len(model.fed) < 20
         assert (await complete(serving, "two", max_tokens=3)).usage.completion_tokens == 3
 
@@ -102,19 +102,19 @@ async def test_a_client_that_goes_away_while_it_waits_gives_up_its_place(serve: 
         model = serving.models.last
         model.gate.clear()
         first = asyncio.create_task(complete(serving, "one"))
-        await serving.until(lambda: serving.meters.running == 1)
+        await serving.until(lambda: serving.metrics.running == 1)
         second = asyncio.create_task(complete(serving, "two"))
-        await serving.until(lambda: serving.meters.waiting == 1)
+        await serving.until(lambda: serving.metrics.waiting == 1)
         second.cancel()
-        await serving.until(lambda: serving.meters.waiting == 0)
+        await serving.until(lambda: serving.metrics.waiting == 0)
         third = asyncio.create_task(complete(serving, "three"))
-        await serving.until(lambda: serving.meters.waiting == 1)
+        await serving.until(lambda: serving.metrics.waiting == 1)
         model.gate.set()
         assert (await first).choices[0].text
         assert (await third).choices[0].text
-        assert serving.meters.requests == {"abandoned": 1, "length": 2}
+        assert serving.metrics.requests == {"abandoned": 1, "length": 2}
         n_tokens = [len(serving.tokenizer.encode_prompt(text)) for text in ("one", "three")]
-        assert serving.meters.prompt_tokens == sum(n_tokens), "nobody computed the one that was given up"
+        assert serving.metrics.prompt_tokens == sum(n_tokens), "nobody computed the one that was given up"
 
 
 class Hasty(BoundedConnection):
@@ -135,7 +135,7 @@ async def reluctant(serving: Serving, body: dict[str, Any]) -> AsyncIterator[asy
     sock.setblocking(False)
     await asyncio.get_running_loop().sock_connect(sock, ("127.0.0.1", serving.port))
     async with dialled(serving, post(body), sock) as (reader, _):
-        await serving.until(lambda: serving.meters.running == 1)
+        await serving.until(lambda: serving.metrics.running == 1)
         yield reader
 
 
@@ -155,8 +155,8 @@ ENDLESS = {"prompt": "on", "max_tokens": 4000, "stream": True}
 async def test_the_model_does_not_wait_for_ever_for_a_client_that_does_not_read(serve: Serve) -> None:
     async with serve(patience=0.3) as serving, reluctant(serving, ENDLESS) as reader:
         assert (await complete(serving, "two", max_tokens=3)).usage.completion_tokens == 3
-        assert serving.meters.requests == {"stalled": 1, "length": 1}
-        assert serving.meters.generated_tokens < 4000
+        assert serving.metrics.requests == {"stalled": 1, "length": 1}
+        assert serving.metrics.generated_tokens < 4000
         received = b""
         while b"[DONE]" not in received:
             received += await reader.read(65536)
@@ -166,7 +166,7 @@ async def test_the_model_does_not_wait_for_ever_for_a_client_that_does_not_read(
 async def test_a_connection_whose_client_does_not_read_is_broken_off(serve: Serve) -> None:
     async with serve(connection=Hasty) as serving, reluctant(serving, ENDLESS) as reader:
         assert (await complete(serving, "two", max_tokens=3)).usage.completion_tokens == 3
-        assert serving.meters.requests == {"abandoned": 1, "length": 1}
+        assert serving.metrics.requests == {"abandoned": 1, "length": 1}
         received = await until_closed(reader)
         assert received.startswith(b"HTTP/1.1 200 OK")
         assert b"[DONE]" not in received
@@ -188,7 +188,7 @@ async def test_a_client_that_reads_late_gets_all_of_it(serve: Serve) -> None:
         async with httpx.AsyncClient(base_url=serving.url) as client:
             prompt = (await client.post("/v1/completions", json=body)).text
         assert text_of(late.decode()) == text_of(prompt)
-        assert serving.meters.requests == {"length": 2}
+        assert serving.metrics.requests == {"length": 2}
 
 
 def text_of(events: str) -> str:

@@ -156,7 +156,7 @@ async def test_a_client_that_goes_away_while_its_prompt_is_scored_frees_the_mode
         asked = asyncio.create_task(complete(serving, prompt=[7] * 2000, max_tokens=0, logprobs=1, echo=True))
         await serving.until(lambda: len(model.fed) >= 2)
         asked.cancel()
-        await serving.until(lambda: serving.meters.requests["abandoned"] == 1)
+        await serving.until(lambda: serving.metrics.requests["abandoned"] == 1)
         assert len(model.fed) < 100, "of 250"
         assert {rows for _, rows in model.fed} == {8}
         model.pause = 0.0

@@ -64,13 +64,13 @@ async def test_a_model_that_is_lost_in_the_middle(error: Exception, serve: Serve
         models.refusals += [NetworkError(AWAY)] * 2
         model.gate.clear()
         tasks = [asyncio.create_task(complete(serving)) for _ in range(5)]
-        await serving.until(lambda: serving.meters.waiting == 4)
+        await serving.until(lambda: serving.metrics.waiting == 4)
         models.gate.clear()
         model.gate.set()
         await serving.until(lambda: serving.readiness.reason is not None and model.closed)
         assert await readiness(serving) == (503, LOST)
         tasks.append(asyncio.create_task(complete(serving)))
-        await serving.until(lambda: serving.meters.waiting == 6)
+        await serving.until(lambda: serving.metrics.waiting == 6)
         assert not any(task.done() for task in tasks)
         models.gate.set()
         answers = await asyncio.gather(*tasks)
@@ -78,8 +78,8 @@ async def test_a_model_that_is_lost_in_the_middle(error: Exception, serve: Serve
         assert answers[0].usage.prompt_tokens_details.cached_tokens == 0, "the new model holds nothing"
         assert len(models.opened) == 2
         assert models.last is not model
-        assert (serving.meters.losses, serving.meters.begun_again) == (1, 1)
-        assert serving.meters.requests == {"length": 7}
+        assert (serving.metrics.losses, serving.metrics.begun_again) == (1, 1)
+        assert serving.metrics.requests == {"length": 7}
         assert await readiness(serving) == (200, None)
 
 
@@ -111,7 +111,7 @@ async def test_a_model_that_does_not_come_back_in_time(streamed: bool, serve: Se
                 assert isinstance(result, openai.InternalServerError), result
                 assert (result.status_code, result.code) == (503, "service_unavailable")
                 assert late in result.message
-        assert serving.meters.requests == {"unavailable": 3}
+        assert serving.metrics.requests == {"unavailable": 3}
         with pytest.raises(openai.InternalServerError) as refused:
             await complete(serving, stream=streamed)
         assert refused.value.status_code == 503
@@ -129,15 +129,15 @@ async def test_a_request_that_the_model_does_not_survive_is_begun_twice(serve: S
         models.failures.append(NetworkError(LOST))
         models.last.gate.clear()
         first = asyncio.create_task(complete(serving))
-        await serving.until(lambda: serving.meters.running == 1)
+        await serving.until(lambda: serving.metrics.running == 1)
         second = asyncio.create_task(complete(serving, "two"))
-        await serving.until(lambda: serving.meters.waiting == 1)
+        await serving.until(lambda: serving.metrics.waiting == 1)
         models.last.gate.set()
         with pytest.raises(openai.InternalServerError, match="the other end closed"):
             await first
         assert (await second).choices[0].text
         assert len(models.opened) == 3
-        assert serving.meters.requests == {"unavailable": 1, "length": 1}
+        assert serving.metrics.requests == {"unavailable": 1, "length": 1}
 
 
 async def test_who_goes_away_while_the_model_is_recovered_is_forgotten(serve: Serve) -> None:
@@ -146,13 +146,13 @@ async def test_who_goes_away_while_the_model_is_recovered_is_forgotten(serve: Se
         models.last.failure = NetworkError(LOST)
         models.gate.clear()
         tasks = [asyncio.create_task(complete(serving)) for _ in range(2)]
-        await serving.until(lambda: serving.meters.waiting == 2)
+        await serving.until(lambda: serving.metrics.waiting == 2)
         for task in tasks:
             task.cancel()
-        await serving.until(lambda: serving.meters.waiting == 0)
+        await serving.until(lambda: serving.metrics.waiting == 0)
         models.gate.set()
         await serving.until_ready()
-        assert serving.meters.requests == {"abandoned": 2}
+        assert serving.metrics.requests == {"abandoned": 2}
         assert models.last.fed == []
 
 
@@ -191,7 +191,7 @@ async def test_a_stream_that_has_not_begun_waits(serve: Serve) -> None:
         serving.models.last.failure = NetworkError(LOST)
         chunks = [chunk async for chunk in await complete(serving, stream=True)]
         assert "".join(chunk.choices[0].text for chunk in chunks) == healthy
-        assert serving.meters.begun_again == 1
+        assert serving.metrics.begun_again == 1
 
 
 async def test_the_events_of_such_a_stream(serve: Serve) -> None:

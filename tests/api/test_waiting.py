@@ -25,7 +25,7 @@ async def test_a_stream_in_line_has_its_headers_and_signs_of_life(serve: Serve) 
         gate = serving.models.last.gate
         gate.clear()
         first = asyncio.create_task(complete(serving))
-        await serving.until(lambda: serving.meters.running == 1)
+        await serving.until(lambda: serving.metrics.running == 1)
         async with client.stream("POST", "/v1/completions", json=BODY) as answer:
             assert answer.status_code == 200
             assert answer.headers["content-type"] == "text/event-stream; charset=utf-8"
@@ -64,7 +64,7 @@ async def test_a_model_that_is_being_recovered(serve: Serve) -> None:
                 pass
             serving.models.gate.set()
             assert [line async for line in lines if line][-1] == "data: [DONE]"
-        assert serving.meters.requests == {"length": 1}
+        assert serving.metrics.requests == {"length": 1}
 
 
 async def test_clients_pass_over_them(serve: Serve) -> None:
@@ -86,7 +86,7 @@ async def test_what_is_known_before_the_line_is_a_status(serve: Serve) -> None:
         gate = serving.models.last.gate
         gate.clear()
         first = asyncio.create_task(complete(serving))
-        await serving.until(lambda: serving.meters.running == 1)
+        await serving.until(lambda: serving.metrics.running == 1)
         with pytest.raises(openai.RateLimitError):
             await complete(serving, stream=True)
         gate.set()
@@ -98,11 +98,11 @@ async def test_who_goes_away_before_the_first_piece_leaves_the_line(serve: Serve
         gate = serving.models.last.gate
         gate.clear()
         first = asyncio.create_task(complete(serving))
-        await serving.until(lambda: serving.meters.running == 1)
+        await serving.until(lambda: serving.metrics.running == 1)
         stream = await complete(serving, stream=True)
-        await serving.until(lambda: serving.meters.waiting == 1)
+        await serving.until(lambda: serving.metrics.waiting == 1)
         await stream.close()
-        await serving.until(lambda: serving.meters.waiting == 0)
+        await serving.until(lambda: serving.metrics.waiting == 0)
         gate.set()
         assert (await first).choices[0].text
-        assert serving.meters.requests == {"abandoned": 1, "length": 1}
+        assert serving.metrics.requests == {"abandoned": 1, "length": 1}

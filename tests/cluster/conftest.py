@@ -45,7 +45,7 @@ from dairllm.protocol.dllama.codec import (
 )
 from dairllm.protocol.dllama.events import Event
 from dairllm.protocol.dllama.worker import Stage, WorkerSession
-from dairllm.telemetry import Meters
+from dairllm.telemetry import WorkerMetrics
 from tests.cluster.clusters import make_cluster  # noqa: F401 - a fixture
 from tests.net.conftest import accepted  # noqa: F401 - a fixture
 from tests.patience import PATIENCE
@@ -70,7 +70,7 @@ class Running:
 
     worker: Worker
     port: int
-    meters: Meters
+    metrics: WorkerMetrics
     host: str = "127.0.0.1"
 
     @property
@@ -90,11 +90,11 @@ async def make_worker(executors: list[Executor]) -> AsyncIterator[MakeWorker]:
 
     async def make(host: str = "127.0.0.1", own: Path | None = None, **sections: dict[str, object]) -> Running:
         values = {"worker": {"host": host, "port": 0, "threads": 1}, **sections}
-        meters = Meters()
+        metrics = WorkerMetrics()
         if own is not None:
             models.append(OwnModel.open(own))
-        worker = Worker(WorkerSettings.model_validate(values), executors[len(running)], meters, models[-1] if own is not None else None)
-        running.append(Running(worker, await worker.start(), meters, host))
+        worker = Worker(WorkerSettings.model_validate(values), executors[len(running)], metrics, models[-1] if own is not None else None)
+        running.append(Running(worker, await worker.start(), metrics, host))
         return running[-1]
 
     yield make

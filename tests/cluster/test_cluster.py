@@ -178,7 +178,7 @@ async def test_two_nodes_find_the_golden_ids_and_logits(make_worker: Any, make_c
         assert await ids_of(cluster, prompt, len(ids)) == ids  # once more from the beginning
     assert [node.kind for node in cluster.nodes] == ["dairllm", "dairllm"]
     await cluster.close()
-    await until(lambda: worker.meters.sessions == {"finished": 1})
+    await until(lambda: worker.metrics.sessions == {"finished": 1})
 
 
 @pytest.mark.parametrize("n_nodes", [2, 3])
@@ -245,7 +245,7 @@ async def same_as_one_node(
     assert sum(node.heads for node in cluster.nodes) == ModelFile.open(path).spec.n_heads
     await cluster.close()
     for worker in workers:
-        await until(lambda worker=worker: worker.meters.sessions == {"finished": 1})
+        await until(lambda worker=worker: worker.metrics.sessions == {"finished": 1})
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -274,7 +274,7 @@ async def test_a_q80_model_is_not_for_workers_of_distributed_llama(
     ):
         await cluster.open()
     for worker in workers:
-        await until(lambda worker=worker: worker.meters.sessions == {"finished": 1})
+        await until(lambda worker=worker: worker.metrics.sessions == {"finished": 1})
     again = make_cluster(tmp_path / "m.m", [worker.port for worker in workers])
     await again.open()
     assert len(await ids_of(again, [1, 2, 3], 4)) == 4
@@ -293,7 +293,7 @@ async def test_a_worker_that_cannot_be_reached_is_named_and_the_others_live(make
     told = rf"worker 127.0.0.1:{free} \(node 2\) cannot be reached.*is `dairllm worker --port {free}` running there"
     with pytest.raises(NetworkError, match=told):
         await cluster.open()
-    await until(lambda: worker.meters.sessions == {"finished": 1})
+    await until(lambda: worker.metrics.sessions == {"finished": 1})
 
 
 async def test_a_worker_that_serves_another_root_is_named(make_worker: Any, make_cluster: MakeCluster) -> None:
@@ -364,15 +364,15 @@ async def test_a_start_that_is_cancelled_leaves_the_worker_alive(make_worker: An
         with contextlib.suppress(asyncio.CancelledError):
             await opening
         await cluster.close()  # where it was there already
-        await until(lambda: worker.meters.sessions_running == 0)
+        await until(lambda: worker.metrics.sessions_running == 0)
     cluster = make_cluster(DATA / f"{name}.m", [worker.port])
     await cluster.open()
     prompt, ids = GOLDEN[name]["prompt_ids"], GOLDEN[name]["generated_ids_2_node"]
     assert (await ids_of(cluster, prompt, 4))[:1] == ids[:1]
     await cluster.close()
-    await until(lambda: worker.meters.sessions_running == 0)
-    assert set(worker.meters.sessions) <= {"finished", "RemoteProtocolError", "NetworkError"}
-    assert worker.meters.sessions["finished"]
+    await until(lambda: worker.metrics.sessions_running == 0)
+    assert set(worker.metrics.sessions) <= {"finished", "RemoteProtocolError", "NetworkError"}
+    assert worker.metrics.sessions["finished"]
 
 
 async def test_a_pass_that_nobody_waits_for_is_finished_before_the_goodbye(make_worker: Any, make_cluster: MakeCluster) -> None:
@@ -385,8 +385,8 @@ async def test_a_pass_that_nobody_waits_for_is_finished_before_the_goodbye(make_
     with pytest.raises(asyncio.CancelledError):
         await feeding
     await cluster.close()
-    await until(lambda: worker.meters.sessions == {"finished": 1})
-    assert worker.meters.rows == 32
+    await until(lambda: worker.metrics.sessions == {"finished": 1})
+    assert worker.metrics.rows == 32
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ async def serves(worker: Any, recording: Any, play: Any) -> None:
         # Where the processors are busy a short deadline may end a session that is in order: the root comes again.
         heard = b""
         while len(heard) != len(recording.answered):
-            while worker.meters.sessions_running:  # noqa: ASYNC110 - a meter, which nobody can wait for
+            while worker.metrics.sessions_running:  # noqa: ASYNC110 - a metric, which nobody can wait for
                 await asyncio.sleep(0.01)
             heard = await play(worker.address, recording.said)
 
@@ -144,9 +144,9 @@ async def test_spoilt_bytes_at_any_place_cost_one_session(make_worker: Any, play
             said[dice.randrange(end)] = dice.choice((0, 1, 0x7F, 0xFF, dice.randrange(256)))
         async with asyncio.timeout(PATIENCE):
             await play(worker.address, bytes(said))
-            while worker.meters.sessions_running:  # noqa: ASYNC110 - a meter, which nobody can wait for
+            while worker.metrics.sessions_running:  # noqa: ASYNC110 - a metric, which nobody can wait for
                 await asyncio.sleep(0.005)
-    assert worker.meters.sessions["bug"] == 0
+    assert worker.metrics.sessions["bug"] == 0
     assert machine.peak_rss_bytes() < max(before, allowed * MIB) + 64 * MIB
     await serves(worker, recording, play)
 
@@ -157,7 +157,7 @@ async def test_random_bytes_after_a_greeting_cost_one_session(make_worker: Any, 
     for _ in range(20):
         async with asyncio.timeout(PATIENCE):
             await play(worker.address, HELLO + encode_ack() + dice.randbytes(2000))
-    assert worker.meters.sessions["bug"] == 0
+    assert worker.metrics.sessions["bug"] == 0
     await serves(worker, recording, play)
 
 

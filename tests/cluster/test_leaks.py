@@ -120,8 +120,8 @@ async def test_what_a_root_took(make_worker: MakeWorker, recording: Recording) -
     for _ in range(TIMES):
         await lose()
     Held.now().check(before)
-    assert worker.meters.sessions.total() == TIMES + 20
-    assert not worker.meters.sessions["finished"] + worker.meters.sessions["bug"]
+    assert worker.metrics.sessions.total() == TIMES + 20
+    assert not worker.metrics.sessions["finished"] + worker.metrics.sessions["bug"]
 
 
 async def test_what_a_cluster_took_that_lost_a_worker(model: ModelFile, compute: Compute[Program], make_worker: MakeWorker) -> None:

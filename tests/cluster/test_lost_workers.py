@@ -85,7 +85,7 @@ async def test_a_worker_that_hangs_in_a_pass_is_noticed_in_seconds_and_named(
         assert FLOOR_SECONDS <= time.monotonic() - begun < 50
         await cluster.close()
         begun = time.monotonic()
-        while healthy.meters.sessions_running:  # noqa: ASYNC110 - a meter, which nobody can wait for
+        while healthy.metrics.sessions_running:  # noqa: ASYNC110 - a metric, which nobody can wait for
             await asyncio.sleep(0.01)
         assert time.monotonic() - begun < 30, "it does not go on to wait for the one that hangs, with its root gone"
         again = make_cluster(path, [healthy.port])
@@ -120,7 +120,7 @@ async def test_a_worker_that_gives_up_because_another_hangs_is_not_blamed(
         hanging.process.send_signal(signal.SIGSTOP)
         with pytest.raises(NetworkError, match=rf"^worker 127\.0\.0\.1:{ports[place]} \(node {place + 1}\), .* was silent for 4s"):
             await cluster.feed([4], FEW, logits=True)
-    assert healthy.meters.sessions == {"NetworkError": 1}
+    assert healthy.metrics.sessions == {"NetworkError": 1}
 
 
 @pytest.mark.parametrize("place", [0, 1])
@@ -165,7 +165,7 @@ async def test_who_leaves_because_of_another_leaves_after_it(make_worker: Any, m
         root.say(0, b"\x03\0\0\0\x01\0\0\0" + row + row)  # position 3, one row: X, then the root's slice of ZQ
         await asyncio.wait(watching)
     assert left[0] - left[1] > LAST_TO_LEAVE
-    assert healthy.meters.sessions.total() == 1
+    assert healthy.metrics.sessions.total() == 1
 
 
 # Looked for
@@ -202,10 +202,10 @@ async def test_while_one_worker_is_missing_the_others_are_not_called(
                     await cluster.open()
                 await cluster.close()
                 assert history.absent == {address}
-            while healthy.meters.sessions_running:  # noqa: ASYNC110 - a meter, which nobody can wait for
+            while healthy.metrics.sessions_running:  # noqa: ASYNC110 - a metric, which nobody can wait for
                 await asyncio.sleep(0.01)
-            assert healthy.meters.sessions == {"finished": 1}, "the first time nobody knew"
-            assert not healthy.meters.refused
+            assert healthy.metrics.sessions == {"finished": 1}, "the first time nobody knew"
+            assert not healthy.metrics.refused
             worker = start_worker()
             ports[place] = await port_of(worker)
             history.missed([WorkerAddress("127.0.0.1", ports[place])])
@@ -232,14 +232,14 @@ async def test_a_worker_that_hangs_is_heard_of_before_others_are_called(
             with pytest.raises(NetworkError, match=f":{ports[1]} "):
                 await cluster.feed([4], FEW, logits=True)
             await cluster.close()
-            served = healthy.meters.sessions.total()
+            served = healthy.metrics.sessions.total()
             for _ in range(2):
                 cluster = cluster_of(model, compute, history, *ports, answer="300ms")
                 with pytest.raises(NetworkError, match=rf"^worker 127.0.0.1:{ports[1]} \(node 2\), greeting: .* was silent for 300ms"):
                     await cluster.open()
                 await cluster.close()
-            assert healthy.meters.sessions.total() - served <= 1, "that of the pass that failed"
-            assert healthy.meters.sessions["finished"] == 0, "no empty session"
+            assert healthy.metrics.sessions.total() - served <= 1, "that of the pass that failed"
+            assert healthy.metrics.sessions["finished"] == 0, "no empty session"
             hanging.process.send_signal(signal.SIGCONT)
             while True:
                 cluster = cluster_of(model, compute, history, *ports)

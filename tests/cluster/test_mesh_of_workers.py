@@ -87,9 +87,9 @@ async def test_a_cluster_computes_what_one_node_does(
     else:
         assert distance.mean() < 0.05  # each node's partial sums are rounded on the wire
     for worker in workers:
-        assert worker.meters.sessions == {"finished": 2}
-        assert worker.meters.rows == 2 * (len(PROMPT) + STEPS)
-        assert worker.meters.received["peer"] == worker.meters.sent["peer"] > 0
+        assert worker.metrics.sessions == {"finished": 2}
+        assert worker.metrics.rows == 2 * (len(PROMPT) + STEPS)
+        assert worker.metrics.received["peer"] == worker.metrics.sent["peer"] > 0
 
 
 async def test_workers_on_addresses_of_their_own(make_worker: Any, make_root: Any, tmp_path: Path) -> None:
@@ -273,7 +273,7 @@ async def test_a_peer_that_dies_ends_the_session_and_the_next_root_is_served(
         await root.close()
         failed = await failure(logged)
         assert failed["stage"] == "pipe rows"
-        while workers[0].meters.sessions_running:  # noqa: ASYNC110 - a meter, which nobody can wait for
+        while workers[0].metrics.sessions_running:  # noqa: ASYNC110 - a metric, which nobody can wait for
             await asyncio.sleep(0.01)
         again = make_root(write(tmp_path, 2, FloatType.F32), workers[:1])
         await again.begin()
@@ -296,5 +296,5 @@ async def test_a_session_that_is_given_up_ends_at_once_however_slow_a_worker_is(
         await cluster.close()
     async with asyncio.timeout(PATIENCE):
         for worker in workers:
-            while worker.meters.sessions != {"finished": 1}:  # noqa: ASYNC110 - a meter, which nobody can wait for
+            while worker.metrics.sessions != {"finished": 1}:  # noqa: ASYNC110 - a metric, which nobody can wait for
                 await asyncio.sleep(0.01)

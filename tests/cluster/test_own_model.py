@@ -116,8 +116,8 @@ async def test_ids_are_the_same_and_no_weights_are_sent(
         assert await ids_of(cluster, IDS, 12) == expected
         await cluster.close()
     for worker in workers:
-        await until(lambda worker=worker: worker.meters.sessions == {"finished": 2})
-        assert worker.meters.weight_bytes == 0
+        await until(lambda worker=worker: worker.metrics.sessions == {"finished": 2})
+        assert worker.metrics.weight_bytes == 0
 
 
 def test_even_for_the_largest_models_less_than_a_mebibyte_is_said() -> None:
@@ -173,7 +173,7 @@ async def test_a_worker_whose_file_has_changed_is_sent_weights(
     assert first.nodes[1].weight_bytes_sent == 0
     await first.close()
     change(own)
-    await until(lambda: not worker.meters.sessions_running)
+    await until(lambda: not worker.metrics.sessions_running)
     cluster = make_cluster(tmp_path / "m.m", [worker.port])
     await cluster.open()
     assert cluster.nodes[1].weight_bytes_sent > 0
@@ -198,7 +198,7 @@ async def test_workers_of_all_kinds_side_by_side(
         assert await ids_of(cluster, IDS, 12) == expected
         await cluster.close()
         for worker in workers:
-            await until(lambda worker=worker: not worker.meters.sessions_running)
+            await until(lambda worker=worker: not worker.metrics.sessions_running)
 
 
 # Under a root that always sends weights
@@ -221,7 +221,7 @@ async def test_weights_that_come_all_the_same_are_compared_and_dropped(
     (compared,) = events(logged, "weights compared with the own model")
     assert compared["held"] != compared["size"]  # of the weights, columns that lie apart in the file
     assert compared["size"] != "0B"
-    assert worker.meters.weight_bytes > 0
+    assert worker.metrics.weight_bytes > 0
 
 
 @on_uvloop
@@ -249,7 +249,7 @@ async def test_a_byte_that_differs_ends_the_session_and_is_named(
     root = make_root(tmp_path / "m.m", [worker])
     with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
         await root.begin()
-    await until(lambda: not worker.meters.sessions_running)
+    await until(lambda: not worker.metrics.sessions_running)
     (failed,) = events(logged, "session failed")
     assert failed["kind"] == "FormatError"
     assert failed["stage"] == "weights"
@@ -325,7 +325,7 @@ async def test_a_root_that_misuses_references_loses_its_session(
     worker = await make_worker(own=tmp_path / "m.m", deadlines=dict.fromkeys(("handshake", "configuration", "weights"), "200ms"))
     async with asyncio.timeout(PATIENCE):
         await play(worker.address, BEFORE + said)
-        await until(lambda: not worker.meters.sessions_running)
+        await until(lambda: not worker.metrics.sessions_running)
     (failed,) = events(logged, "session failed")
     assert failed["kind"] == "RemoteProtocolError"
     assert re.search(problem, failed["error"]), failed["error"]
@@ -348,9 +348,9 @@ async def test_spoilt_references_cost_one_session(make_worker: Any, play: Any, r
             said[dice.randrange(end)] = dice.choice((0, 1, 0x7F, 0xFF, dice.randrange(256)))
         async with asyncio.timeout(PATIENCE):
             await play(worker.address, BEFORE + bytes(said))
-            await until(lambda: not worker.meters.sessions_running)
-    assert worker.meters.sessions["bug"] == 0
-    assert worker.meters.sessions["RemoteProtocolError"] > 40
+            await until(lambda: not worker.metrics.sessions_running)
+    assert worker.metrics.sessions["bug"] == 0
+    assert worker.metrics.sessions["RemoteProtocolError"] > 40
     assert machine.peak_rss_bytes() < max(before, allowed * MIB) + 64 * MIB
     assert len(await play(worker.address, recording.said)) == len(recording.answered)
 

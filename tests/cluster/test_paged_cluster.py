@@ -63,7 +63,7 @@ async def test_root_and_worker_page_their_shares(make_worker: Any, compute: Comp
         assert await ids_of(cluster, IDS, 12) == expected
         assert cluster.nodes[0].weight_bytes_sent == 0
         assert cluster.paging is not None
-        assert cluster.paging.meters.bytes > 13 * MIB
+        assert cluster.paging.metrics.bytes > 13 * MIB
         await cluster.close()
     (plan,) = (entry for entry in logged if entry["event"] == "memory plan")
     assert parse_size(plan["in_memory"]) < parse_size(plan["weights"])

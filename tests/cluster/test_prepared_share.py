@@ -91,7 +91,7 @@ async def answer(path: Path, port: int, compute: Compute[Program], shares: str, 
             await cluster.open()
             ids = [token async for token in Generation(cluster, Sampler(0.0, 1.0, 0), IDS, 12).run()]
             assert cluster.nodes[0].weight_bytes_sent == 0
-            return ids, 0 if cluster.paging is None else cluster.paging.meters.bytes
+            return ids, 0 if cluster.paging is None else cluster.paging.metrics.bytes
         finally:
             await cluster.close()
 

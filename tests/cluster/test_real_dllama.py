@@ -129,7 +129,7 @@ async def test_two_nodes(make_worker: Any, cpp_worker: Any, name: str) -> None:
             assert found == expected
         else:
             assert found[:1] == expected[:1]  # sums in another order part at a near tie
-    assert worker.meters.sessions == {"finished": 2}
+    assert worker.metrics.sessions == {"finished": 2}
 
 
 @pytest.mark.parametrize("n_nodes", [3, 4])

@@ -45,7 +45,7 @@ def events(logged: list[dict[str, Any]], event: str) -> list[dict[str, Any]]:
 async def serves(worker: Any, recording: Any, play: Any) -> None:
     """The worker answers a recorded root as it should, once the one before is over."""
     async with asyncio.timeout(PATIENCE):
-        while worker.meters.sessions_running:  # noqa: ASYNC110 - a meter, which nobody can wait for
+        while worker.metrics.sessions_running:  # noqa: ASYNC110 - a metric, which nobody can wait for
             await asyncio.sleep(0.01)
         answered = await play(worker.address, recording.said)
     assert len(answered) == len(recording.answered)
@@ -63,9 +63,9 @@ async def test_recorded_roots_one_after_the_other(worker: Any, recordings: Any, 
         else:
             assert away.mean() < MEAN_TOLERANCE, recording.name
             assert np.quantile(away, 0.99) < ROW_TOLERANCE, recording.name
-    assert worker.meters.sessions == {"finished": len(recordings)}
-    assert worker.meters.rows == 64 * len(recordings)
-    assert worker.meters.sessions_running == 0
+    assert worker.metrics.sessions == {"finished": len(recordings)}
+    assert worker.metrics.rows == 64 * len(recordings)
+    assert worker.metrics.sessions_running == 0
 
 
 async def test_a_root_whose_configuration_is_longer_than_what_is_read_ahead(make_worker: Any, logged: Any, play: Any) -> None:
@@ -97,7 +97,7 @@ async def test_strangers_cost_a_log_line(worker: Any, logged: Any, recording: An
     (refused,) = events(logged, "connection refused")
     assert refused["kind"] == "stranger"
     assert "127.0.0.1" in refused["peer"]
-    assert worker.meters.refused == {"stranger": 1}
+    assert worker.metrics.refused == {"stranger": 1}
 
 
 async def test_a_silent_stranger_keeps_nobody_out_and_is_sent_away(make_worker: Any, logged: Any, recording: Any, play: Any) -> None:
@@ -135,7 +135,7 @@ async def test_too_many_strangers_are_sent_away_at_once(make_worker: Any, logged
         assert await streams[3][0].read() == await streams[4][0].read() == b""
     for _, writer in streams:
         writer.close()
-    await until(lambda: worker.meters.refused == {"crowd": 2, "stranger": 3})
+    await until(lambda: worker.metrics.refused == {"crowd": 2, "stranger": 3})
     await serves(worker, recording, play)
 
 
@@ -199,7 +199,7 @@ async def test_a_root_that_restarts_need_not_come_twice(worker: Any, recording: 
         answered = await play(worker.address, recording.said)
     assert len(answered) == len(recording.answered)
     writer.close()
-    assert worker.meters.sessions == {"RemoteProtocolError": 1, "finished": 1}
+    assert worker.metrics.sessions == {"RemoteProtocolError": 1, "finished": 1}
 
 
 async def test_an_idle_root_is_waited_for(make_worker: Any, recording: Any) -> None:
@@ -227,7 +227,7 @@ async def test_a_second_root_is_closed_at_once(worker: Any, logged: Any, recordi
     async with asyncio.timeout(PATIENCE):
         assert len(await reader.read()) == len(recording.answered) - 12
     writer.close()
-    assert worker.meters.refused == {"busy": 1}
+    assert worker.metrics.refused == {"busy": 1}
 
 
 async def test_a_graph_beyond_the_memory_allowed_is_refused_with_the_numbers(
@@ -270,7 +270,7 @@ async def test_closing_a_worker_ends_a_session_at_any_stage(make_worker: Any, lo
     writer.close()
     (stopped,) = events(logged, "session stopped")
     assert stopped["stage"] == stage.value
-    assert worker.meters.sessions == {"stopped": 1}
+    assert worker.metrics.sessions == {"stopped": 1}
 
 
 async def test_closing_a_worker_finishes_the_token_in_hand(make_worker: Any, logged: Any, recording: Any) -> None:

@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 
 from dairllm.api.health import HealthServer
-from dairllm.telemetry import Meters, Readiness
+from dairllm.telemetry import Readiness, WorkerMetrics
 from tests.patience import PATIENCE
 
 
 @contextlib.asynccontextmanager
 async def node(reason: str | None = None) -> AsyncIterator[int]:
     """The port of a node that is ready, or says why it is not."""
-    server = HealthServer("127.0.0.1", 0, Readiness(reason), Meters())
+    server = HealthServer("127.0.0.1", 0, Readiness(reason), WorkerMetrics())
     try:
         yield await server.start()
     finally:

@@ -93,7 +93,7 @@ async def digests(path: Path, tokens: Sequence[int], in_place: bool) -> dict[str
                             logits = await node.feed(tokens[at : at + size], at, logits=True)
                             at += size
                         found[kind.name].add(hashlib.sha256(logits.tobytes()).hexdigest()[:16])
-                    assert node.paging is None or node.paging.meters.bytes > model.nbytes, "what had gone came again"
+                    assert node.paging is None or node.paging.metrics.bytes > model.nbytes, "what had gone came again"
                     await node.close()
     return {kind: sorted(values) for kind, values in found.items()}
 

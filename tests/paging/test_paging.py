@@ -217,7 +217,7 @@ def test_blocks_are_there_when_their_step_comes_wherever_the_pass_goes(readers: 
     finally:
         pager.close()
     assert mapping.most <= pinned + streaming
-    assert pager.blocks.meters.bytes == mapping.loads * BLOCK
+    assert pager.blocks.metrics.bytes == mapping.loads * BLOCK
 
 
 def test_a_pass_reads_what_does_not_stay_once() -> None:

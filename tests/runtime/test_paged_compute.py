@@ -125,7 +125,7 @@ async def test_paged_is_resident_in_every_room(name: str, models: dict[str, Path
         async with opened(models[name], executor, settings, brief=(math.inf, 0.0)[number // 2 % 2]) as node:
             assert await answer(node) == expected, (room, io_mode)
             assert node.paging is not None
-            read.append(node.paging.meters.bytes)
+            read.append(node.paging.metrics.bytes)
     assert read[0] > read[-1], "what stays is not read again"
     assert read[-1] == read[-2], "with room for all, each block is read once"
 
@@ -150,10 +150,10 @@ async def test_what_is_kept_is_not_read_again(models: dict[str, Path], executor:
             assert node.paging is not None
             for place in range(3):
                 await node.feed([place], place, logits=True)
-            before = node.paging.meters.bytes
+            before = node.paging.metrics.bytes
             for place in range(3, 13):
                 await node.feed([place], place, logits=True)
-            read = (node.paging.meters.bytes - before) / 10
+            read = (node.paging.metrics.bytes - before) / 10
         streaming = min(6, room)
         again = total - (room - streaming)
         # blocks that two matrices share and that lie farther apart in the pass than the streaming buffer is long are read twice
@@ -318,10 +318,10 @@ async def test_only_experts_that_rows_are_routed_to_are_read(models: dict[str, P
             assert node.paging is not None
             for place in range(3):
                 await node.feed([place], place, logits=True)
-            before = node.paging.meters.bytes
+            before = node.paging.metrics.bytes
             for place in range(3, 23):
                 await node.feed([7 * place], place, logits=True)
-            read.append((node.paging.meters.bytes - before) / 20)
+            read.append((node.paging.metrics.bytes - before) / 20)
     assert 0 < read[0] <= 1.3 * (others + of_experts)
     assert read[1] <= 1.3 * of_experts  # neighbouring experts share blocks: each is read with a block more than it fills
     assert read == sorted(read, reverse=True)

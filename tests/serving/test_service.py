@@ -14,7 +14,7 @@ from dairllm.engine.executor import Executor
 from dairllm.errors import ConfigError, DairllmError, EngineError, NetworkError
 from dairllm.serving.reply import MOST_UNREAD, AbandonedError, Order, Reply, StalledError
 from dairllm.serving.service import QueueFullError, Service, UnavailableError
-from dairllm.telemetry import Readiness, ServiceMeters
+from dairllm.telemetry import Readiness, ServiceMetrics
 from dairllm.text.tokenizer import Tokenizer
 from tests.api.serving import FINGERPRINT, Models, write_model
 from tests.patience import PATIENCE
@@ -29,7 +29,7 @@ class Serviced:
     service: Service
     models: Models
     readiness: Readiness
-    meters: ServiceMeters
+    metrics: ServiceMetrics
 
     async def until(self, condition: Callable[[], bool]) -> None:
         async with asyncio.timeout(PATIENCE):
@@ -56,11 +56,11 @@ def make(model_path: Path, executors: list[Executor]) -> Make:
     async def make(start: bool = True, refusals: tuple[DairllmError, ...] = (), **settings: Any) -> AsyncIterator[Serviced]:
         models = Models(model_path, executors[0])
         models.refusals += refusals
-        readiness, meters = Readiness("connecting"), ServiceMeters()
+        readiness, metrics = Readiness("connecting"), ServiceMetrics()
         async with models.ready() as opens:
             tokenizer = Tokenizer.load(model_path.with_suffix(".t"))
             settings = {"fingerprint": FINGERPRINT, "queue": 4, "reconnect": 0.01, "recovery": 60.0, "shutdown": 10.0, **settings}
-            serviced = Serviced(Service(opens, tokenizer, readiness, meters, **settings), models, readiness, meters)
+            serviced = Serviced(Service(opens, tokenizer, readiness, metrics, **settings), models, readiness, metrics)
             if start:
                 await serviced.service.start()
                 if not refusals:
@@ -186,7 +186,7 @@ async def test_closing_finishes_the_pass_in_hand(make: Make) -> None:
         model = serviced.models.last
         model.gate.clear()
         running, waiting = serviced.service.ask(ENDLESS), serviced.service.ask(BRIEF)
-        await serviced.until(lambda: serviced.meters.running == 1)
+        await serviced.until(lambda: serviced.metrics.running == 1)
         closing = asyncio.create_task(serviced.service.close())
         with pytest.raises(UnavailableError, match="shutting down"):
             await text_of(waiting)
@@ -200,7 +200,7 @@ async def test_closing_finishes_the_pass_in_hand(make: Make) -> None:
         assert model.fed == [(0, 20)]
         assert len(pieces) == 1, "the token of that pass"
         assert model.closed
-        assert serviced.meters.requests == {"unavailable": 3}
+        assert serviced.metrics.requests == {"unavailable": 3}
         await serviced.service.ended()
 
 
@@ -209,7 +209,7 @@ async def test_closing_waits_for_a_pass_no_longer_than_told(make: Make) -> None:
         model = serviced.models.last
         model.gate.clear()
         reply = serviced.service.ask(ENDLESS)
-        await serviced.until(lambda: serviced.meters.running == 1)
+        await serviced.until(lambda: serviced.metrics.running == 1)
         await serviced.service.close()
         assert model.closed
         assert model.fed == []
@@ -259,7 +259,7 @@ async def test_a_prompt_is_given_up_between_two_passes_and_what_was_computed_is_
         order = Order(tuple(number % 300 for number in range(1000)), 5)
         model.gate.clear()
         reply = serviced.service.ask(order)
-        await serviced.until(lambda: serviced.meters.running == 1)
+        await serviced.until(lambda: serviced.metrics.running == 1)
         reply.abandon()
         with pytest.raises(AbandonedError):
             await text_of(reply)
@@ -288,8 +288,8 @@ async def test_a_line_of_some_length(make: Make) -> None:
         for reply in replies:
             if reply is not replies[1]:
                 assert await text_of(reply)
-        assert serviced.meters.requests == {"length": 3, "abandoned": 1, "queue_full": 1}
-        assert (serviced.meters.running, serviced.meters.waiting) == (0, 0)
+        assert serviced.metrics.requests == {"length": 3, "abandoned": 1, "queue_full": 1}
+        assert (serviced.metrics.running, serviced.metrics.waiting) == (0, 0)
 
 
 async def test_a_model_that_cannot_be_closed_is_forgotten_all_the_same(make: Make) -> None:
