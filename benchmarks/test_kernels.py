@@ -18,7 +18,7 @@ from dairllm.formats.model_file import ModelFile
 from dairllm.formats.random_model import small_spec, write_random_model
 from dairllm.graph.build import TOKEN_PIPE, build_graph
 from dairllm.graph.types import FloatType
-from dairllm.kernels.records import FIELDS, Kind
+from dairllm.kernels.instructions import FIELDS, Kind
 
 ROWS = 64
 SEQ_LEN = 4096
@@ -28,20 +28,20 @@ Benchmark = Callable[[Callable[[], None]], None]
 
 @dataclass(frozen=True)
 class Layer:
-    """A program whose segments are its records, one each."""
+    """A program whose segments are its instructions, one each."""
 
     executor: Executor
     program: Program
 
     def call(self, kind: Kind, position: int, rows: int) -> Callable[[], None]:
         """The first record of a kind; of matmuls that of w1, which has the most rows."""
-        records = [number for number, record in enumerate(self.program.records) if record[0] == kind]
-        if not records:
+        instructions = [number for number, record in enumerate(self.program.instructions) if record[0] == kind]
+        if not instructions:
             pytest.skip("weights of another type")
         if "d" in FIELDS[kind]:
             outputs = 1 + FIELDS[kind].index("d")
-            records.sort(key=lambda number: -int(self.program.records[number][outputs]))
-        return lambda: self.executor.run(self.program, records[0], records[0] + 1, position, rows)
+            instructions.sort(key=lambda number: -int(self.program.instructions[number][outputs]))
+        return lambda: self.executor.run(self.program, instructions[0], instructions[0] + 1, position, rows)
 
 
 @pytest.fixture(scope="module", params=[FloatType.Q40, FloatType.Q80, FloatType.F32], ids=lambda kind: kind.name.lower())
@@ -57,7 +57,7 @@ def layer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         program = compile_program(network, node, FileWeights(model), n_threads=1)
         program.values(TOKEN_PIPE)[:, 0] = 5
         executor.run(program, 0, program.n_segments, 0, ROWS)  # every buffer holds what it may hold
-        yield Layer(executor, program.with_segments([(number, number + 1) for number in range(len(program.records))]))
+        yield Layer(executor, program.with_segments([(number, number + 1) for number in range(len(program.instructions))]))
 
 
 @pytest.mark.parametrize("rows", [1, 2, 4, 8, 16, 64])

@@ -28,7 +28,7 @@ from dairllm.engine.weights import FileWeights
 from dairllm.formats.model_file import ModelFile
 from dairllm.graph.build import LOGITS_PIPE, TOKEN_PIPE, build_graph
 from dairllm.graph.types import NetworkConfig, NodeConfig
-from dairllm.kernels.records import Kind
+from dairllm.kernels.instructions import Kind
 from dairllm.net.runner import run as run_on_loop
 from dairllm.paging.needs import IoMode, PagingSettings, Policy
 from dairllm.runtime.compute import Compute
@@ -209,7 +209,7 @@ class _Feeder:
 
 
 def _shares(cycles: NDArray[np.int64]) -> dict[str, float]:
-    """Of the threads' time, by kind of record, the largest first; what took none is left out."""
+    """Of the threads' time, by kind of instruction, the largest first; what took none is left out."""
     order = sorted(Kind, key=lambda kind: -int(cycles[kind]))
     return {kind.name.lower(): round(float(cycles[kind] / cycles.sum()), 5) for kind in order if cycles[kind]}
 

@@ -1,7 +1,8 @@
-"""Memory with a name and an end. Every address that a record of a program holds is taken from an area.
+"""Memory with a name and an end. Every address that an instruction of a program holds is taken from an area.
 
-Compiled code believes its records. So what an address is for is said where it is taken, in the numbers that the record will hold, and what
-does not lie within its area is refused: whatever a graph says, its program touches no other memory.
+Compiled code believes its instructions. So what an address is for is said where it is taken, in the numbers that the
+instruction will hold, and what does not lie within its area is refused: whatever a graph says, its program touches no other
+memory.
 """
 
 from typing import Any, NamedTuple

@@ -39,8 +39,8 @@ class Mailbox:
 
     def address_to(self, program: Program, end: int) -> None:
         """What of a call stays the same for a program."""
-        records, state, barrier, scratch = program.addresses
-        for word, value in enumerate((records, 0, 0, state, barrier, scratch, program.scratch_stride, end)):
+        instructions, state, barrier, scratch = program.addresses
+        for word, value in enumerate((instructions, 0, 0, state, barrier, scratch, program.scratch_stride, end)):
             self.call[word] = value
 
     def ring(self) -> None:

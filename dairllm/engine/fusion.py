@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from dairllm.engine.step import Step
-from dairllm.kernels.records import FIELDS, Kind
+from dairllm.kernels.instructions import FIELDS, Kind
 
 __all__ = ["MOST_STEPS", "fused"]
 
@@ -38,7 +38,7 @@ def _joined(kind: Kind, steps: Sequence[Step]) -> Step | None:
         if values["n_columns"] != 1:
             return None
         values |= {"source": steps[0].values["x"], "source_row": steps[0].values["x_row"]}
-    elif any(_place(step, "x") != _place(step, "y") for step in steps[:-1]) or values["m"] == values["x"]:
+    elif any(_place(step, "x") != _place(step, "y") for step in steps[:-1]) or values["factor"] == values["x"]:
         return None  # not in place, or multiplied by itself
     return Step(kind, [use for step in steps for use in step.uses], {name: values[name] for name in FIELDS[kind]})
 

@@ -1,6 +1,6 @@
 """Several sets of KV caches for one program: each keeps the K and V of another text.
 
-A program's records bear the addresses of the caches that it writes and reads. To compute with another set is to write other addresses
+A program's instructions bear the addresses of the caches that it writes and reads. To compute with another set is to write other addresses
 there, some hundred words, between two runs: nothing is copied, and what is computed does not depend on the set.
 """
 
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from dairllm.engine.allocation import sparse
 from dairllm.engine.area import Area
 from dairllm.graph.types import FloatType, row_bytes
-from dairllm.kernels.records import FIELDS, Kind
+from dairllm.kernels.instructions import FIELDS, Kind
 
 __all__ = ["KvCaches"]
 
@@ -37,30 +37,30 @@ class KvCaches:
     """The sets of a program; the first one is the program's own memory, the others are taken when they are first used.
 
     Args:
-        records: of the program, which is not running.
+        instructions: of the program, which is not running.
         count: sets, one at least.
-        owner: of the memory that the records address, which is to live as long.
+        owner: of the memory that the instructions address, which is to live as long.
 
     Attributes:
         used: the number of the set that the program computes with.
     """
 
-    def __init__(self, records: NDArray[np.int64], count: int, owner: object) -> None:
+    def __init__(self, instructions: NDArray[np.int64], count: int, owner: object) -> None:
         self.count, self.used = count, 0
-        self._records, self._owner = records, owner
-        caches, words = _found(records)
+        self._instructions, self._owner = instructions, owner
+        caches, words = _found(instructions)
         self._caches = list(caches.values())
         places = {address: place for place, address in enumerate(caches)}
         self._rows = np.array([row for row, _ in words], np.intp)
         self._columns = np.array([column for _, column in words], np.intp)
-        self._places = np.array([places[int(records[word])] for word in words], np.intp)
+        self._places = np.array([places[int(instructions[word])] for word in words], np.intp)
         self._sets: list[_Set | None] = [_Set([cache.area for cache in self._caches], None), *[None] * (count - 1)]
 
     def use(self, number: int) -> None:
         """Compute with a set from the next run on. Nothing is running."""
         if number != self.used:
             addresses = np.array([area.address for area in self._areas(number)], np.int64)
-            self._records[self._rows, self._columns] = addresses[self._places]
+            self._instructions[self._rows, self._columns] = addresses[self._places]
             self.used = number
 
     def copy(self, source: int, target: int, positions: int) -> Iterator[None]:
@@ -93,16 +93,16 @@ class _Set(NamedTuple):
     """That they are in, where it is not the program's."""
 
 
-def _found(records: NDArray[np.int64]) -> tuple[dict[int, _Cache], list[tuple[int, int]]]:
-    """A program's caches by their addresses, and the words of its records (record, word) that have one of these."""
+def _found(instructions: NDArray[np.int64]) -> tuple[dict[int, _Cache], list[tuple[int, int]]]:
+    """A program's caches by their addresses, and the words of its instructions (instruction, word) that have one of these."""
     caches: dict[int, _Cache] = {}
     words: list[tuple[int, int]] = []
-    for number, record in enumerate(records.tolist()):
-        kind = Kind(record[0])
+    for number, instruction in enumerate(instructions.tolist()):
+        kind = Kind(instruction[0])
         names = ("cache",) if kind == Kind.SHIFT else ("keys", "values") if kind in (Kind.ATTEND, Kind.FOLD) else ()
         words += [(number, 1 + FIELDS[kind].index(name)) for name in names]
         if kind == Kind.SHIFT:
-            fields = dict(zip(FIELDS[kind], record[1:], strict=False))
+            fields = dict(zip(FIELDS[kind], instruction[1:], strict=False))
             heads, stride = fields["n"] // fields["head_dim"], fields["head_stride"]
             row = row_bytes(FloatType(fields["cache_type"]), fields["head_dim"])
             caches[fields["cache"]] = _Cache(Area("a KV cache", fields["cache"], heads * stride), heads, stride, row)

@@ -1,7 +1,7 @@
-"""What an op's pointers and configuration name, looked up and checked: the operands that its records are made of.
+"""What an op's pointers and configuration name, looked up and checked: the operands that its instructions are made of.
 
 Sizes are checked here or in dairllm.engine.ops; addresses are taken from areas, which check them once more: whatever a root may send, a
-record stays within the memory of its program.
+instruction stays within the memory of its program.
 """
 
 from typing import NamedTuple, TypeVar
@@ -170,5 +170,5 @@ class Operands:
         return Cache(self._layout.area("cache", index), size.x, size.y, head_dim, row, stride, self._layout.kv_cache)
 
     def between(self, kind: str, nbytes: int) -> int:
-        """Address of what attention keeps between its two records: "parts" or "stats"."""
+        """Address of what attention keeps between its two instructions: "parts" or "stats"."""
         return self._layout.area(kind, 0).at(0, nbytes)

@@ -1,4 +1,4 @@
-"""Graph ops to records: what each op takes and gives, checked against the sizes it names."""
+"""Graph ops to instructions: what each op takes and gives, checked against the sizes it names."""
 
 from collections.abc import Callable
 from typing import ClassVar
@@ -6,10 +6,10 @@ from typing import ClassVar
 import numpy as np
 
 from dairllm.engine.area import Area, AreaError
+from dairllm.engine.assembler import Assembler
 from dairllm.engine.memory import Layout
 from dairllm.engine.operands import Operands
 from dairllm.engine.pieces import Piece, matmul_pieces
-from dairllm.engine.recorder import Recorder
 from dairllm.engine.rows import Rows
 from dairllm.engine.step import Deal, Use, reads, writes
 from dairllm.engine.tables import RopeTables
@@ -34,8 +34,8 @@ from dairllm.graph.types import (
     ShiftConfig,
     row_bytes,
 )
+from dairllm.kernels.instructions import ALWAYS_ROWS, Kind
 from dairllm.kernels.panels import row_panel_bytes
-from dairllm.kernels.records import ALWAYS_ROWS, Kind
 from dairllm.kernels.sizes import CHUNK, attention_scratch_bytes, experts_scratch_bytes, tile_scratch_bytes
 
 __all__ = ["Emitter"]
@@ -58,25 +58,25 @@ class Emitter:
         layout: allocated.
         weights: where the ops' weights are.
         tables: RoPE tables.
-        scratch: what a thread works with; where it lies is no record's business.
+        scratch: what a thread works with; where it lies is no instruction's business.
         piece_bytes: matmuls whose weights take more of the file are computed in pieces; None: never.
 
     Attributes:
-        recorder: the program so far.
-        pieces: (record, piece) of each matmul.
-        embeddings: (record, op) of each embedding.
+        assembler: the program so far.
+        pieces: (instruction, piece) of each matmul.
+        embeddings: (instruction, op) of each embedding.
         seq_len: positions that all ops have room for; None where none has a limit.
     """
 
     def __init__(self, layout: Layout, weights: Weights, tables: RopeTables, scratch: Area, piece_bytes: int | None = None) -> None:
         self.layout, self.weights, self.tables, self.scratch, self.piece_bytes = layout, weights, tables, scratch, piece_bytes
-        self.recorder = Recorder()
+        self.assembler = Assembler()
         self.pieces: list[tuple[int, Piece]] = []
         self.embeddings: list[tuple[int, Op]] = []
         self.seq_len: int | None = None
 
     def emit(self, op: Op) -> None:
-        """Append an op's records.
+        """Append an op's instructions.
 
         Raises:
             GraphError: its sizes contradict each other, or it is one that we cannot compute.
@@ -102,7 +102,7 @@ class Emitter:
         o.require(same, f"{x.planes} planes of {n} values become {y.planes} of {y.width}")
         uses = [reads(o.input, ("columns", n)), writes(o.output, ("columns", n))] + ([other] if other else [])
         operands = x.plane_fields("x", n, n_planes) | y.plane_fields("y", n, n_planes)
-        self.recorder.add(kind, uses, **operands, n=n, planes=n_planes, **extra)
+        self.assembler.add(kind, uses, **operands, n=n, planes=n_planes, **extra)
 
     def _mul(self, o: Operands) -> None:
         index = o.config(MulConfig).multiplier_buffer
@@ -110,13 +110,13 @@ class Emitter:
         same = (m.width, m.planes) == (x.width, x.planes)
         o.require(same, f"it multiplies {x.planes} planes of {x.width} values by {m.planes} of {m.width}")
         other = reads(("BUFFER", index), ("columns", x.width))
-        self._map(Kind.MUL, o, x, other=other, **m.plane_fields("m", x.width, x.planes))
+        self._map(Kind.MUL, o, x, other=other, **m.plane_fields("factor", x.width, x.planes))
 
     def _scale(self, o: Operands) -> None:
         index = o.config(ScaleConfig).scale_buffer
         s, x = o.buffer(index), o.values(o.op.input)
         o.require((s.width, s.planes) == (1, x.planes), f"it scales {x.planes} planes by {s.planes} of {s.width} values")
-        self._map(Kind.SCALE, o, x, other=reads(("BUFFER", index)), **s.plane_fields("s", 1, x.planes))
+        self._map(Kind.SCALE, o, x, other=reads(("BUFFER", index)), **s.plane_fields("factor", 1, x.planes))
 
     def _cast(self, o: Operands) -> None:
         o.config(NoConfig)
@@ -147,7 +147,7 @@ class Emitter:
         same = x.width == y.width and (repeat or x.planes == y.planes)
         o.require(same, f"{x.planes} planes of {x.width} values become {y.planes} of {y.width}")
         n, n_planes, deal = x.width, 1 if repeat else x.planes, ("columns", x.width)
-        self.recorder.add(
+        self.assembler.add(
             Kind.PACK if x.float_type == FloatType.F32 else Kind.PACK_BLOCKS,
             [reads(o.input, deal), writes(o.output, deal)],
             **x.plane_fields("x", n, n_planes),
@@ -167,7 +167,7 @@ class Emitter:
         n, deal = y.width, ("columns", y.width)
         length, n_slices = row_bytes(x.float_type, n), x.width // n
         stride = x.slice_stride or length
-        self.recorder.add(
+        self.assembler.add(
             Kind.MERGE_ADD_F32 if x.float_type == FloatType.F32 else Kind.MERGE_ADD_BLOCKS,
             [reads(o.input, deal), writes(o.output, deal)],
             x=x.area.at(x.offset, length, (x.n_rows, x.row), (n_slices, stride)),
@@ -184,7 +184,7 @@ class Emitter:
         o.require(x.width == y.width and y.planes == 1, f"{x.planes} planes of {x.width} values become {y.planes} of {y.width}")
         n, deal = y.width, ("columns", y.width)
         uses = [reads(o.input, deal), writes(o.output, deal)]
-        self.recorder.add(Kind.MERGE_SUM, uses, **x.plane_fields("x", n, x.planes), planes=x.planes, **y.fields("y", n), n=n)
+        self.assembler.add(Kind.MERGE_SUM, uses, **x.plane_fields("x", n, x.planes), planes=x.planes, **y.fields("y", n), n=n)
 
     def _embedding(self, o: Operands) -> None:
         o.config(NoConfig)
@@ -193,8 +193,8 @@ class Emitter:
         o.require(vocab >= 1, "its table is empty")
         table = o.weight(FloatType.F32, 1, vocab, y.width).area.at(0, 4 * vocab * y.width)
         uses, fields = [reads(o.input), writes(o.output, ("columns", y.width))], y.fields("y", y.width)
-        record = self.recorder.add(Kind.EMBED, uses, tokens=tokens.at(0, 1), table=table, vocab=vocab, n=y.width, **fields)
-        self.embeddings.append((record, o.op))
+        instruction = self.assembler.add(Kind.EMBED, uses, tokens=tokens.at(0, 1), table=table, vocab=vocab, n=y.width, **fields)
+        self.embeddings.append((instruction, o.op))
 
     # --------------------------------------------------------------------------------------------------------------------- norms
     def _inv_rms(self, o: Operands) -> None:
@@ -202,7 +202,7 @@ class Emitter:
         x, y = o.values(o.op.input), o.values(o.op.output)
         fits = x.planes == y.planes == 1 and 1 <= c.n_columns <= y.width and x.width % c.n_columns == 0
         o.require(fits, f"{x.width} values have no {c.n_columns} equal parts, or {y.width} places for them")
-        self.recorder.add(
+        self.assembler.add(
             Kind.INV_RMS,
             [reads(o.input), writes(o.output, ("rows", c.n_columns))],
             **x.fields("x", x.width),
@@ -221,7 +221,7 @@ class Emitter:
         weights = o.weight(FloatType.F32, 1, 1, width).area.at(0, 4 * width)
         uses = [reads(o.input, deal), reads(("BUFFER", c.inv_rms_buffer)), writes(o.output, deal)]
         fields = x.fields("x", n) | inverse.fields("inverse", c.n_columns) | y.fields("y", n)
-        self.recorder.add(Kind.RMS_NORM, uses, **fields, weights=weights, n_columns=c.n_columns, width=width)
+        self.assembler.add(Kind.RMS_NORM, uses, **fields, weights=weights, n_columns=c.n_columns, width=width)
 
     # ------------------------------------------------------------------------------------------------------------------- matmuls
     def _matmul(self, o: Operands) -> None:
@@ -248,7 +248,7 @@ class Emitter:
             for piece in pieces:
                 rows = piece.first, piece.count
                 place = {"weights": w.at(*rows, length, max(experts, 1)), "y": y.at(*rows, k), "d": piece.count}
-                self.pieces.append((self.recorder.add(kind, uses, **operand, **place, **fields), piece))
+                self.pieces.append((self.assembler.add(kind, uses, **operand, **place, **fields), piece))
 
         if not quantized:
             x = o.values(o.op.input)
@@ -285,7 +285,7 @@ class Emitter:
         table = self.tables.area(c)
         self._limit_positions(o, table.nbytes // (4 * c.head_dim))
         deal: Deal = ("heads", x.width // c.head_dim) if halves else ("columns", x.width)
-        self.recorder.add(
+        self.assembler.add(
             Kind.ROPE_HALVES if halves else Kind.ROPE_NEIGHBOURS,
             [writes(o.input, deal)],
             **x.fields("x", x.width),
@@ -303,7 +303,7 @@ class Emitter:
         o.require(x.width == cache.width and x.planes == 1, f"rows of {x.width} values go into a cache of {cache.width}")
         self._limit_positions(o, cache.positions)
         deal = "columns", x.width
-        self.recorder.add(
+        self.assembler.add(
             Kind.SHIFT,
             [reads(o.input, deal), writes(o.output, deal)],
             **x.fields("x", x.width),
@@ -350,8 +350,8 @@ class Emitter:
         }
         taken = [reads(("BUFFER", i)) for i in (c.query_buffer, c.key_cache_buffer, c.value_cache_buffer)]
         parts = "parts", 0
-        self.recorder.add(Kind.ATTEND, [*taken, writes(o.output), writes(parts)], **fields)
-        self.recorder.add(Kind.FOLD, [reads(parts), writes(o.output, ("heads", n))], **fields)
+        self.assembler.add(Kind.ATTEND, [*taken, writes(o.output), writes(parts)], **fields)
+        self.assembler.add(Kind.FOLD, [reads(parts), writes(o.output, ("heads", n))], **fields)
 
     # ------------------------------------------------------------------------------------------------------------------- experts
     def _softmax(self, o: Operands) -> None:
@@ -359,7 +359,7 @@ class Emitter:
         o.require(o.op.input == o.op.output, "softmax works in place")
         x = o.values(o.op.input)
         o.require(x.planes == 1, "softmax takes one plane")
-        self.recorder.add(Kind.SOFTMAX, [writes(o.input, ("rows", 1))], **x.fields("x", x.width), n=x.width)
+        self.assembler.add(Kind.SOFTMAX, [writes(o.input, ("rows", 1))], **x.fields("x", x.width), n=x.width)
 
     def _moe_gate(self, o: Operands) -> None:
         c = o.config(MoeGateConfig)
@@ -367,7 +367,7 @@ class Emitter:
         fits = 1 <= c.k <= x.width and x.planes == 1 and (w.width, w.planes) == (1, c.k)
         o.require(fits, f"{c.k} of {x.width} experts write {w.planes} planes of {w.width} weights")
         deal = "rows", 1
-        self.recorder.add(
+        self.assembler.add(
             Kind.GATE,
             [reads(o.input, deal), writes(o.output, deal), writes(("BUFFER", c.indexes_buffer), deal)],
             **x.fields("x", x.width),

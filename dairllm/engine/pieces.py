@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from dairllm.engine.weights import Weights, WeightView
 from dairllm.graph.types import MatmulConfig, NodeConfig, Op, OpCode, row_bytes
-from dairllm.kernels.records import UNIT
+from dairllm.kernels.instructions import UNIT
 
 __all__ = ["PIECE_BYTES", "Piece", "Span", "matmul_pieces", "segment_pieces"]
 
@@ -61,7 +61,7 @@ def _extent(rows: int, stride: int, length: int) -> int:
 
 
 def segment_pieces(node: NodeConfig, weights: Weights, piece_bytes: int | None) -> Iterator[list[Piece]]:
-    """Of each segment, its matmuls' pieces in the order of their records."""
+    """Of each segment, its matmuls' pieces in the order of their instructions."""
     for segment in node.segments:
         matmuls = (op for op in segment.ops if op.code == OpCode.MATMUL and op.weight_size.length)
         yield [piece for op in matmuls for piece in matmul_pieces(op, weights.view(op), piece_bytes)]

@@ -1,4 +1,4 @@
-"""A node's graph compiled: records, the memory they work on, and the views of its pipes that others fill and read."""
+"""A node's graph compiled: instructions, the memory they work on, and the views of its pipes that others fill and read."""
 
 import copy
 import ctypes
@@ -19,8 +19,8 @@ from dairllm.engine.weights import Weights
 from dairllm.errors import EngineError, GraphError
 from dairllm.graph.build import POSITION_PIPE
 from dairllm.graph.types import BLOCK_VALUES, AttentionConfig, FloatType, MatmulConfig, NetworkConfig, NodeConfig, Op, OpCode
+from dairllm.kernels.instructions import CLAIMS, FIELDS, Kind, State
 from dairllm.kernels.panels import TILE_COLUMNS, row_panel_bytes
-from dairllm.kernels.records import CLAIMS, FIELDS, Kind, State
 from dairllm.kernels.sizes import BARRIER_BYTES, CHUNK, attention_scratch_bytes, experts_scratch_bytes, tile_scratch_bytes
 
 __all__ = ["STACK_BYTES", "MemoryNeeds", "Program", "compile_program", "memory_needs"]
@@ -83,19 +83,19 @@ class Program:
         self._layout, self._kept = layout, (emitter.weights, emitter.tables)
         self.n_threads = n_threads
         self.segments = segments
-        """(first record, end) of each."""
+        """(first instruction, end) of each."""
         self.pieces: Sequence[tuple[int, Piece]] = tuple(emitter.pieces)
-        """(record, piece) of each matmul, in order."""
+        """(instruction, piece) of each matmul, in order."""
         self.embeddings: Sequence[tuple[int, Op]] = tuple(emitter.embeddings)
-        """(record, op) of each embedding."""
-        self.records = emitter.recorder.program()
+        """(instruction, op) of each embedding."""
+        self.instructions = emitter.assembler.program()
         state = aligned(64).view(np.int64)
         self._state = state.data  # numpy takes three times as long to write a number
         self.barrier = aligned(BARRIER_BYTES)
         self.scratch_stride = emitter.scratch.nbytes
         self.scratch = aligned(self.scratch_stride * n_threads)
         # taken once: numpy needs a microsecond for each
-        self.addresses = (self.records.ctypes.data, state.ctypes.data, self.barrier.ctypes.data, self.scratch.ctypes.data)
+        self.addresses = (self.instructions.ctypes.data, state.ctypes.data, self.barrier.ctypes.data, self.scratch.ctypes.data)
         self.n_batches = layout.network.n_batches
         self.seq_len = self.n_batches if emitter.seq_len is None else emitter.seq_len
         self._positions = layout.positions()
@@ -109,14 +109,15 @@ class Program:
         return len(self.segments)
 
     def with_segments(self, segments: Sequence[tuple[int, int]]) -> "Program":
-        """The same records and the same memory, cut otherwise: (first record, end) of each segment. Only one of the two may be run."""
+        """The same instructions and the same memory, cut otherwise: (first instruction, end) of each segment. Only one of the two may
+        be run."""
         other = copy.copy(self)
         other.segments = tuple(segments)
         return other
 
-    def experts(self, record: int, rows: int, first_row: int = 0) -> set[int]:
-        """Which experts a record of experts takes for rows first_row..rows-1, once those have been through the gate."""
-        words = self.records[record].tolist()
+    def experts(self, instruction: int, rows: int, first_row: int = 0) -> set[int]:
+        """Which experts an instruction of experts takes for rows first_row..rows-1, once those have been through the gate."""
+        words = self.instructions[instruction].tolist()
         fields = dict(zip(FIELDS[Kind(words[0])], words[1:], strict=False))
         k, last = fields["k"], fields["n_experts"] - 1
         chosen = (ctypes.c_int64 * (k * (rows - first_row))).from_address(fields["indexes"] + 8 * k * first_row)
@@ -157,7 +158,7 @@ class Program:
 
     def keep_caches(self, count: int) -> KvCaches:
         """Sets of KV caches for so many texts, of which the program computes with one at a time. To be called once."""
-        return KvCaches(self.records, count, self._layout)
+        return KvCaches(self.instructions, count, self._layout)
 
     def profile(self) -> NDArray[np.int64]:
         """From now on, where the time goes: int64 [threads, kinds], the processor's cycles that each thread has spent on each `Kind`.
@@ -174,7 +175,7 @@ class Program:
         What they have computed stays as it is.
         """
         self.barrier[:] = 0
-        self.records[:, CLAIMS] = 0
+        self.instructions[:, CLAIMS] = 0
 
     def prepare(self, position: int, rows: int, first_row: int = 0) -> None:
         """Say which rows the next run computes, and their positions: position, position + 1, ... from row 0 on.
@@ -214,7 +215,7 @@ def compile_program(
     """Allocate and compile. The weights need not have arrived yet.
 
     Args:
-        piece_bytes: matmuls whose weights take more of the model file become several records (dairllm.engine.pieces); None: never.
+        piece_bytes: matmuls whose weights take more of the model file become several instructions (dairllm.engine.pieces); None: never.
         kv_cache: F32; F16 or Q80: half or a quarter of the memory, logits that differ a little (docs/arithmetic.md). A node's own choice.
 
     Raises:
@@ -230,8 +231,8 @@ def compile_program(
     emitter = Emitter(layout, weights, RopeTables(node), scratch, piece_bytes)
     segments = []
     for segment in node.segments:
-        first = emitter.recorder.begin_segment()
+        first = emitter.assembler.begin_segment()
         for op in segment.ops:
             emitter.emit(op)
-        segments.append((first, len(emitter.recorder)))
+        segments.append((first, len(emitter.assembler)))
     return Program(layout, emitter, tuple(segments), n_threads)

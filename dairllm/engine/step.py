@@ -1,4 +1,4 @@
-"""A step of a program, before it is a record: what is computed, and the memory that is read and written.
+"""A step of a program, before it is an instruction: what is computed, and the memory that is read and written.
 
 Each thread has its part of a step's columns, rows or heads: that is how a use of memory is *dealt*.
 """
@@ -6,7 +6,7 @@ Each thread has its part of a step's columns, rows or heads: that is how a use o
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from dairllm.kernels.records import Kind
+from dairllm.kernels.instructions import Kind
 
 __all__ = ["Deal", "Memory", "Step", "Use", "reads", "writes"]
 

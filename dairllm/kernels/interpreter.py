@@ -1,4 +1,4 @@
-"""The interpreter that every compute thread runs: records in, numbers out, no Python.
+"""The interpreter that every compute thread runs: instructions in, numbers out, no Python.
 
 `run_threads` is a resident thread's whole life: it waits at its mailbox, runs what it is handed, meets the others and
 waits again, spinning for some tens of microseconds before it sleeps. The host writes the call into the mailboxes and
@@ -12,9 +12,9 @@ Both functions here are plain until entry.py has them compiled, in this process 
 """
 
 from dairllm.kernels import attention_steps, matmul_steps, pack_steps, steps
+from dairllm.kernels.instructions import INSTRUCTION_WORDS, Kind, State
 from dairllm.kernels.ir import load_i, store_i
 from dairllm.kernels.mailbox import MAILBOX_CALL, MAILBOX_EVENTFD, MAILBOX_SLEEPERS, MAILBOX_STOP
-from dairllm.kernels.records import RECORD_WORDS, Kind, State
 from dairllm.kernels.threads import atomic_load, atomic_store, barrier, clock_cycles, pause, signal_eventfd, sleep_while, wake
 
 __all__ = ["ring", "run_threads"]
@@ -54,7 +54,7 @@ __all__ = ["ring", "run_threads"]
     GELU_MUL_PACK,
 ) = (int(kind) for kind in Kind)
 _KINDS = len(Kind)
-_RECORD_BYTES = 8 * RECORD_WORDS
+_INSTRUCTION_BYTES = 8 * INSTRUCTION_WORDS
 _FIRST_ROW, _END_ROW, _PROFILE = (8 * int(word) for word in State)
 _SPINS = 2000
 
@@ -84,7 +84,7 @@ def run_threads(mailbox, thread, n_threads, guest):
         profile = load_i(state + _PROFILE)
         begin = clock_cycles()
         for i in range(first, end):
-            r = program + i * _RECORD_BYTES
+            r = program + i * _INSTRUCTION_BYTES
             kind = load_i(r)
             if kind == BARRIER:
                 if barrier(counter, n_threads):

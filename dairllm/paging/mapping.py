@@ -1,6 +1,6 @@
 """Memory with the layout of the model file, of which only some blocks are there: a *mapping*.
 
-A byte of the file always has the same address, so a program's records never change. Three I/O modes bring a block there:
+A byte of the file always has the same address, so a program's instructions never change. Three I/O modes bring a block there:
 
 - `map`: the file is mapped, and a block's pages are asked for at once. With huge pages, a block of 2 MiB is read as one folio and mapped
   by one entry. Nothing is copied. What is given up must be given up twice, from the map and from the page cache.

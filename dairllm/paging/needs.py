@@ -39,7 +39,7 @@ _LEAST_BLOCK = 64 << 10
 _EXPERT_BLOCKS = 8
 _PAGE = 4096
 _UNIT_BYTES = 3 << 10
-"""What is remembered of a unit: its records while they are made, its blocks, its lookahead."""
+"""What is remembered of a unit: its instructions while they are made, its blocks, its lookahead."""
 _BLOCK_BYTES = 256
 """What is remembered of a block."""
 

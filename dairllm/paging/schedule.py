@@ -1,6 +1,6 @@
-"""The unit of computing under paging: a *schedule unit*, some records of a segment and the blocks of the model file that they read.
+"""The unit of computing under paging: a *schedule unit*, some instructions of a segment and the blocks of the model file that they read.
 
-A unit reads few blocks, so that little room is needed at once, and a segment's records that read nothing go with the unit before them.
+A unit reads few blocks, so that little room is needed at once, and a segment's instructions that read nothing go with the unit before them.
 """
 
 from collections.abc import Iterable, Sequence
@@ -20,19 +20,19 @@ UNIT_BYTES = PIECE_BYTES
 
 @dataclass(frozen=True, slots=True)
 class ScheduleUnit:
-    """Records first .. stop - 1 of a program.
+    """Instructions first .. stop - 1 of a program.
 
     Attributes:
         blocks: what they read, in order of first use.
         experts: for each expert, the blocks that all its matrices take, in order of the file; empty where there are no experts.
-        expert_record: a record that knows who is routed to which.
+        expert_instruction: an instruction that knows who is routed to which.
     """
 
     first: int
     stop: int
     blocks: tuple[Block, ...]
     experts: tuple[tuple[Block, ...], ...] = ()
-    expert_record: int = -1
+    expert_instruction: int = -1
 
 
 def blocks_of(spans: Iterable[Span], block_bytes: int) -> tuple[Block, ...]:
@@ -66,12 +66,12 @@ def group_pieces(pieces: Sequence[Piece], block_bytes: int) -> list[list[int]]:
 def program_schedule(program: Program, block_bytes: int) -> tuple[tuple[ScheduleUnit, ...], tuple[int, ...]]:
     """A program as units, and for each segment the number of its first unit; one number more, that of all units.
 
-    Records that read nothing belong to the unit before them, or, at the begin of a segment, to the first.
+    Instructions that read nothing belong to the unit before them, or, at the begin of a segment, to the first.
     """
     units: list[ScheduleUnit] = []
     starts = [0]
     for first, stop in program.segments:
-        own = [(record, piece) for record, piece in program.pieces if first <= record < stop]
+        own = [(instruction, piece) for instruction, piece in program.pieces if first <= instruction < stop]
         pieces = [piece for _, piece in own]
         groups = group_pieces(pieces, block_bytes)
         cuts = [first, *(own[group[0]][0] for group in groups[1:]), stop]

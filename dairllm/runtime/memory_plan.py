@@ -34,8 +34,8 @@ BATCH_ROWS = (256, 128, 64, 32)
 """Rows of a prompt that may go through the layers together: where weights are paged, each batch reads them once."""
 
 COMING_BYTES = 8 << 20
-"""What a process holds when its kernels run, beyond what it holds while it plans: object code, records while they are made, read-ahead of
-links, what answers are made with, the allocator's reserve."""
+"""What a process holds when its kernels run, beyond what it holds while it plans: object code, instructions while they are
+made, read-ahead of links, what answers are made with, the allocator's reserve."""
 
 _LEAST_CONTEXT = 256
 

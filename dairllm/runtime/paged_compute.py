@@ -118,7 +118,10 @@ class PagedCompute:
         self._unitwise = program.with_segments([(unit.first, unit.stop) for unit in pager.units])
         self._mapping, self._weights = mapping, weights
         self._embedding_units = {
-            number for number, unit in enumerate(pager.units) for record, _ in program.embeddings if unit.first <= record < unit.stop
+            number
+            for number, unit in enumerate(pager.units)
+            for instruction, _ in program.embeddings
+            if unit.first <= instruction < unit.stop
         }
 
     @property
@@ -199,7 +202,7 @@ class PagedCompute:
 
     async def _run_experts(self, unit: int, position: int, rows: int, first_row: int) -> None:
         """A unit of experts: all rows together where there is room for all experts that they go through, else in parts."""
-        chosen = self.program.experts(self._pager.units[unit].expert_record, rows, first_row)
+        chosen = self.program.experts(self._pager.units[unit].expert_instruction, rows, first_row)
         if not self._pager.experts_fit(unit, chosen):
             part = TILE_COLUMNS * (-(-(rows - first_row) // (2 * TILE_COLUMNS))) if rows - first_row > TILE_COLUMNS else 1
             for begin in range(first_row, rows, part):

@@ -1,10 +1,10 @@
-"""All memory that a program's records can touch, worked out from their fields apart from the engine that wrote them."""
+"""All memory that a program's instructions can touch, worked out from their fields apart from the engine that wrote them."""
 
 from collections.abc import Iterator
 
 from dairllm.engine.program import Program
 from dairllm.graph.types import FloatType
-from dairllm.kernels.records import FIELDS, Kind
+from dairllm.kernels.instructions import FIELDS, Kind
 from dairllm.kernels.sizes import attention_rows_together
 
 __all__ = ["extents"]
@@ -14,11 +14,11 @@ F32 = 4
 
 
 def extents(program: Program) -> Iterator[tuple[str, int, int]]:
-    """(kind and field, first address, end address) of every operand of every record, for the largest batch and the last position."""
+    """(kind and field, first address, end address) of every operand of every instruction, for the largest batch and the last position."""
     rows = -(-program.n_batches // 16) * 16
-    for record in program.records.tolist():
-        kind = Kind(record[0])
-        f = dict(zip(FIELDS[kind], record[1:], strict=False))
+    for instruction in program.instructions.tolist():
+        kind = Kind(instruction[0])
+        f = dict(zip(FIELDS[kind], instruction[1:], strict=False))
         for name, start, nbytes in _operands(kind, f, rows, program.seq_len):
             yield f"{kind.name} {name}", start, start + nbytes
         scratch = program.scratch.ctypes.data
@@ -45,9 +45,9 @@ def _operands(kind: Kind, f: dict[str, int], rows: int, seq_len: int) -> Iterato
             for name in ("x", "y"):
                 yield matrix(name, f["n"] // 32 * 34 if name == blocks else f["n"] * F32, f["planes"])
             if kind == Kind.MUL:
-                yield matrix("m", f["n"] * F32, f["planes"])
+                yield matrix("factor", f["n"] * F32, f["planes"])
             if kind == Kind.SCALE:
-                yield matrix("s", F32, f["planes"])
+                yield matrix("factor", F32, f["planes"])
         case Kind.MERGE_ADD_F32 | Kind.MERGE_ADD_BLOCKS:
             row = f["n"] * F32 if kind == Kind.MERGE_ADD_F32 else f["n"] // 32 * 34
             yield "x", f["x"], (f["n_slices"] - 1) * f["x_slice"] + (rows - 1) * f["x_row"] + row
@@ -61,8 +61,8 @@ def _operands(kind: Kind, f: dict[str, int], rows: int, seq_len: int) -> Iterato
                 yield matrix("source", f["n"] * F32)
                 yield matrix("inverse", F32)
                 yield "weights", f["weights"], f["n"] * F32
-            elif "m" in f:
-                yield matrix("m", f["n"] * F32, f["planes"])
+            elif "factor" in f:
+                yield matrix("factor", f["n"] * F32, f["planes"])
             yield "panels", f["panels"], (f["planes"] - 1) * f["panels_plane"] + (rows - 1) * f["panels_row"] + _panel(f["n"] // 32)
             if f["tiles"]:
                 yield "tiles", f["tiles"], (rows // 16 - 1) * f["tile_stride"] + f["n"] // 32 * 640

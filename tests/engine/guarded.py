@@ -140,7 +140,7 @@ def memory_of(made: Program) -> list[tuple[int, int]]:
 
 
 def outside(made: Program) -> list[str]:
-    """What of a program's records touches more than one area."""
+    """What of a program's instructions touches more than one area."""
     areas = memory_of(made)
     return [what for what, first, end in extents(made) if not any(low <= first and end <= high for low, high in areas)]
 
@@ -173,7 +173,7 @@ def run(made: Program, executor: Executor, seed: int) -> int:
 
 
 def counts_of(first: int, count: int, seeds_file: Path, n_threads: int = 1) -> dict[str, Any]:
-    """What became of so many graphs: refused, too large, compiled, run; seeds whose records would leave their areas."""
+    """What became of so many graphs: refused, too large, compiled, run; seeds whose instructions would leave their areas."""
     global at_end
     program.aligned, tables.rope_table = guarded_alone, guarded_table
     counts: dict[str, Any] = dict.fromkeys(("refused", "too_large", "compiled", "run", "runs_failed"), 0) | {"outside": [], "bugs": []}

@@ -17,7 +17,7 @@ from dairllm.formats.random_model import small_spec
 from dairllm.graph.build import TOKEN_PIPE, build_graph
 from dairllm.graph.model import Architecture
 from dairllm.graph.types import FloatType
-from dairllm.kernels.records import CLAIMS
+from dairllm.kernels.instructions import CLAIMS
 from tests.engine.faulty_threads import RAISED, FaultyThreads
 from tests.patience import PATIENCE, comes
 
@@ -92,7 +92,7 @@ def test_a_thread_that_ends_fails_the_call_and_no_other(
                 compute(executor, program, how)
             assert not executor.busy
             assert not program.barrier.any()
-            assert not program.records[:, CLAIMS].any()
+            assert not program.instructions[:, CLAIMS].any()
             assert compute(executor, program, how) == want  # the threads meet at barriers again
             assert len(compute_threads()) == others + n_threads
     assert len(compute_threads()) == others

@@ -1,19 +1,19 @@
-"""Which neighbours become one record, and which don't."""
+"""Which neighbours become one instruction, and which don't."""
 
 import itertools
 
 import pytest
 
+from dairllm.engine.assembler import Assembler
 from dairllm.engine.fusion import fused
 from dairllm.engine.program import compile_program
-from dairllm.engine.recorder import Recorder
 from dairllm.engine.step import Step, reads, writes
 from dairllm.engine.weights import WireWeights
 from dairllm.formats.random_model import small_spec
 from dairllm.graph.build import build_graph
 from dairllm.graph.model import Architecture, HiddenAct
 from dairllm.graph.types import FloatType
-from dairllm.kernels.records import FIELDS, Kind
+from dairllm.kernels.instructions import FIELDS, Kind
 
 X, Y, PANELS = ("PIPE", 1), ("BUFFER", 1), ("BUFFER", 2)
 DEAL = ("columns", 64)
@@ -44,7 +44,7 @@ def silu(x: int = 3000, y: int = 3000, **values: int) -> Step:
 
 def mul(x: int = 3000, y: int = 3000, m: int = 5000, **values: int) -> Step:
     step = silu(x, y, **values)
-    return Step(Kind.MUL, [*step.uses, reads(X, DEAL)], step.values | operand("m", m))
+    return Step(Kind.MUL, [*step.uses, reads(X, DEAL)], step.values | operand("factor", m))
 
 
 def test_a_norm_takes_packing_with_it() -> None:
@@ -61,7 +61,7 @@ def test_an_activation_takes_its_multiplication_and_packing_with_it(kind: Kind) 
     assert count == 2
     assert step.kind.name == f"{kind.name}_MUL_PACK"
     assert list(step.values) == list(FIELDS[step.kind])
-    assert (step.values["x"], step.values["m"], step.values["panels"]) == (3000, 5000, 8000)
+    assert (step.values["x"], step.values["factor"], step.values["panels"]) == (3000, 5000, 8000)
 
 
 @pytest.mark.parametrize(
@@ -89,20 +89,20 @@ def test_what_is_not_the_same_values_in_one_place_stays_apart(steps: list[Step])
 
 
 def test_a_barrier_that_any_of_them_needs_stands_before_all() -> None:
-    recorder = Recorder()
-    recorder.begin_segment()
-    recorder.add(Kind.SOFTMAX, [writes(X)], x=5000, x_row=320, n=64)
+    assembler = Assembler()
+    assembler.begin_segment()
+    assembler.add(Kind.SOFTMAX, [writes(X)], x=5000, x_row=320, n=64)
     for step in (silu(), mul(), pack()):
-        recorder.add(step.kind, step.uses, **step.values)
-    assert recorder.program()[:, 0].tolist() == [Kind.SOFTMAX, Kind.BARRIER, Kind.SILU_MUL_PACK]
+        assembler.add(step.kind, step.uses, **step.values)
+    assert assembler.program()[:, 0].tolist() == [Kind.SOFTMAX, Kind.BARRIER, Kind.SILU_MUL_PACK]
 
 
 def test_what_lies_on_two_sides_of_a_sync_stays_apart() -> None:
-    recorder = Recorder()
+    assembler = Assembler()
     for step in (norm(), pack()):
-        recorder.begin_segment()
-        recorder.add(step.kind, step.uses, **step.values)
-    assert recorder.program()[:, 0].tolist() == [Kind.RMS_NORM, Kind.PACK]
+        assembler.begin_segment()
+        assembler.add(step.kind, step.uses, **step.values)
+    assert assembler.program()[:, 0].tolist() == [Kind.RMS_NORM, Kind.PACK]
 
 
 @pytest.mark.parametrize("arch", list(Architecture))
@@ -114,7 +114,7 @@ def test_our_own_graphs_have_no_neighbours_left(arch: Architecture, act: HiddenA
     for node in nodes:
         held = WireWeights(node)
         held.allocate()
-        kinds = [Kind(kind) for kind in compile_program(network, node, held, n_threads=1).records[:, 0]]
+        kinds = [Kind(kind) for kind in compile_program(network, node, held, n_threads=1).instructions[:, 0]]
         pairs = set(itertools.pairwise(kinds))
         assert not pairs & {(Kind.RMS_NORM, Kind.PACK), (Kind.MUL, Kind.PACK)}
         if weights != FloatType.F32:

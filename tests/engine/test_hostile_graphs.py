@@ -1,4 +1,4 @@
-"""Whatever a root sends as a graph: it is refused, or its records stay within the memory of its program."""
+"""Whatever a root sends as a graph: it is refused, or its instructions stay within the memory of its program."""
 
 import dataclasses
 from random import Random

@@ -18,7 +18,7 @@ from dairllm.formats.random_model import small_spec
 from dairllm.graph.build import build_graph
 from dairllm.graph.model import Architecture
 from dairllm.graph.types import FloatType
-from dairllm.kernels.records import Kind
+from dairllm.kernels.instructions import Kind
 
 NETWORK, NODES = build_graph(small_spec(Architecture.LLAMA, FloatType.Q40, seq_len=64), 2, FloatType.Q80, 8)
 
@@ -48,7 +48,7 @@ def test_memory_goes_with_the_last_reference() -> None:
 def test_what_any_thread_may_have_computed_is_read_behind_a_barrier(claimed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if claimed:
         monkeypatch.setattr(ops, "CLAIMED_BYTES", 0)
-    kinds = [Kind(kind) for kind in compiled()[0].records[:, 0]]
+    kinds = [Kind(kind) for kind in compiled()[0].instructions[:, 0]]
     behind = {after for kind, after in itertools.pairwise(kinds) if kind == Kind.MATMUL_Q40}
     dealt_alike = {Kind.ROPE_NEIGHBOURS, Kind.SILU_MUL_PACK, Kind.TO_BLOCKS, Kind.COPY}
     assert behind == {Kind.MATMUL_Q40, *({Kind.BARRIER} if claimed else dealt_alike)}

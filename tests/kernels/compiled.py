@@ -1,4 +1,4 @@
-"""The compiled kernels behind the functions of dairllm.kernels.reference: each call is a record or two, run by `threads`
+"""The compiled kernels behind the functions of dairllm.kernels.reference: each call is an instruction or two, run by `threads`
 resident threads.
 
 Memory is as unfriendly as an engine may make it: rows with gaps between them, weights at odd addresses, stale numbers where nothing was
@@ -19,10 +19,10 @@ from dairllm.engine.executor import Executor
 from dairllm.engine.program import Program
 from dairllm.graph.types import FloatType, RopeType, row_bytes
 from dairllm.kernels.elementwise import exp_one
+from dairllm.kernels.instructions import ALWAYS_ROWS, CLAIMS, FIELDS, INSTRUCTION_WORDS, Kind, State
 from dairllm.kernels.ir import load_f, store_f
 from dairllm.kernels.kernel import kernel
 from dairllm.kernels.panels import TILE_COLUMNS, row_panel_bytes, tile_panel_bytes
-from dairllm.kernels.records import ALWAYS_ROWS, CLAIMS, FIELDS, RECORD_WORDS, Kind, State
 from dairllm.kernels.reference import Floats, Row
 from dairllm.kernels.sizes import BARRIER_BYTES, CHUNK, attention_scratch_bytes, experts_scratch_bytes, tile_scratch_bytes
 
@@ -105,11 +105,11 @@ class _Area:
 
 
 class Call:
-    """As much of a program as an executor asks for: one segment of these records."""
+    """As much of a program as an executor asks for: one segment of these instructions."""
 
-    def __init__(self, records: list[list[int]], threads: int, scratch: int) -> None:
-        self.n_threads, self.segments = threads, ((0, len(records)),)
-        self._program = np.array([record + [0] * (RECORD_WORDS - len(record)) for record in records], np.int64)
+    def __init__(self, instructions: list[list[int]], threads: int, scratch: int) -> None:
+        self.n_threads, self.segments = threads, ((0, len(instructions)),)
+        self._program = np.array([instruction + [0] * (INSTRUCTION_WORDS - len(instruction)) for instruction in instructions], np.int64)
         self._state, self._barrier = aligned(64).view(np.int64), aligned(BARRIER_BYTES)
         self.scratch_stride = -(-scratch // 64) * 64
         self._scratch = aligned(self.scratch_stride * threads + 64)
@@ -137,8 +137,8 @@ def _record(kind: Kind, fields: Mapping[str, int]) -> list[int]:
     return [kind, *(fields[name] for name in FIELDS[kind])]
 
 
-def run_all(records: list[list[int]], rows: int, threads: int, scratch: int = 0) -> None:
-    call = Call(records, threads, scratch)
+def run_all(instructions: list[list[int]], rows: int, threads: int, scratch: int = 0) -> None:
+    call = Call(instructions, threads, scratch)
     _executor(threads).run(cast_type(Program, call), 0, 1, 0, rows)
     call.check()
 
@@ -206,12 +206,12 @@ def gelu(x: Floats, threads: int = 1) -> Floats:
 
 def mul(x: Floats, y: Floats, threads: int = 1) -> Floats:
     other = _Area(_planes(y))
-    return _map(Kind.MUL, x, x.shape[-1], threads, _like(x), **other.fields("m", True))
+    return _map(Kind.MUL, x, x.shape[-1], threads, _like(x), **other.fields("factor", True))
 
 
 def scale(x: Floats, factors: Floats, threads: int = 1) -> Floats:
     other = _Area(factors[..., None])
-    return _map(Kind.SCALE, x, x.shape[-1], threads, _like(x), **other.fields("s", True))
+    return _map(Kind.SCALE, x, x.shape[-1], threads, _like(x), **other.fields("factor", True))
 
 
 def embedding(table: Floats, tokens: npt.NDArray[np.integer], threads: int = 1) -> Floats:
@@ -315,7 +315,7 @@ def activate_and_pack(
     """The activation of x times y, both [planes, rows, n] -> what is kept, and the memory of all panels."""
     kind = {"silu": Kind.SILU_MUL_PACK, "gelu": Kind.GELU_MUL_PACK}[activation]
     area, other, panels = _Area(x), _Area(y), _Panels(*x.shape)
-    _run(kind, x.shape[1], threads, **area.fields("x", True), **other.fields("m", True), **panels.fields(always_rows))
+    _run(kind, x.shape[1], threads, **area.fields("x", True), **other.fields("factor", True), **panels.fields(always_rows))
     return area.read(), panels.read()
 
 
@@ -408,8 +408,8 @@ def attention(
     fields = source.fields("q") | out.fields("y") | {"n_heads": heads, "group": group, "head_dim": head_dim}
     fields |= {"keys": k.ctypes.data, "values": v.ctypes.data, "head_stride": k.strides[0], "positions": places.ctypes.data}
     fields |= {"parts": parts.ctypes.data, "stats": stats.ctypes.data, "max_chunks": chunks, "cache_type": int(cache_type)}
-    records = [_record(Kind.ATTEND, fields), _record(Kind.BARRIER, {}), _record(Kind.FOLD, fields)]
-    run_all(records, rows, threads, attention_scratch_bytes(group, head_dim, chunks))
+    instructions = [_record(Kind.ATTEND, fields), _record(Kind.BARRIER, {}), _record(Kind.FOLD, fields)]
+    run_all(instructions, rows, threads, attention_scratch_bytes(group, head_dim, chunks))
     return out.rows()
 
 

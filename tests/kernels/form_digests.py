@@ -155,9 +155,9 @@ def emulate_vnni(form: str) -> None:
     forms._NEEDS[form] = forms._NEEDS["avx2"]
     forms.select(form)
     from dairllm.kernels import byte_dot, matmul_steps, pack_steps
+    from dairllm.kernels.instructions import INSTRUCTION_WORDS, Kind
     from dairllm.kernels.ir import I8, I16, Builder, Value, concat, load_i, shuffle, vec
     from dairllm.kernels.kernel import kernel
-    from dairllm.kernels.records import RECORD_WORDS, Kind
     from tests.kernels import compiled
 
     def quads(b: Builder, acc: Value, u: Value, s: Value) -> Value:
@@ -176,20 +176,20 @@ def emulate_vnni(form: str) -> None:
     packs, experts = (int(Kind.PACK), int(Kind.PACK_BLOCKS)), (int(Kind.EXPERTS_Q40), int(Kind.EXPERTS_Q80))
 
     @kernel
-    def step(record, rows, scratch):  # type: ignore[no-untyped-def]  # addresses: numba reads the types off the call
-        kind = load_i(record)
+    def step(instruction, rows, scratch):  # type: ignore[no-untyped-def]  # addresses: numba reads the types off the call
+        kind = load_i(instruction)
         if kind in packs:
-            pack_steps.pack(kind, record, 0, rows, 0, 1)
+            pack_steps.pack(kind, instruction, 0, rows, 0, 1)
         elif kind in experts:
-            matmul_steps.experts(kind, record, 0, rows, 0, 1, scratch)
+            matmul_steps.experts(kind, instruction, 0, rows, 0, 1, scratch)
         else:
-            matmul_steps.matmul(kind, record, 0, rows, 0, 1, scratch)
+            matmul_steps.matmul(kind, instruction, 0, rows, 0, 1, scratch)
 
-    def run_all(records: list[list[int]], rows: int, threads: int, scratch: int = 0) -> None:
-        call = compiled.Call(records, 1, scratch)
+    def run_all(instructions: list[list[int]], rows: int, threads: int, scratch: int = 0) -> None:
+        call = compiled.Call(instructions, 1, scratch)
         program, _, _, memory = call.addresses
-        for number in range(len(records)):
-            step(program + number * 8 * RECORD_WORDS, rows, memory)
+        for number in range(len(instructions)):
+            step(program + number * 8 * INSTRUCTION_WORDS, rows, memory)
 
     compiled.run_all = run_all
 

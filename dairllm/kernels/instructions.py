@@ -1,4 +1,4 @@
-"""The program that compute threads interpret: records of RECORD_WORDS int64, an opcode and its fields. Written by
+"""The program that compute threads interpret: instructions of INSTRUCTION_WORDS int64, an opcode and its fields. Written by
 dairllm.engine.ops, read by dairllm.kernels.interpreter.
 
 Addresses are raw, so a program belongs to the memory it was compiled for. `*_row` and `*_plane` are byte strides from
@@ -6,13 +6,16 @@ one row of the batch and one plane to the next. Rows, columns and planes are cou
 blocks.
 """
 
+from collections.abc import Mapping
 from enum import IntEnum
 
-__all__ = ["ALWAYS_ROWS", "CLAIMS", "FIELDS", "RECORD_WORDS", "UNIT", "Kind", "State"]
+__all__ = ["ALWAYS_ROWS", "CLAIMS", "FIELDS", "INSTRUCTION_WORDS", "MAX_FIELDS", "UNIT", "Kind", "State", "pack"]
 
-RECORD_WORDS = 18
-CLAIMS = RECORD_WORDS - 1
-"""The word that threads count up who claim parts of a record's work (steps.claim): how many they have taken. 0 between runs."""
+INSTRUCTION_WORDS = 18
+CLAIMS = INSTRUCTION_WORDS - 1
+"""The word that threads count up who claim parts of an instruction's work (steps.claim): how many they have taken. 0 between runs."""
+MAX_FIELDS = CLAIMS - 1
+"""All words but the kind and CLAIMS."""
 UNIT = 32
 """Columns dealt to threads together: a block of a quantized row, and two cache lines of floats, so that no line has two writers."""
 ALWAYS_ROWS = 1
@@ -65,6 +68,7 @@ class Kind(IntEnum):
 
 
 _MAP = ("x", "x_row", "x_plane", "y", "y_row", "y_plane", "n", "planes")
+_FACTOR = ("factor", "factor_row", "factor_plane")
 _PACK = ("n", "planes", "panels", "panels_row", "panels_plane", "tiles", "tile_stride", "flags", "x", "x_row", "x_plane")
 _MATMUL = ("claimed", "d", "panels", "panels_row", "tiles", "tile_stride", "weights", "weights_row", "n_blocks", "y", "y_row")
 _EXPERTS = (
@@ -129,13 +133,39 @@ FIELDS: dict[Kind, tuple[str, ...]] = {
     Kind.FOLD: _ATTEND,
     Kind.SILU: _MAP,
     Kind.GELU: _MAP,
-    Kind.MUL: (*_MAP, "m", "m_row", "m_plane"),
-    Kind.SCALE: (*_MAP, "s", "s_row", "s_plane"),
+    Kind.MUL: (*_MAP, *_FACTOR),
+    Kind.SCALE: (*_MAP, *_FACTOR),
     Kind.SOFTMAX: ("x", "x_row", "n"),
     Kind.GATE: ("x", "x_row", "n", "k", "normalise", "indexes", "weights", "weights_row", "weights_plane"),
     Kind.MERGE_SUM: ("x", "x_row", "x_plane", "planes", "y", "y_row", "n"),
     Kind.RMS_NORM_PACK: (*_PACK, "source", "source_row", "inverse", "inverse_row", "weights"),
-    Kind.SILU_MUL_PACK: (*_PACK, "m", "m_row", "m_plane"),
-    Kind.GELU_MUL_PACK: (*_PACK, "m", "m_row", "m_plane"),
+    Kind.SILU_MUL_PACK: (*_PACK, *_FACTOR),
+    Kind.GELU_MUL_PACK: (*_PACK, *_FACTOR),
 }
-"""Names of each kind's fields, in the order in which the interpreter's ops unpack them."""
+"""Names of each kind's fields, in the order of their words. Packed by `pack`, read by dairllm.kernels.fields."""
+
+
+def _check() -> None:
+    """A field beyond the last word would lie in CLAIMS, which threads count up."""
+    for kind in Kind:
+        names = FIELDS[kind]
+        if len(names) > MAX_FIELDS or len(set(names)) < len(names):
+            raise ValueError(f"{kind.name} has {len(names)} fields; expected up to {MAX_FIELDS} of different names")
+
+
+_check()
+
+
+def pack(kind: Kind, values: Mapping[str, int]) -> list[int]:
+    """An instruction's words.
+
+    Args:
+        values: the kind's FIELDS, all of them.
+
+    Raises:
+        ValueError: a field is missing, or not one of the kind's.
+    """
+    names = FIELDS[kind]
+    if wrong := values.keys() ^ set(names):
+        raise ValueError(f"fields of {kind.name} that are missing, or that it does not have: {', '.join(sorted(wrong))}")
+    return [kind, *(values[name] for name in names)] + [0] * (INSTRUCTION_WORDS - 1 - len(names))

@@ -1,7 +1,7 @@
-"""The program as it grows: records, and barriers where threads must meet.
+"""The program as it grows: instructions, and barriers where threads must meet.
 
 Two steps need a barrier between them when one writes what the other touches, unless both deal it alike: then a thread only meets what
-it did itself. Steps that can be computed as one become one record.
+it did itself. Steps that can be computed as one become one instruction.
 """
 
 from typing import NamedTuple
@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from dairllm.engine.fusion import MOST_STEPS, fused
 from dairllm.engine.step import Deal, Memory, Step, Use
-from dairllm.kernels.records import FIELDS, RECORD_WORDS, Kind
+from dairllm.kernels.instructions import INSTRUCTION_WORDS, Kind, pack
 
-__all__ = ["Recorder"]
+__all__ = ["Assembler"]
 
 
 class _Uses:
@@ -45,48 +45,48 @@ class _Uses:
 
 
 class _Placed(NamedTuple):
-    """A step, and how to take it back: the number of records before it, what was used since the barrier before it, and what it added."""
+    """A step, and how to take it back: how many instructions there were before it, what was used since the barrier before it, and
+    what it added."""
 
     step: Step
-    n_records: int
+    n_instructions: int
     before: _Uses
     added: list[Use]
 
 
-class Recorder:
-    """Appends records; `len` is their number. Each takes the same time, however many there are: a root may ask for many."""
+class Assembler:
+    """Appends instructions; `len` is their number. Each takes the same time, however many there are: a root may ask for many."""
 
     def __init__(self) -> None:
-        self._records: list[list[int]] = []
+        self._instructions: list[list[int]] = []
         self._uses = _Uses()
         """Since the last barrier."""
         self._recent: list[_Placed] = []
         """Of this segment, the last ones: they may become one with what follows."""
 
     def __len__(self) -> int:
-        return len(self._records)
+        return len(self._instructions)
 
     def begin_segment(self) -> int:
-        """The number of its first record: what lies on two sides of a sync stays apart."""
+        """The number of its first instruction: what lies on two sides of a sync stays apart."""
         self._recent.clear()
         return len(self)
 
     def add(self, kind: Kind, uses: list[Use], **values: int) -> int:
-        """Append a record, behind a barrier where one is needed; its number. `values`: the kind's FIELDS, all of them."""
-        if wrong := values.keys() ^ set(FIELDS[kind]):
-            raise ValueError(f"fields of {kind.name} that are missing, or that it does not have: {', '.join(sorted(wrong))}")
+        """Append an instruction, behind a barrier where one is needed; its number. `values`: the kind's FIELDS, all of them."""
+        words = pack(kind, values)  # also where it becomes one with others: a wrong name is noticed here
         step = self._fuse(Step(kind, uses, values))
-        n_records, before = len(self), self._uses
+        n_instructions, before = len(self), self._uses
         if any(before.conflict(use) for use in step.uses):
-            self._append(Kind.BARRIER, [])
+            self._instructions.append(pack(Kind.BARRIER, {}))
             self._uses = _Uses()
         added = [use for use in step.uses if self._uses.add(use)]
-        self._recent = [*self._recent, _Placed(step, n_records, before, added)][1 - MOST_STEPS :]
-        self._append(step.kind, [step.values[name] for name in FIELDS[step.kind]])
+        self._recent = [*self._recent, _Placed(step, n_instructions, before, added)][1 - MOST_STEPS :]
+        self._instructions.append(words if step.kind == kind else pack(step.kind, step.values))
         return len(self) - 1
 
     def _fuse(self, step: Step) -> Step:
-        """The step, or one in its place and that of some before it, whose records are taken back."""
+        """The step, or one in its place and that of some before it, whose instructions are taken back."""
         found = fused([placed.step for placed in self._recent], step)
         if found is None:
             return step
@@ -96,12 +96,9 @@ class Recorder:
             for use in placed.added:
                 self._uses.take_back(use)
             self._uses = placed.before
-        del self._records[taken[0].n_records :], self._recent[-count:]
+        del self._instructions[taken[0].n_instructions :], self._recent[-count:]
         return whole
 
     def program(self) -> NDArray[np.int64]:
-        """int64 [records, RECORD_WORDS]."""
-        return np.array(self._records, np.int64).reshape(-1, RECORD_WORDS)
-
-    def _append(self, kind: Kind, values: list[int]) -> None:
-        self._records.append([kind, *values] + [0] * (RECORD_WORDS - 1 - len(values)))
+        """int64 [instructions, INSTRUCTION_WORDS]."""
+        return np.array(self._instructions, np.int64).reshape(-1, INSTRUCTION_WORDS)
