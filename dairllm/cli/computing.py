@@ -16,7 +16,7 @@ from dairllm.cli.options import (
     MemoryLimit,
     Mode,
     ModelPath,
-    PagingWay,
+    PagingMode,
     Readers,
     Shares,
     Sync,
@@ -64,7 +64,7 @@ def worker(
     memory_limit: MemoryLimit = None,
     threads: Threads = None,
     kernels: Kernels = None,
-    paging: PagingWay = None,
+    paging: PagingMode = None,
     readers: Readers = None,
     metrics_port: Annotated[
         str | None, typer.Option(metavar="auto|PORT", help="Port of /healthz, /readyz and /metrics.  [default: auto, 1000 above --port]")
@@ -142,7 +142,7 @@ def generate(
     kernels: Kernels = None,
     kv_cache: KvCache = None,
     memory_limit: MemoryLimit = None,
-    paging: PagingWay = None,
+    paging: PagingMode = None,
     readers: Readers = None,
     max_seq_len: MaxSeqLen = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object in place of the text.")] = False,
@@ -153,7 +153,7 @@ def generate(
     log_level: LogLevel = None,
 ) -> None:
     """Generate text with a model, on this machine or together with workers."""
-    flags = root_flags(locals())
+    flags = root_flags(locals(), others=("config", "prompt", "prompt_file", "prompt_ids", "chat", "ignore_eos", "json", "logits"))
     from dairllm.commands.generate_options import GenerateOptions, read_prompt
     from dairllm.config import RootSettings, load_settings
     from dairllm.telemetry import configure_logging
@@ -186,7 +186,7 @@ def serve(
     kernels: Kernels = None,
     kv_cache: KvCache = None,
     memory_limit: MemoryLimit = None,
-    paging: PagingWay = None,
+    paging: PagingMode = None,
     readers: Readers = None,
     max_seq_len: MaxSeqLen = None,
     queue: Annotated[int | None, typer.Option(metavar="N", help="Requests that may wait for their turn.  [default: 64]")] = None,
@@ -194,7 +194,7 @@ def serve(
     log_level: LogLevel = None,
 ) -> None:
     """Answer requests in the form of OpenAI's API, on this machine or together with workers."""
-    flags = root_flags(locals())
+    flags = root_flags(locals(), others=("config",))
     from dairllm.config import RootSettings, load_settings
     from dairllm.telemetry import configure_logging
 

@@ -11,7 +11,7 @@ from dairllm.cli.options import (
     KvCache,
     MaxSeqLen,
     MemoryLimit,
-    PagingWay,
+    PagingMode,
     Readers,
     Shares,
     Sync,
@@ -83,7 +83,7 @@ def plan(
     sync: Sync = None,
     max_seq_len: MaxSeqLen = None,
     threads: Threads = None,
-    paging: PagingWay = None,
+    paging: PagingMode = None,
     readers: Readers = None,
     config: ConfigFile = None,
     measure: Annotated[
@@ -92,7 +92,7 @@ def plan(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Show what each node would hold within a memory limit, and how much of the weights it would read for each token."""
-    flags = root_flags({name: value for name, value in locals().items() if name != "model"})
+    flags = root_flags({name: value for name, value in locals().items() if name != "model"}, others=("nodes", "config", "measure", "json"))
     from dairllm.commands import plan as command
     from dairllm.telemetry import configure_logging
 

@@ -1,6 +1,6 @@
 """Options that several commands take, and the settings that they are."""
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +16,7 @@ __all__ = [
     "MemoryLimit",
     "Mode",
     "ModelPath",
-    "PagingWay",
+    "PagingMode",
     "Readers",
     "Shares",
     "Sync",
@@ -56,10 +56,12 @@ MaxSeqLen = Annotated[int | None, typer.Option(metavar="N", help="Context length
 MemoryLimit = Annotated[
     str | None, typer.Option(metavar="SIZE", help="Most that this process may hold, such as 2GiB or 80%.  [default: 80%]")
 ]
-PagingWay = Annotated[
+PagingMode = Annotated[
     str | None,
     typer.Option(
-        "--paging", metavar="auto|map|buffered|direct", help="How weights that do not fit are read.  [default: auto, by measuring the file]"
+        "--paging",
+        metavar="auto|mmap|buffered|direct",
+        help="How weights that do not fit are read.  [default: auto, by measuring]",
     ),
 ]
 Readers = Annotated[str | None, typer.Option(metavar="auto|N", help="Threads that read weights ahead.  [default: auto]")]
@@ -105,8 +107,18 @@ _ROOT_KEYS = {
 """The setting that each parameter of a root's commands is."""
 
 
-def root_flags(parameters: Mapping[str, Any]) -> dict[str, tuple[str, object]]:
-    """Those of a command's parameters that are settings, as `load_settings` takes them."""
+def root_flags(parameters: Mapping[str, Any], *, others: Container[str] = ()) -> dict[str, tuple[str, object]]:
+    """Those of a command's parameters that are settings, as `load_settings` takes them.
+
+    Args:
+        others: parameters that are no settings.
+
+    Raises:
+        ValueError: a parameter is neither.
+    """
+    unknown = [name for name in parameters if name not in _ROOT_KEYS and name not in others]
+    if unknown:
+        raise ValueError(f"parameters that are no settings and not named as others: {', '.join(unknown)}")
     return {key: (f"--{name.replace('_', '-')}", _plain(name, parameters[name])) for name, key in _ROOT_KEYS.items() if name in parameters}
 
 

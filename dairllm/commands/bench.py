@@ -18,6 +18,7 @@ from dairllm.commands.progress import waiting
 from dairllm.errors import ConfigError
 from dairllm.formats.model_file import ModelFile
 from dairllm.kernels import forms
+from dairllm.paging.needs import Policy
 
 __all__ = ["run"]
 
@@ -33,7 +34,7 @@ def run(
     prompt: int,
     percents: Sequence[int],
     nodes: int,
-    policy: str,
+    policy: Policy,
     in_group: bool,
     patience: float,
     busy: int,
@@ -95,7 +96,7 @@ def run(
             prompt=prompt,
             percents=tuple(percents),
             nodes=nodes,
-            policy="lru" if policy == "lru" else "pinned",
+            policy=policy,
             in_group=in_group,
             patience=patience,
             busy=busy,

@@ -25,15 +25,7 @@ class GenerateOptions:
         chat: whether the prompt goes through the model's chat template.
         sampling: how tokens are chosen, and how many at most.
         ignore_eos: go on after an end-of-text id.
-        threads: compute threads.
-        kernels: form of the kernels, or "auto".
-        max_seq_len: context length; None for the model's.
-        sync: what crosses the wire between nodes; None for f32 with F32 weights, else q80.
-        overlap: compute a prompt in parts, one on the wire while the next is computed, where that is faster.
-        workers: the other nodes; none to compute all of it here.
-        sizes: share of each node, this one's first; None for nearly equal ones.
-        deadlines: how long workers may be silent.
-        keepalive: when TCP gives them up.
+        root: all that is not of this request: with what, with whom and within which limits it is computed.
         json: print one JSON object in place of the text.
         logits: where to write the logits [steps, vocabulary], or None.
 

@@ -18,6 +18,7 @@ from dairllm.paging.schedule import Block, blocks_of, group_pieces
 __all__ = [
     "BLOCK_BYTES",
     "IO_MODES",
+    "POLICIES",
     "STREAMING_BYTES",
     "IoMode",
     "PagingMetrics",
@@ -45,6 +46,7 @@ _BLOCK_BYTES = 256
 
 IoMode = Literal["auto", "mmap", "buffered", "direct"]
 Policy = Literal["pinned", "lru"]
+POLICIES: tuple[Policy, ...] = ("pinned", "lru")
 IO_MODES: tuple[IoMode, ...] = ("mmap", "buffered", "direct")
 
 

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dairllm.errors import LimitError
-from dairllm.paging.needs import BLOCK_BYTES, PagingNeeds, PagingSettings
+from dairllm.errors import EngineError, LimitError
+from dairllm.paging.needs import BLOCK_BYTES, POLICIES, PagingNeeds, PagingSettings
 from dairllm.paging.schedule import Block, ScheduleUnit
 
 __all__ = ["Division", "divide"]
@@ -30,6 +30,7 @@ def divide(units: Sequence[ScheduleUnit], needs: PagingNeeds, settings: PagingSe
 
     Raises:
         LimitError: the budget is below the least that works.
+        EngineError: there is no such policy.
     """
     budget, total = settings.budget_blocks, needs.blocks_total
     if budget < needs.streaming_blocks_min:
@@ -37,6 +38,8 @@ def divide(units: Sequence[ScheduleUnit], needs: PagingNeeds, settings: PagingSe
         raise LimitError(f"room for {budget} blocks of {needs.block_bytes} bytes; paging this model needs {least} at least")
     order = list(dict.fromkeys(block for unit in units for block in unit.blocks))
     experts, together = any(unit.experts for unit in units), max(1, BLOCK_BYTES // needs.block_bytes)
+    if settings.policy not in POLICIES:
+        raise EngineError(f"no paging policy is called {settings.policy!r}; there are {', '.join(POLICIES)}")
     if settings.policy == "lru":
         streaming = min(budget, total)
         return Division(
