@@ -156,6 +156,27 @@ class BlockCache:
         """End the reader threads."""
         self._readers.close()
 
+    def check(self) -> None:
+        """Raise EngineError unless what is known of the blocks fits together. For tests: it takes as long as there are blocks."""
+        with self._lock:
+            asked = self._passing.keys() | self._pinned_asked
+            rules = {
+                "no more blocks pass than the streaming buffer has room for": len(self._passing) <= self._streaming,
+                "pinned blocks do not pass": self.pinned.isdisjoint(self._passing),
+                "only pinned blocks are asked for as such": self._pinned_asked <= self.pinned,
+                "what is ready was asked for": self._ready <= asked,
+                "what failed was asked for, and is not ready": self._failed.keys() <= asked and self._ready.isdisjoint(self._failed),
+                "what is to be evicted does not pass": self._passing.keys().isdisjoint(self._to_go),
+                "what is being evicted is not ready": self._ready.isdisjoint(self._leaving)
+                and self._to_go.keys().isdisjoint(self._leaving),
+                "who is told waits for something": self._notify is None or bool(self._awaited),
+                "places are counted": 0 <= self._beyond <= len(self._leaving) <= self._occupied,
+                "what is in memory has a place": len(self._ready - self.pinned) + len(self._to_go) + len(self._leaving) <= self._occupied,
+            }
+        broken = [rule for rule, holds in rules.items() if not holds]
+        if broken:
+            raise EngineError(f"the block cache contradicts itself; it should be that {'; that '.join(broken)}")
+
     def _victims(self, places: int, protected: frozenset[Block] | set[Block]) -> list[range]:
         """What is to make room for so many blocks more, as runs of neighbours; what cannot be had is missing."""
         lacking = len(self._passing) + places - self._streaming
