@@ -3,8 +3,10 @@
     greet > Acknowledged | go | network > Acknowledged | node > Acknowledged | (weights) | end_weights > Acknowledged |
     (control > (views | Filled) for each exchange with this worker)* | stop
 
-What the worker says is a word for each ``> Acknowledged``, and rows of pipes after each control packet, as on a link of the mesh. The
-bytes of weights are the owner's to send, between its node's acknowledgement and `end_weights`.
+What the worker says is a word for each ``> Acknowledged``, and rows of pipes after each control packet, as on a link of the
+mesh. The bytes of weights are the owner's to send, between its node's acknowledgement and `end_weights`. One generator,
+``_conversation``, tells it up to the first control packet: it yields the bytes that the worker owes, the events that they
+make, and in between the turns in which it is ours to speak.
 
 *Our own workers.* The network configuration bears a marker where a C++ worker does not look; a worker of ours answers it with a word of its
 own (``codec.HELLO``) and the identity of the model that it has, if it has one. Such a worker may answer its node configuration with a
@@ -15,11 +17,10 @@ references to its weights, or by none where its model is another. Then both kind
 end, with nothing in it: see `farewell`.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Generator, Sequence
 from enum import Enum
 
-from dairllm.errors import LocalProtocolError
+from dairllm.errors import LocalProtocolError, RemoteProtocolError
 from dairllm.graph.plan import Exchange, Run
 from dairllm.graph.references import IDENTITY_BYTES, NO_MODEL, WeightReference
 from dairllm.graph.types import FloatType, NetworkConfig, NodeConfig, Pipe, Size
@@ -44,6 +45,7 @@ from dairllm.protocol.dllama.events import Acknowledged, Filled, Refused
 from dairllm.protocol.dllama.fields import U32
 from dairllm.protocol.dllama.references import write_references
 from dairllm.protocol.dllama.rows import RowsLink
+from dairllm.protocol.stream import Need
 
 __all__ = ["RootSession", "Stage"]
 
@@ -61,18 +63,12 @@ class Stage(Enum):
     STOPPED = "goodbye"
 
 
-@dataclass(frozen=True, slots=True)
-class _Owed:
-    """An answer that the worker has not given yet."""
+class _OurTurn:
+    """Nothing is owed: the owner says what comes next."""
 
-    to: str
-    may_be_hello: bool = False
-    may_be_refusal: bool = False
-    is_model: bool = False
-    """Whether it is what follows a HELLO."""
-    reason_bytes: int = -1
-    """Where it is what follows a refusal: of the reason, once that is known."""
-    is_reason: bool = False
+
+_Step = Need | _OurTurn | Acknowledged | Refused
+_OUR_TURN = _OurTurn()
 
 
 class RootSession(RowsLink):
@@ -89,11 +85,11 @@ class RootSession(RowsLink):
     def __init__(self, network: NetworkConfig, plan: tuple[Run | Exchange, ...], node: int) -> None:
         super().__init__("worker", network, plan, node)
         self._stage = Stage.CONNECTED
-        self._owed: _Owed | None = None
+        self._script = _conversation()
+        self._step: _Step = next(self._script)
         self._n_workers = 0
         self._alone = False
         self._model = NO_MODEL
-        self._ours = False  # as far as it has told: it knows what a refusal is
 
     def __repr__(self) -> str:
         return f"<RootSession node {self.node}, {'dead' if self.dead else self._stage.value}, expecting {self.expecting}>"
@@ -105,27 +101,26 @@ class RootSession(RowsLink):
     @property
     def answer_due(self) -> bool:
         """True while the worker owes an answer: nothing may be said before it."""
-        return self._owed is not None
+        return isinstance(self._step, Need)
 
     @property
     def expecting(self) -> str:
-        if self._owed is not None:
-            return f"its ACK to {self._owed.to}"
+        if isinstance(self._step, Need):
+            return f"its ACK to {self._step.what}"
         return super().expecting if self._stage is Stage.READY else "nothing: it is our turn"
 
     # What to say: bytes for the worker.
 
     def greet(self, greeting: Greeting) -> bytes:
         self._n_workers = greeting.n_workers
-        return self._say(Stage.CONNECTED, Stage.GREETING, encode_greeting(greeting), _Owed("the greeting"))
+        return self._say(Stage.CONNECTED, Stage.GREETING, encode_greeting(greeting))
 
     def go(self) -> bytes:
         """Every worker has acknowledged its greeting."""
         return self._say(Stage.GREETING, Stage.GO, encode_ack())
 
     def configure_network(self, network: NetworkConfig) -> bytes:
-        data = encode_network(network, MARKER)
-        return self._say(Stage.GO, Stage.NETWORK, data, _Owed("the network configuration", may_be_hello=True))
+        return self._say(Stage.GO, Stage.NETWORK, encode_network(network, MARKER))
 
     def configure_node(self, node: NodeConfig, references: Sequence[WeightReference] = ()) -> bytes:
         """From the acknowledgement on, weights may be sent; none where there are `references`.
@@ -137,10 +132,10 @@ class RootSession(RowsLink):
         if references and not has_model:
             raise LocalProtocolError("references to weights are for a worker that has told its model")
         data = (write_references(references) if has_model else b"") + encode_node(node)
-        return self._say(Stage.NETWORK, Stage.NODE, data, _Owed("the node configuration", may_be_refusal=self._ours))
+        return self._say(Stage.NETWORK, Stage.NODE, data)
 
     def end_weights(self) -> bytes:
-        return self._say(Stage.NODE, Stage.WEIGHTS, encode_weights_end(), _Owed("the end of the weights"))
+        return self._say(Stage.NODE, Stage.WEIGHTS, encode_weights_end())
 
     def control(self, control: Control) -> bytes:
         """Set off a pass; from here on the worker's bytes belong to it.
@@ -187,53 +182,23 @@ class RootSession(RowsLink):
 
     def next_event(self) -> Acknowledged | Refused | Filled | None:
         self._check_alive()
-        if self._owed is None:
+        while isinstance(self._step, Need):
+            data = self._intake.take(self._step.nbytes)
+            if data is None:
+                return None
+            self._advance(data)
+        if isinstance(self._step, _OurTurn):
             return self._next_filled()
-        if self._owed.is_model:
-            return self._next_model()
-        if self._owed.is_reason:
-            return self._next_refused(self._owed)
-        word = self._intake.take(len(ACK))
-        if word is None:
-            return None
-        if word == REFUSAL and self._owed.may_be_refusal:
-            self._owed = _Owed("the node configuration: why it refuses", is_reason=True)
-            return self._next_refused(self._owed)
-        if word == HELLO and self._owed.may_be_hello:
-            self._ours = True
-            self._owed = _Owed("the network configuration: its model", is_model=True)
-            return self._next_model()
-        ours = word == HELLO_1 and self._owed.may_be_hello
-        if not ours and word != ACK:
-            raise self._fail(f"expected {self.expecting}, found {word!r}")
-        self._owed = None
+        event = self._step
+        if isinstance(event, Refused):
+            self._fail(f"refused: {event.reason}")
+            return event
+        self._advance(b"")
+        if event.ours:
+            self._model = event.model
         if self._stage is Stage.WEIGHTS:
             self._stage = Stage.READY
-        return Acknowledged(ours)
-
-    def _next_model(self) -> Acknowledged | None:
-        model = self._intake.take(IDENTITY_BYTES)
-        if model is None:
-            return None
-        self._model, self._owed = model, None
-        return Acknowledged(True, model)
-
-    def _next_refused(self, owed: _Owed) -> Refused | None:
-        size = owed.reason_bytes
-        if size < 0:
-            word = self._intake.take(U32.size)
-            if word is None:
-                return None
-            (size,) = U32.unpack(word)
-            if size > MAX_REASON_BYTES:
-                raise self._fail(f"expected a reason of at most {MAX_REASON_BYTES} bytes, found one of {size}")
-            self._owed = replace(owed, reason_bytes=size)
-        text = self._intake.take(size)
-        if text is None:
-            return None
-        reason = "".join(c if c.isprintable() else "?" for c in text.decode("utf-8", "replace"))
-        self._fail(f"refused: {reason}")
-        return Refused(reason)
+        return event
 
     def eof(self) -> None:
         """The worker has closed the connection, which only a goodbye asks it to.
@@ -245,16 +210,69 @@ class RootSession(RowsLink):
             return
         raise self._fail(f"closed the connection; expecting {self.expecting}")
 
-    def _say(self, after: Stage, stage: Stage, data: bytes, owed: _Owed | None = None) -> bytes:
+    def _say(self, after: Stage, stage: Stage, data: bytes) -> bytes:
         self._check_turn(after)
-        self._stage, self._owed = stage, owed
+        self._stage = stage
+        self._advance(b"")
         return data
+
+    def _advance(self, data: bytes) -> None:
+        """Let the conversation go on to its next step."""
+        try:
+            self._step = self._script.send(data)
+        except RemoteProtocolError as error:
+            raise self._fail(str(error)) from error
 
     def _check_turn(self, after: Stage) -> None:
         self._check_alive()
-        if self._owed is not None or self._stage is not after:
+        if self.answer_due or self._stage is not after:
             raise LocalProtocolError(f"this comes after {after.value}; here is {self._stage.value}, expecting {self.expecting}")
 
 
 def _empty_network(n_nodes: int) -> NetworkConfig:
     return NetworkConfig(1, n_nodes, (Pipe("POS", Size(FloatType.F32, 1, 1, 1)),), ())
+
+
+def _conversation() -> Generator[_Step, bytes, None]:
+    """The protocol up to the first control packet, as a story. It knows no session, so that it keeps none alive."""
+    yield _OUR_TURN  # the greeting
+    yield from _answer("the greeting")
+    yield _OUR_TURN  # go
+    yield _OUR_TURN  # the network configuration
+    ours = yield from _hello("the network configuration")
+    yield _OUR_TURN  # the node configuration
+    yield from _answer("the node configuration", may_refuse=ours)
+    yield _OUR_TURN  # weights, and their end
+    yield from _answer("the end of the weights")
+    yield _OUR_TURN  # pass after pass
+
+
+def _answer(to: str, *, may_refuse: bool = False) -> Generator[_Step, bytes, None]:
+    word = yield Need(len(ACK), to)
+    if word == REFUSAL and may_refuse:
+        why = f"{to}: why it refuses"
+        (size,) = U32.unpack((yield Need(U32.size, why)))
+        if size > MAX_REASON_BYTES:
+            raise RemoteProtocolError(f"expected a reason of at most {MAX_REASON_BYTES} bytes, found one of {size}")
+        text = (yield Need(size, why)).decode("utf-8", "replace")
+        yield Refused("".join(c if c.isprintable() else "?" for c in text))
+    if word != ACK:
+        raise _unexpected(to, word)
+    yield Acknowledged(False)
+
+
+def _hello(to: str) -> Generator[_Step, bytes, bool]:
+    """Returns whether it is a worker of ours that knows models and refusals."""
+    word = yield Need(len(ACK), to)
+    if word == HELLO:
+        model = yield Need(IDENTITY_BYTES, f"{to}: its model")
+        yield Acknowledged(True, model)
+        return True
+    if word not in (ACK, HELLO_1):
+        raise _unexpected(to, word)
+    yield Acknowledged(word == HELLO_1)
+    return False
+
+
+def _unexpected(to: str, word: bytes) -> RemoteProtocolError:
+    return RemoteProtocolError(f"expected its ACK to {to}, found {word!r}")
