@@ -16,7 +16,7 @@ ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_ONLY_BINARY=:all: PIP
 RUN python -m venv --without-pip /opt/dairllm
 WORKDIR /src
 # Dependencies first, with as much of the package as says its version: this layer stays until pyproject.toml changes.
-COPY pyproject.toml README.md ./
+COPY pyproject.toml README.md LICENSE ./
 COPY dairllm/__init__.py dairllm/__init__.py
 RUN pip --python /opt/dairllm/bin/python install .
 COPY dairllm dairllm
