@@ -71,13 +71,16 @@ def cpp_worker(cpp_processes: list[subprocess.Popen[bytes]]) -> Iterator[Any]:
     made = cpp_processes
 
     async def start() -> int:
-        port = free_port()
-        arguments = [DLLAMA, "worker", "--port", str(port), "--nthreads", "1", "--net-turbo", "0"]
-        made.append(subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))  # noqa: ASYNC220 - returns at once
         async with asyncio.timeout(PATIENCE):
-            while not listens(port):  # noqa: ASYNC110 - another process
-                await asyncio.sleep(0.02)
-        return port
+            while True:
+                port = free_port()
+                arguments = [DLLAMA, "worker", "--port", str(port), "--nthreads", "1", "--net-turbo", "0"]
+                process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # noqa: ASYNC220 - returns at once
+                made.append(process)
+                while process.poll() is None:  # else somebody else has taken the port meanwhile
+                    if listens(port):
+                        return port
+                    await asyncio.sleep(0.02)
 
     yield start
     for process in made:
