@@ -2,7 +2,7 @@
 
 A pass goes through the units in order, again and again, so what will be needed next is known: the *lookahead* of a unit is the blocks that
 the units from it on read. At each unit the pager asks for what of the lookahead is missing, and gives up for it what is not in it. So reads
-go on a whole lookahead ahead while units are computed, while nodes exchange, and between two tokens.
+go on by a whole lookahead while units are computed, while nodes exchange, and between two tokens.
 
 Pinned blocks are spread evenly over the pass: then the reads are, too, and disk and arithmetic are busy at the same time. Experts that rows
 are routed to are known only when the gate has been computed: their blocks are asked for then, ahead of all others, and those that are
