@@ -141,14 +141,14 @@ class Connection(asyncio.BufferedProtocol):
             unclaimed, self._unclaimed = self._unclaimed, None
             return cast(EventT, unclaimed.result())
         event = incoming.next_event()
-        self._read_or_pause()
+        if self._paused:  # what was taken may have made room
+            self._read_or_pause()
         if event is not None:
             return event
         if self.has_ended:
             raise self._end_of(incoming)
         begun = time.perf_counter()
         event = self._look_for(incoming, begun + self._patience)
-        self._read_or_pause()
         if event is not None:
             self._patience = LINGER_SECONDS
             return event
@@ -292,7 +292,8 @@ class Connection(asyncio.BufferedProtocol):
                     self.bytes_received += nbytes
                     incoming.buffer_updated(nbytes)
                     event = incoming.next_event()
-                    if event is not None or not incoming.wants_data:
+                    self._read_or_pause()
+                    if event is not None or self._paused:
                         return event
                 else:
                     os.sched_yield()
